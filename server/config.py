@@ -1,0 +1,92 @@
+"""Every setting and every limit, by name. Frozen, validated at construction, unknown keys refused.
+
+The engine's part crosses the process seam as a message, so both are msgspec structs.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from server.errors import ConfigError
+
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["auto", "float32", "bfloat16"]
+
+
+class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the engine process needs to build itself.
+
+    Sizes in tokens unless the name says bytes; 0 means "derive from the machine" where the comment says so.
+    """
+
+    model_dir: str
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+    threads: int = 0  # 0: the machine's cores
+    max_model_len: int = 0  # 0: the model's own limit
+    block_size: int = 16
+    kv_cache_bytes: int = 0  # 0: a quarter of the free memory, at most 4 GiB
+    tokens_per_step: int = 512  # token budget of one step
+    max_running: int = 128  # requests decoded together
+    max_waiting: int = 2048
+    adapter_bytes: int = 4 << 30  # weights of adapters on the device
+    adapter_slots: int = 64  # adapters on the device at once
+    max_experts_per_adapter: int = 0  # E_max: tuned experts of one adapter in one layer; 0: as many as the base has
+    max_skips: int = 200  # steps that a request may be passed over before others stop taking room from it
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "threads", "max_model_len", "kv_cache_bytes", "adapter_bytes", "max_experts_per_adapter")
+        _at_least(self, 1, "block_size", "tokens_per_step", "max_running", "max_waiting", "adapter_slots", "max_skips")
+        if self.tokens_per_step < self.max_running:
+            raise ConfigError(
+                f"tokens_per_step ({self.tokens_per_step}) must be at least max_running ({self.max_running}): "
+                "every running request needs one token a step"
+            )
+
+
+class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The front process: where it listens, what it accepts, what it serves."""
+
+    engine: EngineConfig
+    adapters_dir: str | None = None
+    adapter_roots: tuple[str, ...] = ()
+    model_name: str | None = None  # what requests call the base; default: the directory's name
+    host: str = "127.0.0.1"
+    port: int = 8000
+    max_body_bytes: int = 8 << 20
+    max_n: int = 16  # completions of one prompt
+    max_prompts: int = 64  # prompts in one completions request
+    max_stop: int = 4
+    max_concurrent_requests: int = 1024
+    startup_timeout_s: float = 900.0
+    engine_silence_s: float = 30.0  # /health turns unhealthy when the engine says nothing for so long
+    engine_death_grace_s: float = 2.0  # time in which the dead engine is reported before the server exits
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "max_body_bytes", "max_n", "max_prompts", "max_stop", "max_concurrent_requests")
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port {self.port} is not between 0 and 65535")
+        if not Path(self.engine.model_dir).is_dir():
+            raise ConfigError(f"the model directory {self.engine.model_dir!r} does not exist")
+        if self.adapters_dir is not None and not Path(self.adapters_dir).is_dir():
+            raise ConfigError(f"the adapter directory {self.adapters_dir!r} does not exist")
+        for root in self.adapter_roots:
+            if not Path(root).is_dir():
+                raise ConfigError(f"the adapter root {root!r} does not exist")
+
+    @property
+    def base_name(self) -> str:
+        return self.model_name or Path(self.engine.model_dir).resolve().name
+
+    @property
+    def roots(self) -> tuple[Path, ...]:
+        """Directories below which adapters may be read, the one given with --adapters first."""
+        listed = ((self.adapters_dir,) if self.adapters_dir else ()) + self.adapter_roots
+        return tuple(Path(root) for root in listed)
+
+
+def _at_least(config: msgspec.Struct, minimum: int, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < minimum:
+            raise ConfigError(f"{name} must be at least {minimum}, not {getattr(config, name)}")

@@ -1,0 +1,134 @@
+"""What crosses between the front process and the engine process. Everything; nothing else does."""
+
+import msgspec
+
+from adapters_store.base_spec import BaseSpec
+from adapters_store.parts import AdapterPackage
+from adapters_store.ref import AdapterRef
+from server.config import EngineConfig
+from server.engine.request import FinishReason, Sampling
+
+
+class _Message(msgspec.Struct, frozen=True, tag=True):
+    pass
+
+
+# -- to the engine ----------------------------------------------------------------------------------------------------
+
+
+class Configure(_Message, frozen=True):
+    """First message: build yourself so."""
+
+    config: EngineConfig
+
+
+class AddRequest(_Message, frozen=True):
+    request_id: int
+    prompt: list[int]
+    max_tokens: int
+    sampling: Sampling
+    adapter: AdapterRef | None
+    stop_token_ids: frozenset[int]
+
+
+class Abort(_Message, frozen=True):
+    request_ids: list[int]
+
+
+class AddAdapter(_Message, frozen=True):
+    ref: AdapterRef
+    package: AdapterPackage
+
+
+class RemoveAdapter(_Message, frozen=True):
+    ref: AdapterRef
+
+
+class Shutdown(_Message, frozen=True):
+    pass
+
+
+ToEngine = Configure | AddRequest | Abort | AddAdapter | RemoveAdapter | Shutdown
+
+
+# -- to the front -----------------------------------------------------------------------------------------------------
+
+
+class Progress(_Message, frozen=True):
+    """Loading: `done` of `total` steps of the stage. Also shows that the engine is alive."""
+
+    stage: str
+    done: int
+    total: int
+
+
+class EngineInfo(msgspec.Struct, frozen=True):
+    """What the front must know of the loaded model. Sizes in tokens or bytes as named."""
+
+    base: BaseSpec
+    model_type: str
+    num_parameters: int
+    weight_bytes: int
+    device: str
+    dtype: str
+    max_model_len: int
+    vocab_size: int
+    kv_cache_tokens: int
+    kv_cache_bytes: int
+    adapter_bytes: int
+    adapter_slots: int
+    stop_token_ids: frozenset[int]
+
+
+class Ready(_Message, frozen=True):
+    info: EngineInfo
+
+
+class StartFailed(_Message, frozen=True):
+    """The engine cannot serve this configuration, and ends. `message` is for the operator."""
+
+    message: str
+
+
+class TokenEvent(msgspec.Struct, frozen=True, array_like=True):
+    """A token of one request, its end, or both. Compact: there is one for every request in every step."""
+
+    request_id: int
+    token: int | None
+    finish: FinishReason | None = None
+    error: str | None = None
+    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache; set with the first event
+
+
+class AdapterOnDevice(msgspec.Struct, frozen=True):
+    """Residency of one adapter. `pins` counts running requests; `bytes` is what its pages occupy."""
+
+    ref: AdapterRef
+    state: str
+    bytes: int
+    pins: int
+
+
+class Stats(msgspec.Struct, frozen=True):
+    """Gauges as of now, and counters since start."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_blocks_used: int = 0
+    kv_blocks_total: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    preemptions: int = 0
+    steps: int = 0
+    computed_tokens: int = 0
+    adapters: tuple[AdapterOnDevice, ...] = ()
+
+
+class StepDone(_Message, frozen=True):
+    """The events of one step; empty when the engine is idle and only says that it is alive."""
+
+    events: list[TokenEvent]
+    stats: Stats
+
+
+ToFront = Progress | Ready | StartFailed | StepDone

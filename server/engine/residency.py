@@ -1,0 +1,52 @@
+"""What the scheduler asks of the paged weight manager, and no more. The real one is server/weights/residency.py."""
+
+import enum
+from typing import Protocol
+
+from adapters_store.parts import AdapterPackage
+from adapters_store.ref import AdapterRef
+
+Slot = int
+BASE_SLOT: Slot = 0
+
+
+class Wait(enum.Enum):
+    """Why an adapter is not on the device yet."""
+
+    LOADING = enum.auto()  # its transfer is under way
+    NO_ROOM = enum.auto()  # everything that could make room is pinned
+
+
+class AdapterFailed(Exception):
+    """The adapter's transfer failed; its message is for the user."""
+
+
+class Residency(Protocol):
+    """Adapters on the device, by revision. Called from the step loop: nothing here waits."""
+
+    def register(self, ref: AdapterRef, package: AdapterPackage) -> None:
+        """The adapter exists and may be asked for."""
+
+    def forget(self, ref: AdapterRef) -> None:
+        """Nobody will ask again, and nobody holds a pin: its room may be used."""
+
+    def poll(self) -> None:
+        """Take note of finished transfers. Once a step: within a step, what is loading stays so."""
+
+    def acquire(self, ref: AdapterRef) -> Slot | Wait:
+        """Pin the adapter and say where it is; or start to bring it in, pin nothing, and say why it must wait.
+
+        An adapter whose transfer is under way is never evicted for another: else two that want the last room would
+        evict each other for ever, and the first request in line would never run.
+
+        Raises AdapterFailed once if the transfer failed; a later call tries again.
+        """
+
+    def release(self, ref: AdapterRef) -> None:
+        """Undo one successful acquire."""
+
+    def is_loading(self) -> bool:
+        """Whether a transfer is under way, so that an idle loop knows to look again soon."""
+
+    def check(self) -> None:
+        """Recompute what is kept incrementally."""

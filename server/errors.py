@@ -1,0 +1,81 @@
+"""Every way in which Heddle says no, and the HTTP status of each.
+
+    HeddleError
+    ├── ConfigError           a setting is unknown, out of range, or contradicts another       (start fails)
+    ├── UnsupportedModel      the base model cannot be served exactly                          (start fails)
+    ├── StartupError          the engine did not come up; the message is the engine's          (start fails)
+    ├── InvalidRequest        400  a field is missing, malformed, out of range or not served
+    ├── NotFound              404  an unknown model or route
+    ├── PayloadTooLarge       413  the body exceeds the limit
+    ├── EngineDead            503  the engine process has ended; nothing can be generated
+    └── GenerationFailed      500  this request failed inside the engine, others are unaffected
+
+    adapters_store.errors.AdapterError, by kind (see ADAPTER_STATUS)
+"""
+
+from adapters_store import errors as adapter_errors
+
+
+class HeddleError(Exception):
+    """Base of all our errors. `message` is shown to users; it holds no paths, addresses or others' text."""
+
+    status = 500
+    type = "internal_error"
+    code: str | None = None
+    param: str | None = None
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        if param is not None:
+            self.param = param
+        if code is not None:
+            self.code = code
+
+
+class ConfigError(HeddleError):
+    pass
+
+
+class UnsupportedModel(HeddleError):
+    pass
+
+
+class StartupError(HeddleError):
+    pass
+
+
+class InvalidRequest(HeddleError):
+    status = 400
+    type = "invalid_request_error"
+
+
+class NotFound(HeddleError):
+    status = 404
+    type = "invalid_request_error"
+
+
+class PayloadTooLarge(HeddleError):
+    status = 413
+    type = "invalid_request_error"
+
+
+class EngineDead(HeddleError):
+    status = 503
+    type = "service_unavailable"
+    code = "engine_dead"
+
+
+class GenerationFailed(HeddleError):
+    pass
+
+
+ADAPTER_STATUS: dict[type[adapter_errors.AdapterError], tuple[int, str]] = {
+    adapter_errors.AdapterNotFound: (404, "model_not_found"),
+    adapter_errors.AdapterConflict: (409, "adapter_conflict"),
+    adapter_errors.InvalidAdapterName: (400, "invalid_adapter_name"),
+    adapter_errors.AdapterPathRefused: (400, "adapter_path_refused"),
+    adapter_errors.InvalidAdapter: (422, "invalid_adapter"),
+    adapter_errors.UnsupportedAdapter: (422, "unsupported_adapter"),
+    adapter_errors.CoverageError: (422, "adapter_does_not_fit"),
+}
