@@ -1,0 +1,80 @@
+"""Reference and CPU path of paged_attention.
+
+Grouped-query attention is computed with the group folded into the rows of the query, since `enable_gqa` copies keys
+and values on the CPU. Decodes run in padded groups: one gather and one call for up to 16 sequences.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.paged_attention.batch import AttentionBatch
+
+
+def paged_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Causal attention of each token over its own sequence; returns [T, Hq, Dv].
+
+    query [T, Hq, D]; key_cache [blocks, block_size, Hkv, D], value_cache [.., Dv]: already hold the step's own tokens,
+    and nothing but finite values (padding is read and masked). Hq is a multiple of Hkv.
+    window: a token sees itself and window - 1 tokens before it. softcap: scores become softcap * tanh(s / softcap).
+    sinks [Hq]: a logit per head that takes part in the softmax and has no value (gpt-oss).
+    """
+    heads, kv_heads = query.shape[1], key_cache.shape[2]
+    group = heads // kv_heads
+    out = query.new_empty(*query.shape[:2], value_cache.shape[-1])
+    if sinks is not None:
+        sinks = sinks.view(kv_heads, group)
+    chunks, decodes = batch.plan(window)
+    for chunk in chunks:
+        length = chunk.end - chunk.start
+        key = _gather(key_cache, chunk.blocks, 1)[:, :, : chunk.num_keys]
+        value = _gather(value_cache, chunk.blocks, 1)[:, :, : chunk.num_keys]
+        # [q, Hkv, G, D] -> [1, Hkv, G * q, D]
+        folded = query[chunk.start : chunk.end].unflatten(1, (kv_heads, group)).permute(1, 2, 0, 3).flatten(1, 2)[None]
+        chunk_sinks = None if sinks is None else sinks.repeat_interleave(length, 1)
+        attended = _attend(folded, key, value, chunk.mask.repeat(group, 1), scale, softcap, chunk_sinks)
+        out[chunk.start : chunk.end] = attended[0].unflatten(1, (group, length)).permute(2, 0, 1, 3).flatten(1, 2)
+    for decode in decodes:
+        count = len(decode.rows)
+        key, value = _gather(key_cache, decode.blocks, count), _gather(value_cache, decode.blocks, count)
+        folded = query.index_select(0, decode.rows).unflatten(1, (kv_heads, group))  # [n, Hkv, G, D]
+        attended = _attend(folded, key, value, decode.mask, scale, softcap, sinks)
+        out.index_copy_(0, decode.rows, attended.flatten(1, 2))
+    return out
+
+
+def _gather(cache: Tensor, blocks: Tensor, sequences: int) -> Tensor:
+    """[n * b] blocks of n sequences -> [n, Hkv, b * block_size, D]."""
+    taken = cache.index_select(0, blocks)
+    return taken.view(sequences, -1, *cache.shape[2:]).transpose(1, 2)
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """query [n, H, R, D], key and value [n, H, K, ..], mask broadcast to [n, H, R, K], sinks [H, R] -> [n, H, R, Dv]."""
+    if softcap is None and sinks is None:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    scores = (query @ key.transpose(-1, -2)).float() * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores + mask
+    if sinks is None:
+        return torch.softmax(scores, -1).to(value.dtype) @ value
+    logits = sinks.float().expand(len(scores), -1, -1)[..., None]
+    return torch.softmax(torch.cat([scores, logits], -1), -1)[..., :-1].to(value.dtype) @ value

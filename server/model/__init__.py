@@ -1,0 +1,4 @@
+"""How a step is computed: Transformers model classes with our attention, experts and LoRA injected.
+
+Read loader.py first: it lists everything that is injected. Adapter tables arrive inside a step's inputs.
+"""

@@ -1,0 +1,106 @@
+"""Which base models are served, and what differs between them.
+
+A family is in the table because its parity test passes (tests/test_families.py): tokens of a mixed, chunked schedule
+equal Transformers' own `generate`. Everything else is refused by name: an architecture that mixes tokens in a way we
+do not know (recurrent layers, convolutions, other masks) would give wrong answers in silence.
+"""
+
+import torch
+from torch import nn
+
+LayerWindow = int | None  # sliding window in tokens; None is full attention
+
+FAMILIES = frozenset({
+    "deepseek_v2", "deepseek_v3", "gemma2", "gpt_oss", "llama", "mistral", "mixtral", "olmoe", "phi3", "qwen2",
+    "qwen2_moe", "qwen3", "qwen3_moe",
+})  # fmt: skip
+
+# frequencies of these are a function of the position alone
+_STATIC_ROPES = frozenset({"default", "linear", "llama3", "yarn"})
+
+
+class UnsupportedModelError(Exception):
+    """This base cannot be served exactly; the message says why."""
+
+
+def check_family(config: object) -> None:
+    """Raise UnsupportedModelError unless the configuration is of a family that is served."""
+    model_type = getattr(config, "model_type", None)
+    kinds = set(getattr(config, "layer_types", None) or ())
+    unknown = sorted(kinds - {"full_attention", "sliding_attention"})
+    if unknown:
+        raise UnsupportedModelError(
+            f"{model_type} has layers of type {', '.join(unknown)}; only full and sliding-window attention are served"
+        )
+    if model_type not in FAMILIES:
+        raise UnsupportedModelError(f"model type {model_type!r} is not served; these are: {', '.join(sorted(FAMILIES))}")
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedModelError("quantised checkpoints are not served yet; use a float32, float16 or bfloat16 one")
+
+
+def layer_windows(config: object) -> list[LayerWindow]:
+    """The window of each layer, from the configuration.
+
+    Never from the attention call: some families do not pass it there (Qwen2-MoE), and full attention in place of a
+    window is wrong without any error.
+    """
+    num_layers: int = config.num_hidden_layers  # type: ignore[attr-defined]
+    window: int | None = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        uses_window = window is not None and getattr(config, "use_sliding_window", True)
+        return [window if uses_window else None] * num_layers
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def max_model_len(config: object, asked: int) -> int:
+    """The longest sequence that is served: `asked`, or the model's own limit where that is 0.
+
+    Dynamic and long rope change all frequencies with the longest sequence of the *batch*. Dynamic rope is therefore
+    served up to its original length, where it does not change; long rope to its original length by default, and
+    beyond it (if asked) with the long frequencies for every request (see pin_rope).
+    """
+    limit: int = config.max_position_embeddings  # type: ignore[attr-defined]
+    rope = _rope(config)
+    if rope["rope_type"] not in _STATIC_ROPES | {"dynamic", "longrope"}:
+        raise UnsupportedModelError(f"rope type {rope['rope_type']!r} is not served")
+    if asked > limit:
+        raise UnsupportedModelError(f"max_model_len {asked} exceeds what the model was made for, {limit}")
+    if rope["rope_type"] == "longrope" and not asked:
+        return min(limit, int(rope["original_max_position_embeddings"]))
+    return asked or limit
+
+
+def pin_rope(model: nn.Module, config: object, length: int) -> None:
+    """Fix long rope to one set of frequencies, so that no request changes another's.
+
+    Up to the original length Transformers always picks the short set and nothing is to do. Beyond it, every request
+    gets the long set, as the longest allowed one would.
+    """
+    rope = _rope(config)
+    if rope["rope_type"] != "longrope" or length <= int(rope["original_max_position_embeddings"]):
+        return
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    for module in model.modules():
+        if hasattr(module, "original_inv_freq"):
+            long, _ = ROPE_INIT_FUNCTIONS["longrope"](config, None, seq_len=length)
+            with torch.no_grad():
+                module.original_inv_freq.copy_(long)
+
+
+def _rope(config: object) -> dict[str, object]:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = next((value for value in parameters.values() if isinstance(value, dict)), None)
+    if nested is not None and len({str(value) for value in parameters.values()}) > 1:
+        raise UnsupportedModelError("a rope of its own for each kind of layer is not served")
+    return {"rope_type": "default", **(nested or parameters)}
+
+
+def stop_token_ids(config: object, generation_config: object | None) -> frozenset[int]:
+    """End-of-sequence ids: those of the generation configuration if it names any, else the model's."""
+    for source in (generation_config, config):
+        eos = getattr(source, "eos_token_id", None)
+        if eos is not None:
+            return frozenset([eos] if isinstance(eos, int) else eos)
+    return frozenset()

@@ -1,0 +1,86 @@
+"""Load a base model and inject what is ours: attention, experts, LoRA. This file is the list of it."""
+
+import re
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.utils import logging as transformers_logging
+
+from server.model.attention import PROBE
+from server.model.experts import RoutedExperts
+from server.model.families import UnsupportedModelError, check_family
+from server.model.inputs import CurrentStep
+from server.model.lora_linear import LoraLinear
+
+OnProgress = Callable[[str, int, int], None]  # stage, done, total
+# (layer, gate_up, down) of the base -> stacks that begin with the same experts and have room for adapters'
+MakeStacks = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def load_model(model_dir: Path, dtype: torch.dtype, on_progress: OnProgress) -> tuple[nn.Module, GenerationConfig | None]:
+    """A Transformers causal LM in eval mode. Raises UnsupportedModelError before reading any weight."""
+    if not (model_dir / "config.json").is_file():
+        raise UnsupportedModelError(f"{model_dir.name!r} holds no config.json, so it is not a Transformers model")
+    config = AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+    check_family(config)
+    previous = transformers_logging.set_tqdm_hook(_report_bars(on_progress))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            model_dir,
+            config=config,
+            dtype=dtype,
+            attn_implementation=PROBE,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+    finally:
+        transformers_logging.set_tqdm_hook(previous)
+    has_generation = (model_dir / "generation_config.json").is_file()
+    generation = GenerationConfig.from_pretrained(model_dir, local_files_only=True) if has_generation else None
+    return model.eval(), generation
+
+
+def _report_bars(on_progress: OnProgress) -> Callable[..., Any]:
+    """Turn the progress bar over the weights into messages; any other bar stays silent."""
+
+    def hook(factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not args:
+            return factory(**{**kwargs, "disable": True})
+        return _reported(args[0], str(kwargs.get("desc", "Loading")), on_progress)
+
+    return hook
+
+
+def _reported(items: Collection[Any], stage: str, on_progress: OnProgress) -> Iterator[Any]:
+    for done, item in enumerate(items, start=1):
+        yield item
+        on_progress(stage, done, len(items))
+
+
+def inject(model: nn.Module, step: CurrentStep, make_stacks: MakeStacks) -> None:
+    """Replace experts and linears in place. Attention follows once the size of the KV cache is known."""
+    for name, module in list(model.named_modules()):
+        if hasattr(module, "gate_up_proj") and hasattr(module, "_apply_gate"):
+            layer = layer_of(name)
+            gate_up, down = make_stacks(layer, module.gate_up_proj.data, module.down_proj.data)
+            _replace(model, name, RoutedExperts(module, gate_up, down, layer, step))
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear:
+            _replace(model, name, LoraLinear(module, name, step))
+
+
+def layer_of(name: str) -> int:
+    """model.layers.3.mlp.experts -> 3"""
+    match = re.search(r"\.layers\.(\d+)\.", f".{name}")
+    assert match is not None, name
+    return int(match[1])
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)

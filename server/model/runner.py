@@ -1,0 +1,33 @@
+"""Compute a step: a plan in, one token for each request that samples out."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from server.model.inputs import AdapterTables, CurrentStep, ScheduledLike, build_inputs
+from server.model.sampler import sample
+
+
+class ModelRunner:
+    def __init__(self, model: nn.Module, step: CurrentStep, tables: AdapterTables, block_size: int) -> None:
+        self._model = model
+        self._step = step
+        self._tables = tables
+        self._block_size = block_size
+        self._dtype = next(model.parameters()).dtype
+
+    @torch.inference_mode()
+    def run(self, plan: Sequence[ScheduledLike]) -> dict[int, int]:
+        ordered = sorted(plan, key=lambda scheduled: scheduled.request.slot)
+        inputs = build_inputs(ordered, self._tables, self._block_size, self._dtype)
+        with self._step.of(inputs):
+            logits = self._model(
+                input_ids=inputs.token_ids[None],
+                position_ids=inputs.positions[None],
+                use_cache=False,
+                logits_to_keep=inputs.sample_rows,
+            ).logits[0]
+        requests = [scheduled.request for scheduled in ordered if scheduled.samples]
+        tokens = sample(logits, [r.sampling for r in requests], [r.num_generated for r in requests])
+        return {request.id: token for request, token in zip(requests, tokens, strict=True)}

@@ -1,0 +1,124 @@
+"""ESFT adapters on the device: expert stacks with room behind the base's experts, and the expert maps."""
+
+import torch
+from torch import Tensor
+
+from adapters_store.parts import ExpertReplacement, TensorRef
+from server.weights.arena import HostArena
+from server.weights.page_pool import PagePool
+
+
+class _Stack:
+    """One matrix of one layer: [M + slots * E_max, ...] in an arena, of which the base's M are always mapped."""
+
+    def __init__(self, base: Tensor, num_slots: int, e_max: int) -> None:
+        self._num_base, self._e_max = len(base), e_max
+        total = len(base) + num_slots * e_max
+        self._expert_bytes = base[0].numel() * base.itemsize
+        self.arena = HostArena(total * self._expert_bytes)
+        self.base_range = (0, len(base) * self._expert_bytes)
+        self.arena.map(*self.base_range)
+        self.tensor = self.arena.tensor(0, (total, *base.shape[1:]), base.dtype)
+        self.tensor[: len(base)].copy_(base)
+
+    def first(self, slot: int) -> int:
+        """Where the experts of the adapter in `slot` begin."""
+        return self._num_base + (slot - 1) * self._e_max
+
+    def range_of(self, slot: int, count: int) -> tuple[int, int]:
+        """(offset, size) in bytes of that adapter's first `count` experts."""
+        return self.first(slot) * self._expert_bytes, count * self._expert_bytes
+
+
+class _Layer:
+    def __init__(self, gate_up: _Stack, down: _Stack, num_base: int, num_slots: int) -> None:
+        self.stacks = (gate_up, down)
+        self.gate_up, self.down = gate_up, down
+        self.map = torch.arange(num_base).repeat(num_slots + 1, 1)  # [slots + 1, M]; every row starts as the identity
+
+
+class ExpertStacks:
+    """Adapter in slot s keeps its tuned experts of a layer at M + (s - 1) * E_max + δ, δ counting them by id.
+
+    The rest of its E_max places stay unmapped, so an adapter occupies its tuned experts and less than a page a tensor.
+    """
+
+    def __init__(self, num_slots: int, e_max: int, pool: PagePool) -> None:
+        self._num_slots, self.e_max, self._pool = num_slots, e_max, pool
+        self._layers: dict[int, _Layer] = {}
+        self._tuned: dict[int, dict[int, list[int]]] = {}  # slot -> layer -> expert ids, ascending
+
+    def add_layer(self, layer: int, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+        """Take over the base's experts of a layer; returns the stacks that replace them."""
+        e_max = self.e_max or len(gate_up)
+        stacks = _Stack(gate_up, self._num_slots, e_max), _Stack(down, self._num_slots, e_max)
+        self._layers[layer] = _Layer(*stacks, len(gate_up), self._num_slots)
+        return stacks[0].tensor, stacks[1].tensor
+
+    def pages_for(self, slot: int, parts: list[ExpertReplacement]) -> int:
+        return sum(
+            stack.arena.pages_to_map(*stack.range_of(slot, len(experts)))
+            for layer, experts in _by_layer(parts).items()
+            for stack in self._layers[layer].stacks
+        )
+
+    def map(self, slot: int, parts: list[ExpertReplacement]) -> list[tuple[TensorRef, Tensor]]:
+        """Make room in `slot`; returns each tensor with the place that it must be copied to."""
+        self._tuned[slot] = tuned = _by_layer(parts)
+        for layer, experts in tuned.items():
+            for stack in self._layers[layer].stacks:
+                self._pool.take(stack.arena.map(*stack.range_of(slot, len(experts))))
+        return [place for part in parts for place in self._places(slot, part)]
+
+    def _places(self, slot: int, part: ExpertReplacement) -> list[tuple[TensorRef, Tensor]]:
+        layer = self._layers[part.layer]
+        at = layer.gate_up.first(slot) + self._tuned[slot][part.layer].index(part.expert)
+        halves = layer.gate_up.tensor[at].split([tensor.shape[0] for tensor in part.gate_up])
+        return [*zip(part.gate_up, halves, strict=True), (part.down, layer.down.tensor[at])]
+
+    def install(self, slot: int) -> None:
+        """Let routing see the slot: its bytes are in place."""
+        for layer_id, experts in self._tuned[slot].items():
+            layer = self._layers[layer_id]
+            layer.map[slot, experts] = torch.arange(len(experts)) + layer.gate_up.first(slot)
+
+    def unmap(self, slot: int) -> None:
+        for layer_id, experts in self._tuned.pop(slot).items():
+            layer = self._layers[layer_id]
+            layer.map[slot] = layer.map[0]
+            for stack in layer.stacks:
+                self._pool.give_back(stack.arena.unmap(*stack.range_of(slot, len(experts))))
+
+    def map_of(self, layer: int) -> Tensor:
+        """[slots + 1, M] int64: the expert that a slot uses instead of each of the base's; row 0 is the identity."""
+        return self._layers[layer].map
+
+    def has(self, slot: int) -> bool:
+        return slot in self._tuned
+
+    def check(self) -> None:
+        for layer_id, layer in self._layers.items():
+            for stack in layer.stacks:
+                mine = [
+                    stack.range_of(slot, len(tuned[layer_id]))
+                    for slot, tuned in self._tuned.items()
+                    if layer_id in tuned
+                ]
+                stack.arena.check([stack.base_range, *mine])
+            assert torch.equal(layer.map[0], torch.arange(layer.map.shape[1]))
+
+    @property
+    def num_mapped_pages(self) -> int:
+        """Pages mapped for adapters, beyond those that the base's experts fill."""
+        return sum(
+            stack.arena.num_mapped_pages - -(-stack.base_range[1] // stack.arena.page_bytes)
+            for layer in self._layers.values()
+            for stack in layer.stacks
+        )
+
+
+def _by_layer(parts: list[ExpertReplacement]) -> dict[int, list[int]]:
+    tuned: dict[int, list[int]] = {}
+    for part in sorted(parts, key=lambda part: (part.layer, part.expert)):
+        tuned.setdefault(part.layer, []).append(part.expert)
+    return tuned

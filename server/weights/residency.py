@@ -1,0 +1,194 @@
+"""Which adapters are on the device: pins, least-recently-used eviction, transfers under way."""
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from adapters_store.parts import AdapterPackage, ExpertReplacement, LowRank
+from adapters_store.ref import AdapterRef
+from kernels.lora import LoraWeights
+from server.engine.messages import AdapterOnDevice
+from server.engine.residency import AdapterFailed, Slot, Wait
+from server.weights.expert_stacks import ExpertStacks
+from server.weights.lora_slabs import LoraSlabs
+from server.weights.page_pool import PagePool
+from server.weights.transfer import Transfer, TransferThread
+
+
+class State(enum.StrEnum):
+    """absent -> loading -> resident -> absent; a failed transfer goes back to absent by way of failed."""
+
+    ABSENT = "absent"
+    LOADING = "loading"
+    RESIDENT = "resident"
+    FAILED = "failed"
+
+
+@dataclass
+class _Adapter:
+    ref: AdapterRef
+    package: AdapterPackage
+    low_rank: list[LowRank]
+    experts: list[ExpertReplacement]
+    state: State = State.ABSENT
+    slot: Slot = 0
+    pages: int = 0
+    pins: int = 0
+    transfer: Transfer | None = None
+    error: str = ""
+    forgotten: bool = field(default=False)  # nobody wants it, but its transfer must end before its room is reused
+
+
+class DeviceResidency:
+    """Implements the engine's Residency protocol, and the model's AdapterTables."""
+
+    def __init__(
+        self, num_slots: int, pool: PagePool, slabs: LoraSlabs, stacks: ExpertStacks, transfers: TransferThread
+    ) -> None:
+        self._pool, self._slabs, self._stacks, self._transfers = pool, slabs, stacks, transfers
+        self._adapters: dict[AdapterRef, _Adapter] = {}  # residents in order of last use
+        self._free_slots = list(range(num_slots, 0, -1))  # popped from the end: low slots first keeps stacks short
+
+    # -- Residency, for the scheduler -----------------------------------------------------------------------------
+
+    def register(self, ref: AdapterRef, package: AdapterPackage) -> None:
+        known = self._adapters.get(ref)
+        if known is not None:  # forgotten while its transfer runs, and wanted again
+            known.forgotten = False
+            return
+        low_rank = [part for part in package.parts if isinstance(part, LowRank)]
+        experts = [part for part in package.parts if isinstance(part, ExpertReplacement)]
+        self._adapters[ref] = _Adapter(ref, package, low_rank, experts)
+
+    def forget(self, ref: AdapterRef) -> None:
+        adapter = self._adapters[ref]
+        assert adapter.pins == 0
+        if adapter.state is State.LOADING:
+            adapter.forgotten = True
+            return
+        if adapter.state is State.RESIDENT:
+            self._evict(adapter)
+        del self._adapters[ref]
+
+    def poll(self) -> None:
+        for adapter in list(self._adapters.values()):
+            if adapter.transfer is not None and adapter.transfer.done:
+                self._finish_transfer(adapter, adapter.transfer)
+
+    def acquire(self, ref: AdapterRef) -> Slot | Wait:
+        adapter = self._adapters[ref]
+        if adapter.state is State.FAILED:
+            adapter.state = State.ABSENT
+            raise AdapterFailed(f"the adapter {ref.name!r} could not be loaded: {adapter.error}")
+        if adapter.state is State.ABSENT and not self._start_transfer(adapter):
+            return Wait.NO_ROOM
+        if adapter.state is State.LOADING:
+            return Wait.LOADING
+        adapter.pins += 1
+        self._adapters[ref] = self._adapters.pop(ref)  # most recently used
+        return adapter.slot
+
+    def release(self, ref: AdapterRef) -> None:
+        adapter = self._adapters[ref]
+        assert adapter.pins > 0
+        adapter.pins -= 1
+
+    def is_loading(self) -> bool:
+        return any(adapter.state is State.LOADING for adapter in self._adapters.values())
+
+    def report(self) -> tuple[AdapterOnDevice, ...]:
+        return tuple(
+            AdapterOnDevice(adapter.ref, adapter.state.value, adapter.pages * self._pool.page_bytes, adapter.pins)
+            for adapter in self._adapters.values()
+            if adapter.state is not State.ABSENT
+        )
+
+    def check(self) -> None:
+        holding = [a for a in self._adapters.values() if a.state in (State.LOADING, State.RESIDENT)]
+        slots = [adapter.slot for adapter in holding] + self._free_slots
+        assert len(set(slots)) == len(slots) and 0 not in slots
+        assert all(a.pins == 0 or a.state is State.RESIDENT for a in self._adapters.values())
+        assert self._pool.num_used == self._slabs.num_mapped_pages + self._stacks.num_mapped_pages
+        self._slabs.check()
+        self._stacks.check()
+
+    # -- AdapterTables, for the model -----------------------------------------------------------------------------
+
+    def lora_weights(self, module: str) -> Mapping[int, LoraWeights]:
+        return self._slabs.weights(module)
+
+    def expert_map(self, layer: int) -> Tensor:
+        return self._stacks.map_of(layer)
+
+    def has_lora(self, slot: int) -> bool:
+        return self._slabs.has(slot)
+
+    def has_experts(self, slot: int) -> bool:
+        return self._stacks.has(slot)
+
+    # -- transfers ------------------------------------------------------------------------------------------------
+
+    def _start_transfer(self, adapter: _Adapter) -> bool:
+        """Make room, evicting if need be, and start to copy. False if what is in the way is pinned or loading."""
+        slot = self._make_room(adapter)
+        if slot is None:
+            return False
+        used = self._pool.num_used
+        places = self._slabs.map(slot, adapter.low_rank) if adapter.low_rank else []
+        places += self._stacks.map(slot, adapter.experts) if adapter.experts else []
+        adapter.slot, adapter.pages, adapter.state = slot, self._pool.num_used - used, State.LOADING
+        adapter.transfer = Transfer(Path(adapter.package.path), adapter.package.files, places)
+        self._transfers.start(adapter.transfer)
+        return True
+
+    def _make_room(self, adapter: _Adapter) -> Slot | None:
+        victims = [a for a in self._adapters.values() if a.state is State.RESIDENT and a.pins == 0]
+        # evict nothing in vain: first see whether evicting every idle adapter would do
+        if not self._free_slots and not victims:
+            return None
+        needed = self._pages_for(self._free_slots[-1] if self._free_slots else victims[0].slot, adapter)
+        if needed > self._pool.num_pages:
+            raise AdapterFailed(f"the adapter {adapter.ref.name!r} cannot be loaded: {self._too_large(needed)}")
+        if needed > self._pool.num_free + sum(victim.pages for victim in victims):
+            return None
+        while not self._free_slots or self._pages_for(self._free_slots[-1], adapter) > self._pool.num_free:
+            if not victims:
+                return None  # pages shared with a neighbour made the estimate short by a page or two
+            self._evict(victims.pop(0))
+        return self._free_slots.pop()
+
+    def _pages_for(self, slot: Slot, adapter: _Adapter) -> int:
+        pages = self._slabs.pages_for(adapter.low_rank) if adapter.low_rank else 0
+        return pages + (self._stacks.pages_for(slot, adapter.experts) if adapter.experts else 0)
+
+    def _too_large(self, pages: int) -> str:
+        needed, budget = pages * self._pool.page_bytes, self._pool.num_pages * self._pool.page_bytes
+        return f"it needs {needed:,} bytes; all adapters together may use {budget:,} (adapter_bytes)"
+
+    def _finish_transfer(self, adapter: _Adapter, transfer: Transfer) -> None:
+        adapter.transfer = None
+        adapter.state = State.RESIDENT
+        if transfer.error is not None or adapter.forgotten:
+            self._evict(adapter)
+            if transfer.error is not None:
+                adapter.state, adapter.error = State.FAILED, str(transfer.error)
+            if adapter.forgotten:
+                del self._adapters[adapter.ref]
+            return
+        if adapter.low_rank:
+            self._slabs.install(adapter.slot, adapter.low_rank)
+        if adapter.experts:
+            self._stacks.install(adapter.slot)
+
+    def _evict(self, adapter: _Adapter) -> None:
+        assert adapter.state is State.RESIDENT and adapter.pins == 0
+        if adapter.low_rank:
+            self._slabs.unmap(adapter.slot)
+        if adapter.experts:
+            self._stacks.unmap(adapter.slot)
+        self._free_slots.append(adapter.slot)
+        self._free_slots.sort(reverse=True)
+        adapter.state, adapter.slot, adapter.pages = State.ABSENT, 0, 0
