@@ -25,11 +25,12 @@ _KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(?:\.
 Number = TypeVar("Number", int, float)
 _PATTERN_SECONDS = 0.1  # a pattern is the sender's regular expression: it must not hold up the server
 
-# keys that say how the adapter was trained, or repeat what the tensors say; they do not change how it is served
+# keys that say how the adapter was trained, or what the tensors say themselves; they do not change how it is served
 _INERT = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules",
     "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config",
-    "megatron_core", "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
+    "megatron_core", "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config",
+    "target_parameters", "task_type",
 }  # fmt: skip
 _READ = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "init_lora_weights"}
 # initialisations that also change the base weights, so that the adapter alone does not describe the model
@@ -110,8 +111,12 @@ def _bind(tensors: dict[str, TensorRef], config: _Config, base: BaseSpec) -> lis
     sides: dict[str, dict[str, TensorRef]] = {}
     for key, tensor in tensors.items():
         match = _KEY.match(key)
-        if match is None:
+        if key.endswith((".base_layer.weight", ".embed_tokens.weight", ".lm_head.weight")):
+            problems.append(f"{key[:200]}: a copy of a base weight; save the adapter with save_embedding_layers=False")
+        elif match is None:
             problems.append(f"{key[:200]}: not the A or B of a LoRA linear")
+        elif match["module"].endswith((".experts", ".experts.base_layer")):
+            problems.append(f"{key[:200]}: LoRA on routed experts is not served")
         elif match["module"] not in base.linears:
             problems.append(f"{key[:200]}: the base has no linear {match['module'][:200]}")
         elif match["side"] in sides.setdefault(match["module"], {}):

@@ -1,0 +1,148 @@
+"""The oracle: a mixed-adapter batch equals each request alone on the base with its adapter merged into the weights.
+
+Base, LoRA and ESFT requests in the same steps, with chunked prefill, preemption, prefix hits, cancels, and adapters
+added and removed meanwhile. The references are computed by Transformers on merged weights, float32 on the CPU.
+"""
+
+import random
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from adapters_store.catalog import CatalogEntry
+from server.engine.request import FinishReason, Request
+from server.model.attention import PROBE
+from tests.engine_harness import Engine, generated, prompts
+from tests.test_families import reference
+from tests.tiny_adapters import ALL_LINEARS, ATTENTION, merge, register, save_esft, save_lora, write_lora
+from tests.tiny_models import make_model
+
+MLA = ("kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+# DeepSeek's shared experts and dense layer are plain linears, but PEFT takes any target there for the routed experts
+SHARED = re.compile(r".*(shared_experts|layers\.0\.mlp)\.(gate|up|down)_proj")
+TUNED_A = {1: [5, 0, 3], 2: [7], 3: [2, 6]}  # order of relevance, not of id; another number in each layer
+TUNED_B = {1: [3], 3: [1, 2, 4, 6]}
+NEW_TOKENS = 12
+
+CASES = {
+    "llama": (ALL_LINEARS, ("v_proj", "down_proj", "lm_head"), False),
+    "phi3": (("qkv_proj", "gate_up_proj"), ("o_proj", "down_proj"), False),
+    "qwen3_moe": (ATTENTION, ("q_proj", "v_proj"), True),
+    "qwen2_moe-window": (ATTENTION, ("o_proj",), True),
+    "deepseek_v2": (MLA, SHARED, True),
+    "olmoe": (ATTENTION, ("k_proj",), True),
+}
+
+
+def save_adapters(root: Path, name: str) -> list[Path]:
+    model = make_model(name)
+    first, second, is_moe = CASES[name]
+    paths = [
+        save_lora(root / "lora-wide", model, 1, first, rank=8, alpha=16),
+        write_lora(root / "lora-rs", model, 2, second, rank=3, alpha=4)
+        if isinstance(second, re.Pattern)
+        else save_lora(root / "lora-rs", model, 2, second, rank=3, alpha=4, use_rslora=True),
+    ]
+    if is_moe:
+        paths.append(save_esft(root / "esft-a", model, 3, TUNED_A))
+        paths.append(save_esft(root / "esft-b", model, 4, TUNED_B, prefix="", config=False, shards=2))
+    return paths
+
+
+class Oracle:
+    """Expected tokens by adapter and prompt; merged models are made once."""
+
+    def __init__(self, name: str, entries: list[CatalogEntry]) -> None:
+        self._models = {None: make_model(name)} | {entry.ref: merge(make_model(name), entry) for entry in entries}
+
+    def __call__(self, request: Request) -> list[int]:
+        return reference(self._models[request.adapter], request.tokens[: request.prompt_len], request.max_tokens)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_mixed_batch_equals_merged_models(name: str, tmp_path: Path) -> None:
+    engine = Engine(make_model(name, attention=PROBE))
+    entries = [register(engine, path) for path in save_adapters(tmp_path, name)]
+    oracle = Oracle(name, entries)
+    choices = [None, *(entry.ref for entry in entries)]
+    for index, prompt in enumerate(prompts(10)):
+        engine.add(prompt, NEW_TOKENS, choices[index % len(choices)])
+    engine.run()
+    for request in engine.requests:
+        assert generated(request) == oracle(request), request.adapter
+    assert max(len(slots) for slots in engine.batch_slots) >= 3  # they did share steps
+    # and the adapters do something: the same prompt through each gives another answer
+    answers = set()
+    for choice in choices:
+        request = engine.add(prompts(10)[1], NEW_TOKENS, choice)
+        engine.run()
+        answers.add(tuple(generated(request)))
+    assert len(answers) == len(choices)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "deepseek_v2", "olmoe"])
+def test_the_oracle_holds_under_everything_at_once(name: str, tmp_path: Path) -> None:
+    """Memory for a third of what the requests want, two adapter slots for all adapters, and coming and going."""
+    rng = random.Random(11)
+    engine = Engine(make_model(name, attention=PROBE), adapter_slots=2, kv_cache_bytes=_kv_bytes(name, 30))
+    paths = save_adapters(tmp_path, name)
+    entries = [register(engine, path) for path in paths]
+    late = register(engine, save_lora(tmp_path / "late", make_model(name), 9, CASES[name][0], rank=5))
+    engine.adapters.remove(late.ref)  # it arrives later
+    oracle = Oracle(name, [*entries, late])
+    shared = [rng.randrange(3, 199) for _ in range(9)]  # a common beginning: prefix hits
+    served = [None, *(entry.ref for entry in entries)]
+    cancelled: list[Request] = []
+
+    def between(step: int) -> None:
+        if step < 60 and step % 2 == 0:
+            prompt = shared[: rng.choice([0, 9])] + [rng.randrange(3, 199) for _ in range(rng.randrange(1, 20))]
+            engine.add(prompt, NEW_TOKENS, rng.choice(served))
+        if step == 10:
+            engine.adapters.register(late.ref, late.package)
+            served.append(late.ref)
+        if step == 30:  # its requests that are under way finish on it
+            engine.adapters.remove(entries[0].ref)
+            served.remove(entries[0].ref)
+        if step in (15, 25, 35):
+            victim = rng.choice(engine.scheduler.running or list(engine.scheduler.waiting.values()))
+            assert engine.scheduler.abort(victim.id) is not None
+            cancelled.append(victim)
+
+    engine.run(between)
+    for request in engine.requests:
+        if request not in cancelled:
+            assert engine.ended[request.id].finish is FinishReason.LENGTH
+            assert generated(request) == oracle(request), request.adapter
+    assert engine.scheduler.num_preemptions > 0
+    assert engine.assembly.kv_cache.num_prefix_hits > 0
+    assert engine.assembly.kv_cache.pool.num_free == engine.assembly.kv_cache.pool.num_blocks
+    assert late.ref in {request.adapter for request in engine.requests}
+
+
+def _kv_bytes(name: str, blocks: int) -> int:
+    info = Engine(make_model(name, attention=PROBE)).assembly.info
+    return blocks * 4 * (info.kv_cache_bytes // info.kv_cache_tokens)
+
+
+def test_logits_agree_within_float32_rounding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens could agree by luck; the logits of the first step must agree to 1e-4 of values around 4."""
+    import server.model.runner
+
+    name = "deepseek_v2"
+    engine = Engine(make_model(name, attention=PROBE), tokens_per_step=512)
+    entries = [register(engine, path) for path in save_adapters(tmp_path, name)]
+    seen: list[torch.Tensor] = []
+    sample = server.model.runner.sample
+    monkeypatch.setattr(server.model.runner, "sample", lambda logits, *rest: (seen.append(logits), sample(logits, *rest))[1])
+    prompt = prompts()[1]
+    for entry in [None, *entries]:
+        seen.clear()
+        engine.add(prompt, 1, entry.ref if entry else None)
+        engine.run()
+        model = merge(make_model(name), entry) if entry else make_model(name)
+        with torch.inference_mode():
+            expected = model(torch.tensor([prompt])).logits[0, -1]
+        torch.testing.assert_close(seen[-1][0], expected, atol=1e-4, rtol=0)
