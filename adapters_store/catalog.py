@@ -24,10 +24,11 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 class CatalogEntry(msgspec.Struct, frozen=True):
-    """`created` is in seconds of Unix time."""
+    """`root` is the directory's place below the adapter root, for people; `created` is in seconds of Unix time."""
 
     ref: AdapterRef
     package: AdapterPackage
+    root: str
     created: int
 
 
@@ -50,7 +51,9 @@ class Catalog:
         self._check_name(name)
         directory = self._resolve(path)
         package = read_adapter(directory, self._base)
-        return CatalogEntry(AdapterRef(name, package.revision, package.kind), package, created=int(time.time()))
+        root = next(root for root in self._roots if directory.is_relative_to(root))
+        ref = AdapterRef(name, package.revision, package.kind)
+        return CatalogEntry(ref, package, str(directory.relative_to(root)), created=int(time.time()))
 
     def add(self, entry: CatalogEntry) -> bool:
         """Give the name to these weights. False if it already meant exactly these (adding twice is no error)."""

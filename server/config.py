@@ -62,6 +62,7 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     startup_timeout_s: float = 900.0
     engine_silence_s: float = 30.0  # /health turns unhealthy when the engine says nothing for so long
     engine_death_grace_s: float = 2.0  # time in which the dead engine is reported before the server exits
+    drain_s: float = 5.0  # time in which running requests may finish after Ctrl-C or SIGTERM
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "max_body_bytes", "max_n", "max_prompts", "max_stop", "max_concurrent_requests")

@@ -99,6 +99,7 @@ def assemble(
         kv_cache_bytes=num_blocks * bytes_per_block,
         adapter_bytes=pool.num_pages * pool.page_bytes,
         adapter_slots=config.adapter_slots,
+        max_experts_per_adapter=stacks.e_max,
         stop_token_ids=stops,
     )
     return Assembly(

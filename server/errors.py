@@ -8,7 +8,8 @@
     ├── NotFound              404  an unknown model or route
     ├── PayloadTooLarge       413  the body exceeds the limit
     ├── EngineDead            503  the engine process has ended; nothing can be generated
-    └── GenerationFailed      500  this request failed inside the engine, others are unaffected
+    ├── Overloaded            503  as much is under way as is taken at once
+    └── GenerationFailed      503  this request failed in the engine (its adapter could not be loaded, say); others go on
 
     adapters_store.errors.AdapterError, by kind (see ADAPTER_STATUS)
 """
@@ -66,8 +67,16 @@ class EngineDead(HeddleError):
     code = "engine_dead"
 
 
+class Overloaded(HeddleError):
+    status = 503
+    type = "service_unavailable"
+    code = "overloaded"
+
+
 class GenerationFailed(HeddleError):
-    pass
+    status = 503
+    type = "service_unavailable"
+    code = "generation_failed"
 
 
 ADAPTER_STATUS: dict[type[adapter_errors.AdapterError], tuple[int, str]] = {

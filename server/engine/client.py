@@ -1,11 +1,12 @@
-"""The front's view of the engine: submit a request, iterate over its tokens, cancel it.
+"""The front's view of the engine: submit requests, iterate over their tokens, cancel them.
 
 Needs any link whose other end speaks messages.py: the engine process, or an EngineCore over FakeRunner in a thread.
 """
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from adapters_store.parts import AdapterPackage
@@ -31,40 +32,58 @@ from server.errors import EngineDead, StartupError
 
 
 class Link(Protocol):
-    async def send(self, message: ToEngine) -> None: ...
+    def send(self, message: ToEngine) -> None: ...
 
     async def receive(self) -> ToFront: ...
 
 
-class TokenStream:
-    """The tokens of one request. Iterate to its end, or `cancel()`; leaving early without either leaks work.
+@dataclass(frozen=True)
+class Submission:
+    """A request, before the engine has given it a number."""
 
-    The buffer is bounded by the request's own max_tokens.
+    prompt: list[int]
+    max_tokens: int
+    sampling: Sampling
+    adapter: AdapterRef | None
+    stop_token_ids: frozenset[int]
+
+
+class TokenStream:
+    """The tokens of some requests, as they come. Iterate to the end or `cancel()`: leaving otherwise leaks work.
+
+    The buffer is bounded by the requests' own max_tokens.
     """
 
-    def __init__(self, request_id: int, client: "EngineClient") -> None:
-        self.request_id = request_id
+    def __init__(self, request_ids: Sequence[int], client: "EngineClient") -> None:
+        self.request_ids = tuple(request_ids)
+        self._open = set(request_ids)
         self._client = client
         self._events: asyncio.Queue[TokenEvent | EngineDead] = asyncio.Queue()
-        self.is_over = False
 
     def put(self, event: TokenEvent | EngineDead) -> None:
         self._events.put_nowait(event)
 
     async def __aiter__(self) -> AsyncIterator[TokenEvent]:
-        while not self.is_over:
+        while self._open:
             event = await self._events.get()
             if isinstance(event, EngineDead):
-                self.is_over = True
+                self._open.clear()
                 raise event
-            self.is_over = event.finish is not None
-            yield event
+            if event.request_id in self._open:  # else it was stopped meanwhile
+                if event.finish is not None:
+                    self._open.remove(event.request_id)
+                yield event
 
-    async def cancel(self) -> None:
-        """Stop the request if it still runs. Safe at any time, any number of times."""
-        if not self.is_over:
-            self.is_over = True
-            await self._client.abort(self.request_id)
+    def stop(self, request_id: int) -> None:
+        """End one request early; no more of its tokens come out."""
+        if request_id in self._open:
+            self._open.remove(request_id)
+            self._client.abort([request_id])
+
+    def cancel(self) -> None:
+        """End whatever still runs. Safe at any time, any number of times."""
+        self._client.abort(sorted(self._open))
+        self._open.clear()
 
 
 class EngineClient:
@@ -110,16 +129,21 @@ class EngineClient:
     def declare_dead(self, reason: str) -> None:
         """The engine is gone: every open stream ends with EngineDead, every later call raises it."""
         self._death = reason
-        for stream in self._streams.values():
+        self.end_streams(reason)
+
+    def end_streams(self, reason: str) -> None:
+        """End every open stream with EngineDead; the engine goes on with nothing to do."""
+        streams = set(self._streams.values())
+        self.abort(list(self._streams))
+        for stream in streams:
             stream.put(EngineDead(reason))
-        self._streams.clear()
 
     @property
     def death(self) -> str | None:
         return self._death
 
     @property
-    def num_streams(self) -> int:
+    def num_requests(self) -> int:
         return len(self._streams)
 
     @property
@@ -127,40 +151,46 @@ class EngineClient:
         """Seconds since the engine was last heard."""
         return time.monotonic() - self.last_heard
 
-    async def shut_down(self) -> None:
+    def shut_down(self) -> None:
         if self._death is None:
-            await self._link.send(Shutdown())
+            self._link.send(Shutdown())
 
     # -- requests -------------------------------------------------------------------------------------------------
 
-    async def submit(
-        self,
-        prompt: list[int],
-        max_tokens: int,
-        sampling: Sampling,
-        adapter: AdapterRef | None,
-        stop_token_ids: frozenset[int],
-    ) -> TokenStream:
+    def submit(self, submissions: Sequence[Submission]) -> TokenStream:
+        """Start requests; request_ids of the stream are in the same order."""
         self._require_alive()
-        self._next_id += 1
-        stream = TokenStream(self._next_id, self)
-        self._streams[stream.request_id] = stream
-        await self._link.send(AddRequest(stream.request_id, prompt, max_tokens, sampling, adapter, stop_token_ids))
+        first = self._next_id
+        self._next_id += len(submissions)
+        stream = TokenStream(range(first, self._next_id), self)
+        for request_id, submission in zip(stream.request_ids, submissions, strict=True):
+            self._streams[request_id] = stream
+            self._link.send(
+                AddRequest(
+                    request_id,
+                    submission.prompt,
+                    submission.max_tokens,
+                    submission.sampling,
+                    submission.adapter,
+                    submission.stop_token_ids,
+                )
+            )
         return stream
 
-    async def abort(self, request_id: int) -> None:
-        if self._streams.pop(request_id, None) is not None and self._death is None:
-            await self._link.send(Abort([request_id]))
+    def abort(self, request_ids: Sequence[int]) -> None:
+        known = [request_id for request_id in request_ids if self._streams.pop(request_id, None) is not None]
+        if known and self._death is None:
+            self._link.send(Abort(known))
 
     # -- adapters -------------------------------------------------------------------------------------------------
 
-    async def add_adapter(self, ref: AdapterRef, package: AdapterPackage) -> None:
+    def add_adapter(self, ref: AdapterRef, package: AdapterPackage) -> None:
         self._require_alive()
-        await self._link.send(AddAdapter(ref, package))
+        self._link.send(AddAdapter(ref, package))
 
-    async def remove_adapter(self, ref: AdapterRef) -> None:
+    def remove_adapter(self, ref: AdapterRef) -> None:
         self._require_alive()
-        await self._link.send(RemoveAdapter(ref))
+        self._link.send(RemoveAdapter(ref))
 
     def _require_alive(self) -> None:
         if self._death is not None:

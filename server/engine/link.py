@@ -64,12 +64,16 @@ class FrontLink:
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.PAIR)
         self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.SNDHWM, 0)  # requests are bounded by admission, not by dropping messages
+        self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.bind(address)
 
-    async def send(self, message: ToEngine) -> None:
-        await self._socket.send(self._codec.encode(message))
+    def send(self, message: ToEngine) -> None:
+        """Never waits: the queue has no limit, and what enters it is bounded by admission.
+
+        So a request can be aborted from a cleanup path, where awaiting would be a hazard.
+        """
+        self._socket.send(self._codec.encode(message))
 
     async def receive(self) -> ToFront:
         return self._codec.decode(await self._socket.recv())

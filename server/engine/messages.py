@@ -77,6 +77,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     kv_cache_bytes: int
     adapter_bytes: int
     adapter_slots: int
+    max_experts_per_adapter: int
     stop_token_ids: frozenset[int]
 
 

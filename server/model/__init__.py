@@ -2,3 +2,7 @@
 
 Read loader.py first: it lists everything that is injected. Adapter tables arrive inside a step's inputs.
 """
+
+from server.kernels_name import keep_transformers_off
+
+keep_transformers_off()  # must come before any model code is imported

@@ -40,7 +40,7 @@ def sample(logits: Tensor, samplings: Sequence[SamplingLike], indices: Sequence[
 def _draw(logits: Tensor, samplings: Sequence[SamplingLike], draws: Tensor) -> list[int]:
     """Invert the cumulative distribution of the tokens that top-k and top-p leave, most likely first."""
     temperature = torch.tensor([sampling.temperature for sampling in samplings])[:, None]
-    ordered, ids = (logits.float() / temperature).sort(-1, descending=True, stable=True)
+    ordered, ids = (logits.float() / temperature).sort(dim=-1, descending=True, stable=True)
     probabilities = ordered.softmax(-1)
     vocab = logits.shape[-1]
     top_k = torch.tensor([sampling.top_k or vocab for sampling in samplings])[:, None]

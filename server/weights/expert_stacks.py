@@ -40,7 +40,7 @@ class _Layer:
 class ExpertStacks:
     """Adapter in slot s keeps its tuned experts of a layer at M + (s - 1) * E_max + δ, δ counting them by id.
 
-    The rest of its E_max places stay unmapped, so an adapter occupies its tuned experts and less than a page a tensor.
+    E_max is the same in all layers; 0 means as many as the base has. The rest of its places stay unmapped, so an adapter occupies its tuned experts and less than a page a tensor.
     """
 
     def __init__(self, num_slots: int, e_max: int, pool: PagePool) -> None:
@@ -50,8 +50,8 @@ class ExpertStacks:
 
     def add_layer(self, layer: int, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
         """Take over the base's experts of a layer; returns the stacks that replace them."""
-        e_max = self.e_max or len(gate_up)
-        stacks = _Stack(gate_up, self._num_slots, e_max), _Stack(down, self._num_slots, e_max)
+        self.e_max = self.e_max or len(gate_up)
+        stacks = _Stack(gate_up, self._num_slots, self.e_max), _Stack(down, self._num_slots, self.e_max)
         self._layers[layer] = _Layer(*stacks, len(gate_up), self._num_slots)
         return stacks[0].tensor, stacks[1].tensor
 

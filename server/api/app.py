@@ -1,0 +1,23 @@
+"""The application: routes, error shape and limits, around one Service."""
+
+from fastapi import FastAPI
+
+from server.api import adapters, completions, errors, health, models
+from server.api.limits import BodyLimit
+from server.api.service import Service
+from server.version import VERSION
+
+
+def create_app(service: Service) -> FastAPI:
+    app = FastAPI(
+        title="Heddle",
+        version=VERSION,
+        summary="One frozen base model, many LoRA and ESFT adapters decoded in the same batch.",
+        redirect_slashes=False,
+    )
+    app.state.service = service
+    for module in (completions, models, adapters, health):
+        app.include_router(module.router)
+    errors.install(app)
+    app.add_middleware(BodyLimit, max_bytes=service.config.max_body_bytes)
+    return app

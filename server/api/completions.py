@@ -1,0 +1,146 @@
+"""POST /v1/completions and /v1/chat/completions.
+
+A request's way: parse and refuse (protocol) -> prompt to tokens (text) -> sizes, seeds and adapter (generation.plan) ->
+engine client -> pieces of text -> one JSON body, or events.
+"""
+
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator
+
+from fastapi import APIRouter, Request, Response
+
+from server.api.errors import respond
+from server.api.generation import Generation, Piece, plan
+from server.api.protocol import ChatBody, CompletionBody, GenerationBody
+from server.api.service import Service, service_of
+from server.api.sse import ClientLeft, event_stream, unless_client_leaves
+from server.errors import InvalidRequest
+
+router = APIRouter()
+DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions; chat may fill the context
+
+
+@router.post("/v1/completions")
+async def completions(body: CompletionBody, request: Request) -> Response:
+    service = service_of(request)
+    prompts = _prompts(body, service)
+    generation = plan(service, body, prompts, body.max_tokens or DEFAULT_COMPLETION_TOKENS)
+    return await _answer(request, body, generation, CompletionShape(body.model))
+
+
+@router.post("/v1/chat/completions")
+async def chat_completions(body: ChatBody, request: Request) -> Response:
+    service = service_of(request)
+    service.adapter_for(body.model)  # an unknown model is the first thing to say
+    messages = [{"role": message.role, "content": message.text} for message in body.messages]
+    prompt = service.text.encode_chat(messages)
+    generation = plan(service, body, [prompt], body.max_tokens or body.max_completion_tokens)
+    return await _answer(request, body, generation, ChatShape(body.model))
+
+
+def _prompts(body: CompletionBody, service: Service) -> list[list[int]]:
+    """One list of token ids a prompt; `prompt` may be one or several, as text or as ids."""
+    service.adapter_for(body.model)
+    prompt = body.prompt
+    if isinstance(prompt, str):
+        prompts: list[str | list[int]] = [prompt]
+    elif prompt and isinstance(prompt[0], int):
+        prompts = [prompt]  # type: ignore[list-item]
+    else:
+        prompts = list(prompt)  # type: ignore[arg-type]
+    if not 0 < len(prompts) <= service.config.max_prompts:
+        raise InvalidRequest(
+            f"{len(prompts)} prompts in one request; 1 to {service.config.max_prompts} are served", param="prompt"
+        )
+    return [service.text.encode(one) if isinstance(one, str) else _checked(one, service) for one in prompts]
+
+
+def _checked(ids: list[int], service: Service) -> list[int]:
+    vocab_size = service.info.vocab_size
+    for index, token in enumerate(ids):
+        if not 0 <= token < vocab_size:
+            raise InvalidRequest(f"prompt[{index}] is {token}; token ids are 0 to {vocab_size - 1}", param="prompt")
+    return ids
+
+
+class Shape(ABC):
+    """How one of the two routes words its answers."""
+
+    def __init__(self, model: str) -> None:
+        self.id = f"{self.prefix}-{uuid.uuid4().hex}"
+        self.created = int(time.time())
+        self.model = model
+
+    prefix: str
+    object: str
+    chunk_object: str
+
+    @abstractmethod
+    def choice(self, index: int, text: str, finish: str) -> dict[str, object]: ...
+
+    @abstractmethod
+    def chunk_choice(self, piece: Piece, is_first: bool) -> dict[str, object]: ...
+
+    def body(self, object: str, choices: list[dict[str, object]], **more: object) -> dict[str, object]:
+        return {"id": self.id, "object": object, "created": self.created, "model": self.model,
+                "choices": choices, **more}  # fmt: skip
+
+
+class CompletionShape(Shape):
+    prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
+
+    def choice(self, index: int, text: str, finish: str) -> dict[str, object]:
+        return {"index": index, "text": text, "finish_reason": finish, "logprobs": None}
+
+    def chunk_choice(self, piece: Piece, is_first: bool) -> dict[str, object]:
+        return {"index": piece.index, "text": piece.text, "finish_reason": piece.finish, "logprobs": None}
+
+
+class ChatShape(Shape):
+    prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def choice(self, index: int, text: str, finish: str) -> dict[str, object]:
+        message = {"role": "assistant", "content": text, "refusal": None}
+        return {"index": index, "message": message, "finish_reason": finish, "logprobs": None}
+
+    def chunk_choice(self, piece: Piece, is_first: bool) -> dict[str, object]:
+        delta: dict[str, object] = {"role": "assistant", "content": piece.text} if is_first else {}
+        if piece.text and not is_first:
+            delta["content"] = piece.text
+        return {"index": piece.index, "delta": delta, "finish_reason": piece.finish, "logprobs": None}
+
+
+async def _answer(request: Request, body: GenerationBody, generation: Generation, shape: Shape) -> Response:
+    if body.stream:
+        return await event_stream(_chunks(generation, shape, body.include_usage))
+    try:
+        return respond(200, await unless_client_leaves(request, _whole(generation, shape)))
+    except ClientLeft:
+        return Response(status_code=499)  # nobody reads it; the log does
+
+
+async def _whole(generation: Generation, shape: Shape) -> dict[str, object]:
+    texts = [""] * len(generation.submissions)
+    finishes = [""] * len(generation.submissions)
+    async for piece in generation.pieces():
+        texts[piece.index] += piece.text
+        finishes[piece.index] = piece.finish or finishes[piece.index]
+    choices = [shape.choice(i, text, finish) for i, (text, finish) in enumerate(zip(texts, finishes, strict=True))]
+    return shape.body(shape.object, choices, usage=generation.usage.body())
+
+
+async def _chunks(generation: Generation, shape: Shape, include_usage: bool) -> AsyncIterator[dict[str, object]]:
+    begun: set[int] = set()
+    usage: dict[str, object] = {"usage": None} if include_usage else {}
+    pieces = generation.pieces()
+    try:
+        async for piece in pieces:
+            choice = shape.chunk_choice(piece, is_first=piece.index not in begun)
+            begun.add(piece.index)
+            yield shape.body(shape.chunk_object, [choice], **usage)
+        if include_usage:
+            yield shape.body(shape.chunk_object, [], usage=generation.usage.body())
+    finally:
+        await pieces.aclose()  # type: ignore[attr-defined]

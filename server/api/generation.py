@@ -1,0 +1,143 @@
+"""From a parsed request to pieces of text: what completions and chat share."""
+
+import random
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+
+from adapters_store.ref import AdapterRef
+from server.api.protocol import GenerationBody
+from server.api.service import Service
+from server.api.text import Decoder, StopMatcher
+from server.engine.client import Submission
+from server.engine.messages import TokenEvent
+from server.engine.request import FinishReason, Sampling
+from server.errors import GenerationFailed, InvalidRequest
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some text of one choice; `finish` with the last."""
+
+    index: int
+    text: str
+    finish: str | None = None
+
+
+@dataclass
+class Usage:
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+    def body(self) -> dict[str, object]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+
+
+class _Choice:
+    """One completion as it grows."""
+
+    def __init__(self, index: int, decoder: Decoder, stops: Sequence[str]) -> None:
+        self.index = index
+        self._decoder = decoder
+        self._matcher = StopMatcher(stops)
+
+    def push(self, event: TokenEvent) -> Piece:
+        """The text that this token completes. A stop token has none."""
+        ends_at_token = event.finish is FinishReason.STOP
+        text = "" if ends_at_token or event.token is None else self._matcher.push(self._decoder.push(event.token))
+        if self._matcher.matched:
+            return Piece(self.index, text, FinishReason.STOP.value)
+        if event.finish is not None:
+            return Piece(self.index, text + self._matcher.flush(), event.finish.value)
+        return Piece(self.index, text)
+
+
+@dataclass
+class Generation:
+    """All choices of one HTTP request. Iterate over `pieces()`; `usage` is complete when it ends."""
+
+    service: Service
+    model: str
+    submissions: list[Submission]
+    stops: list[str]
+    choices_per_prompt: int
+    usage: Usage = field(default_factory=Usage)
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """Pieces of all choices as they come. Closing the iterator cancels what still runs."""
+        self.service.admit(self.submissions)
+        metrics, started = self.service.metrics, time.monotonic()
+        self.usage.prompt_tokens = sum(len(it.prompt) for it in self.submissions[:: self.choices_per_prompt])
+        metrics.prompt_tokens.labels(self.model).inc(self.usage.prompt_tokens)
+        stream = self.service.client.submit(self.submissions)
+        choices = {
+            request_id: _Choice(index, self.service.text.decoder(), self.stops)
+            for index, request_id in enumerate(stream.request_ids)
+        }
+        try:
+            async for event in stream:
+                if event.error is not None:
+                    raise GenerationFailed(event.error)
+                if self.usage.completion_tokens == 0:
+                    metrics.time_to_first_token.labels(self.model).observe(time.monotonic() - started)
+                self.usage.completion_tokens += 1
+                self.usage.cached_tokens += event.num_cached_tokens
+                piece = choices[event.request_id].push(event)
+                if piece.finish is not None:
+                    metrics.requests.labels(self.model, piece.finish).inc()
+                    stream.stop(event.request_id)
+                if piece.text or piece.finish:
+                    yield piece
+        finally:
+            stream.cancel()
+            metrics.generated_tokens.labels(self.model).inc(self.usage.completion_tokens)
+            metrics.duration.labels(self.model).observe(time.monotonic() - started)
+
+
+def plan(service: Service, body: GenerationBody, prompts: list[list[int]], max_tokens: int | None) -> Generation:
+    """Check sizes against the model and spread `n` choices of each prompt over requests.
+
+    `max_tokens` None: as many as the context leaves.
+    """
+    body.check(service.config.max_n, service.config.max_stop)
+    adapter = service.adapter_for(body.model)
+    submissions: list[Submission] = []
+    seed = random.getrandbits(63) if body.seed is None else body.seed
+    n = body.n or 1
+    for prompt in prompts:
+        room = service.info.max_model_len - len(prompt)
+        if not prompt:
+            raise InvalidRequest("the prompt has no tokens", param="prompt")
+        if room < (max_tokens or 1):
+            raise InvalidRequest(
+                f"the prompt has {len(prompt)} tokens and max_tokens is {max_tokens or 1}; together they exceed the "
+                f"model's {service.info.max_model_len}",
+                param="max_tokens",
+                code="context_length_exceeded",
+            )
+        for _ in range(n):
+            sampling = _sampling(body, seed + len(submissions), service.info.vocab_size)
+            submissions.append(_submission(service, prompt, max_tokens or room, sampling, adapter))
+    return Generation(service, body.model, submissions, body.stops, n)
+
+
+def _submission(
+    service: Service, prompt: list[int], max_tokens: int, sampling: Sampling, adapter: AdapterRef | None
+) -> Submission:
+    return Submission(prompt, max_tokens, sampling, adapter, service.info.stop_token_ids)
+
+
+def _sampling(body: GenerationBody, seed: int, vocab_size: int) -> Sampling:
+    top_k = body.top_k if body.top_k and body.top_k > 0 else 0
+    return Sampling(
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        top_k=min(top_k, vocab_size),
+        seed=seed & (2**63 - 1),
+    )

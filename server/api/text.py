@@ -1,0 +1,130 @@
+"""Text to tokens and back, without torch or Transformers: the tokenizer's own file, and the model's chat template."""
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from server.errors import ConfigError, InvalidRequest
+
+
+class Text:
+    """The tokenizer and chat template of the base model. Adapters share them."""
+
+    def __init__(self, tokenizer: Tokenizer, chat_template: str | None, special_tokens: Mapping[str, str]) -> None:
+        self._tokenizer = tokenizer
+        self._special_tokens = special_tokens
+        self._template = _environment().from_string(chat_template) if chat_template else None
+
+    @classmethod
+    def load(cls, model_dir: Path) -> "Text":
+        file = model_dir / "tokenizer.json"
+        if not file.is_file():
+            raise ConfigError(
+                f"{model_dir.name!r} has no tokenizer.json; save the model's fast tokenizer there "
+                "(AutoTokenizer.from_pretrained(…).save_pretrained(…))"
+            )
+        config_file = model_dir / "tokenizer_config.json"
+        config = json.loads(config_file.read_text()) if config_file.is_file() else {}
+        template_file = model_dir / "chat_template.jinja"
+        template = template_file.read_text() if template_file.is_file() else config.get("chat_template")
+        if isinstance(template, list):  # several named ones
+            template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
+        special = {name: _content(config[name]) for name in ("bos_token", "eos_token", "pad_token") if config.get(name)}
+        try:
+            return cls(Tokenizer.from_file(str(file)), template, special)
+        except TemplateError as error:
+            raise ConfigError(f"the chat template of {model_dir.name!r} is broken: {error}") from None
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        except (TypeError, UnicodeEncodeError):  # a lone surrogate
+            raise InvalidRequest("the text is not valid Unicode") from None
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Render the messages as the model was trained to read them, ready for its answer."""
+        if self._template is None:
+            raise InvalidRequest("this model has no chat template; use /v1/completions", param="messages")
+        try:
+            rendered = self._template.render(
+                messages=messages, add_generation_prompt=True, tools=None, **self._special_tokens
+            )
+        except TemplateError as error:  # raised by the template itself for roles or orders that it does not take
+            raise InvalidRequest(f"the chat template refuses these messages: {error}", param="messages") from None
+        return self.encode(rendered, add_special_tokens=False)  # the template writes them
+
+    def decoder(self) -> "Decoder":
+        return Decoder(self._tokenizer)
+
+
+class Decoder:
+    """Text of one answer, token by token; a character of several tokens comes out when it is whole."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+
+    def push(self, token: int) -> str:
+        return self._stream.step(self._tokenizer, token) or ""
+
+
+class StopMatcher:
+    """Cuts text at the first of some stop strings, which may arrive in pieces."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = stops
+        self._held = ""  # the end of the text, which may be the beginning of a stop
+        self.matched = False
+
+    def push(self, text: str) -> str:
+        """Text that is safe to send. Once `matched`, what follows the stop (and the stop) is gone."""
+        if not self._stops:
+            return text
+        self._held += text
+        places = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        if places:
+            self.matched = True
+            return self._release(min(places))
+        longest = max(self._overlap(stop) for stop in self._stops)
+        return self._release(len(self._held) - longest)
+
+    def flush(self) -> str:
+        """No more text comes: what was held back is no stop."""
+        return self._release(len(self._held))
+
+    def _release(self, count: int) -> str:
+        released, self._held = self._held[:count], self._held[count:]
+        return released
+
+    def _overlap(self, stop: str) -> int:
+        """Length of the longest end of the text that begins `stop`."""
+        longest = min(len(stop) - 1, len(self._held))
+        return next((size for size in range(longest, 0, -1) if self._held.endswith(stop[:size])), 0)
+
+
+def _content(token: str | dict[str, Any]) -> str:
+    return token if isinstance(token, str) else str(token["content"])
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    """As Transformers renders chat templates; sandboxed, since a template comes with a downloaded model."""
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    def tojson(value: object, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=False, **options)
+
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+    return environment

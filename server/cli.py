@@ -1,0 +1,147 @@
+"""The command line: `heddle serve`. The only place that reads arguments."""
+
+import argparse
+import asyncio
+import logging
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from adapters_store.catalog import CatalogEntry
+from adapters_store.errors import AdapterError
+from server import front
+from server.api.service import Service
+from server.config import EngineConfig, ServerConfig
+from server.engine import messages
+from server.errors import HeddleError
+from server.version import VERSION
+
+DEMO = Path(__file__).resolve().parent.parent / "demo"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    console = Console(stderr=True, highlight=False)
+    try:
+        return asyncio.run(front.serve(_config(options), _Announcer(console).reports()))
+    except HeddleError as error:
+        console.print(f"[bold red]heddle:[/] {error.message}", soft_wrap=True)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="heddle",
+        description="One frozen base model, many LoRA and ESFT adapters decoded in the same batch, over OpenAI's API.",
+    )
+    parser.add_argument("--version", action="version", version=f"heddle {VERSION}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    serve = commands.add_parser(
+        "serve",
+        help="serve a base model and its adapters",
+        description="Serve a base model and its adapters. Without MODEL_DIR, the demo that comes with the source.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    serve.add_argument("model_dir", nargs="?", metavar="MODEL_DIR", help="a Transformers causal language model")
+    served = serve.add_argument_group("what is served")
+    served.add_argument("--adapters", metavar="DIR", help="one adapter a sub-directory: PEFT LoRA or ESFT")
+    served.add_argument("--adapter-root", metavar="DIR", action="append", default=[],
+                        help="a directory below which POST /v1/adapters may read (repeatable; DIR of --adapters is one)")  # fmt: skip
+    served.add_argument("--model-name", metavar="NAME", help="what requests call the base (the directory's name)")
+    http = serve.add_argument_group("where")
+    http.add_argument("--host", default="127.0.0.1", metavar="H", help="address to listen on")
+    http.add_argument("--port", type=int, default=8000, metavar="N", help="port to listen on")
+    engine, defaults = serve.add_argument_group("engine"), EngineConfig(model_dir="")
+    engine.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    engine.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
+                        help="of weights and cache; auto is float32 on a CPU")  # fmt: skip
+    for name, text in _NUMBERS.items():
+        engine.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(defaults, name), metavar="N", help=text)
+    return parser
+
+
+# fields of EngineConfig that the command line sets
+_NUMBERS = {
+    "threads": "threads of the engine; 0: the machine's cores",
+    "max_model_len": "longest sequence in tokens; 0: the model's own limit",
+    "kv_cache_bytes": "memory for keys and values; 0: a quarter of what is free, at most 4 GiB",
+    "tokens_per_step": "token budget of one step",
+    "max_running": "requests decoded together",
+    "adapter_bytes": "memory for adapters",
+    "adapter_slots": "adapters in memory at once",
+    "max_experts_per_adapter": "experts that an ESFT adapter may tune in one layer; 0: all",
+}
+
+
+def _config(options: argparse.Namespace) -> ServerConfig:
+    model_dir, adapters, name = options.model_dir, options.adapters, options.model_name
+    if model_dir is None:
+        if not (DEMO / "base").is_dir():
+            raise HeddleError("MODEL_DIR is missing, and the demo is only in the source checkout")
+        model_dir = str(DEMO / "base")
+        adapters, name = adapters or str(DEMO / "adapters"), name or "heddle-demo"
+    numbers = {field: getattr(options, field) for field in _NUMBERS}
+    engine = EngineConfig(model_dir=model_dir, device=options.device, dtype=options.dtype, **numbers)
+    return ServerConfig(
+        engine=engine,
+        adapters_dir=adapters,
+        adapter_roots=tuple(options.adapter_root),
+        model_name=name,
+        host=options.host,
+        port=options.port,
+    )
+
+
+class _Announcer:
+    """Tells the console how the start goes, and in the end what is served and how to try it."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar = Progress(
+            TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+        )
+        self._stages: dict[str, TaskID] = {}
+        self._adapters: list[tuple[str, CatalogEntry | AdapterError]] = []
+
+    def reports(self) -> front.Reports:
+        return front.Reports(self._progress, self._adapter, self._ready)
+
+    def _progress(self, progress: messages.Progress) -> None:
+        if not self._stages:
+            self._bar.start()
+        if progress.stage not in self._stages:
+            self._stages[progress.stage] = self._bar.add_task(progress.stage, total=progress.total)
+        self._bar.update(self._stages[progress.stage], completed=progress.done)
+
+    def _adapter(self, name: str, outcome: CatalogEntry | AdapterError) -> None:
+        self._bar.stop()
+        self._adapters.append((name, outcome))
+
+    def _ready(self, service: Service) -> None:
+        self._bar.stop()
+        info, base = service.info, service.catalog.base_name
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for column in ("model", "kind", "size", ""):
+            table.add_column(column)
+        size = f"{info.num_parameters / 1e6:,.1f} M parameters, {info.dtype}"
+        table.add_row(base, f"base ({info.model_type})", size, f"{info.kv_cache_tokens:,} tokens of KV cache")
+        for name, outcome in self._adapters:
+            if isinstance(outcome, AdapterError):
+                table.add_row(name, "[red]refused[/]", "", str(outcome))
+            else:
+                table.add_row(name, outcome.ref.kind, f"{outcome.package.file_bytes / 1e6:,.2f} MB", "")
+        self._console.print(table)
+        url = f"http://{service.config.host}:{service.config.port}/v1"
+        self._console.print(f"\n[bold]Heddle {VERSION}[/] listens on [bold]{url}[/]  (Ctrl-C to stop). Try:\n")
+        served = [name for name, outcome in self._adapters if not isinstance(outcome, AdapterError)]
+        body = f'{{"model": "{served[0] if served else base}", "prompt": "Hello", "max_tokens": 32}}'
+        line = f"curl {url}/completions -H 'Content-Type: application/json' -d '{body}'"
+        self._console.print(line, soft_wrap=True, markup=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""The engine process as the front sees it: start it, follow its start, notice its end, stop it."""
+
+import asyncio
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from server.config import EngineConfig
+from server.engine.client import EngineClient
+from server.engine.link import FrontLink
+from server.engine.messages import Configure, EngineInfo, Progress
+from server.errors import StartupError
+
+STOP_TIMEOUT_S = 10.0
+
+
+class EngineChild:
+    """One engine process and the link to it. `client` speaks to it once `start` has returned."""
+
+    def __init__(self) -> None:
+        # a socket file in a directory of our own (mode 0700): no port, and nobody else's to connect to
+        self._directory = tempfile.TemporaryDirectory(prefix="heddle-")
+        self._address = f"ipc://{self._directory.name}/engine"
+        self._link = FrontLink(self._address)
+        self._process: asyncio.subprocess.Process | None = None
+        self.client = EngineClient(self._link)
+
+    @property
+    def pid(self) -> int:
+        return self._running.pid
+
+    @property
+    def _running(self) -> asyncio.subprocess.Process:
+        if self._process is None:
+            raise StartupError("the engine was not started")
+        return self._process
+
+    async def start(
+        self, config: EngineConfig, on_progress: Callable[[Progress], None], timeout_s: float
+    ) -> EngineInfo:
+        """Start the process and wait until it can serve. Raises StartupError with its reason."""
+        root = str(Path(__file__).resolve().parent.parent)
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "server.engine_process", self._address,
+            stdin=asyncio.subprocess.DEVNULL, env=environment,
+            start_new_session=True,  # Ctrl-C is for the front, which then stops the engine in order
+        )  # fmt: skip
+        self._link.send(Configure(config))
+        ready = asyncio.ensure_future(self.client.wait_ready(on_progress))
+        ended = asyncio.ensure_future(self._process.wait())
+        try:
+            await asyncio.wait((ready, ended), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            if not ready.done() and ended.done():
+                await asyncio.wait((ready,), timeout=0.5)  # its last words may still be on the way
+            if ready.done():
+                return ready.result()
+            if ended.done():
+                raise StartupError(f"the engine process ended during its start ({describe_exit(ended.result())})")
+            raise StartupError(f"the engine was not ready after {timeout_s:.0f} s")
+        finally:
+            ready.cancel()
+            ended.cancel()
+
+    async def wait(self) -> str:
+        """Wait for the process to end by itself; returns how it ended."""
+        return describe_exit(await self._running.wait())
+
+    async def stop(self) -> None:
+        """Ask it to end, and make it if it does not. Safe in any state."""
+        if self._process is not None and self._process.returncode is None:
+            self.client.shut_down()
+            try:
+                await asyncio.wait_for(self._process.wait(), STOP_TIMEOUT_S)
+            except TimeoutError:
+                self._process.kill()
+                await self._process.wait()
+        self._link.close()
+        self._directory.cleanup()
+
+
+def describe_exit(code: int) -> str:
+    return f"killed by signal {-code}" if code < 0 else f"exit status {code}"
