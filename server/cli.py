@@ -55,6 +55,10 @@ def _parser() -> argparse.ArgumentParser:
     http = serve.add_argument_group("where")
     http.add_argument("--host", default="127.0.0.1", metavar="H", help="address to listen on")
     http.add_argument("--port", type=int, default=8000, metavar="N", help="port to listen on")
+    http.add_argument("--drain-s", type=float, default=5.0, metavar="S",
+                      help="seconds in which running requests may finish after Ctrl-C or SIGTERM")  # fmt: skip
+    http.add_argument("--engine-silence-s", type=float, default=30.0, metavar="S",
+                      help="/health turns unhealthy when the engine has said nothing for so long")  # fmt: skip
     engine, defaults = serve.add_argument_group("engine"), EngineConfig(model_dir="")
     engine.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
     engine.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
@@ -93,6 +97,8 @@ def _config(options: argparse.Namespace) -> ServerConfig:
         model_name=name,
         host=options.host,
         port=options.port,
+        drain_s=options.drain_s,
+        engine_silence_s=options.engine_silence_s,
     )
 
 

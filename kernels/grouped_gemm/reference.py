@@ -23,7 +23,8 @@ def grouped_gemm(
     """
     used, counts = buckets.slots, buckets.counts
     weights = stack if transposed else stack.transpose(-1, -2)  # [slots, in, out]
-    if bias is None and len(rows) > len(used) and used[-1] < _MAX_SLOTS_PER_USED * len(used):
+    aligned = all(tensor.shape[-1] * tensor.itemsize % 16 == 0 for tensor in (rows, stack))  # torch insists on it
+    if bias is None and aligned and len(rows) > len(used) and used[-1] < _MAX_SLOTS_PER_USED * len(used):
         ends = torch.zeros(used[-1] + 1, dtype=torch.int32)
         ends[used] = torch.tensor(counts, dtype=torch.int32)
         return F.grouped_mm(rows, weights[: used[-1] + 1], offs=ends.cumsum(0, dtype=torch.int32))

@@ -121,6 +121,11 @@ def plan(service: Service, body: GenerationBody, prompts: list[list[int]], max_t
                 param="max_tokens",
                 code="context_length_exceeded",
             )
+        if max(prompt) >= service.info.vocab_size:  # a tokenizer may know more tokens than its model has embeddings
+            raise InvalidRequest(
+                f"the prompt has the token id {max(prompt)}; the model knows 0 to {service.info.vocab_size - 1}",
+                param="prompt",
+            )
         for _ in range(n):
             sampling = _sampling(body, seed + len(submissions), service.info.vocab_size)
             submissions.append(_submission(service, prompt, max_tokens or room, sampling, adapter))

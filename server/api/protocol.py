@@ -6,7 +6,7 @@ Any other unknown field is refused as unknown.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from server.errors import InvalidRequest
 
@@ -93,6 +93,14 @@ class Message(Body):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
     name: str | None = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _refuse_other_parts(cls, content: Any) -> Any:
+        for part in content if isinstance(content, list) else ():
+            if isinstance(part, dict) and isinstance(part.get("type"), str) and part["type"] != "text":
+                raise InvalidRequest(f"content of type {part['type'][:40]!r} is not served", param="messages")
+        return content
 
     @property
     def text(self) -> str:

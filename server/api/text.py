@@ -43,11 +43,12 @@ class Text:
         except TemplateError as error:
             raise ConfigError(f"the chat template of {model_dir.name!r} is broken: {error}") from None
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, param: str = "prompt", add_special_tokens: bool = True) -> list[int]:
+        """`param` is the request's field that the text came in."""
         try:
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         except (TypeError, UnicodeEncodeError):  # a lone surrogate
-            raise InvalidRequest("the text is not valid Unicode") from None
+            raise InvalidRequest("the text is not valid Unicode", param=param) from None
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Render the messages as the model was trained to read them, ready for its answer."""
@@ -59,7 +60,7 @@ class Text:
             )
         except TemplateError as error:  # raised by the template itself for roles or orders that it does not take
             raise InvalidRequest(f"the chat template refuses these messages: {error}", param="messages") from None
-        return self.encode(rendered, add_special_tokens=False)  # the template writes them
+        return self.encode(rendered, "messages", add_special_tokens=False)  # the template writes them
 
     def decoder(self) -> "Decoder":
         return Decoder(self._tokenizer)

@@ -91,6 +91,7 @@ AttentionInterface.register(PROBE, _probe)
 def probe_kv_shapes(model: nn.Module) -> list[KVShape]:
     """What each layer caches for a token, found by running one token: configurations name these in too many ways."""
     _set_attention(model, PROBE)
+    model.config._experts_implementation = "eager"  # the only one of Transformers' that takes every shape
     model(input_ids=torch.zeros(1, 1, dtype=torch.int64), position_ids=torch.zeros(1, 1, dtype=torch.int64),
           use_cache=False, logits_to_keep=1)  # fmt: skip
     return [module.kv_shape for module in _attention_modules(model)]

@@ -1,0 +1,178 @@
+"""Output tokens a second, base only and mixed adapters, over HTTP, beside Transformers with PEFT's mixed batch.
+
+    python -m benchmarks.throughput            # both workloads; rewrites the table in README.md
+    python -m benchmarks.throughput --only llama --rounds 1 --no-write
+
+All systems run in turns in one run, since machines are noisy: the figures are medians of the rounds, and the ratios
+are medians of the ratios within a round.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import torch
+
+from benchmarks.workload import Job, copy_demo, make_jobs, make_llama
+
+NEW_TOKENS = 64
+README = Path(__file__).resolve().parent.parent / "README.md"
+MARKERS = ("<!-- throughput:begin -->", "<!-- throughput:end -->")
+
+
+class Heddle:
+    """A real server on a free port."""
+
+    def __init__(self, directory: Path) -> None:
+        with socket_on_free_port() as port:
+            self.port = port
+        command = [sys.executable, "-m", "server", "serve", str(directory / "base"), "--adapters",
+                   str(directory / "adapters"), "--model-name", "bench-base", "--port", str(self.port)]  # fmt: skip
+        self._process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        self.url = f"http://127.0.0.1:{self.port}"
+        deadline = time.monotonic() + 300
+        while True:
+            try:
+                httpx.get(f"{self.url}/health").raise_for_status()
+                return
+            except httpx.HTTPError:
+                if self._process.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError("the server did not start") from None
+                time.sleep(0.2)
+
+    def run(self, jobs: list[Job]) -> float:
+        """All jobs at once; output tokens a second, from the first request's start to the last one's end."""
+        return asyncio.run(self._run(jobs))
+
+    async def _run(self, jobs: list[Job]) -> float:
+        limits = httpx.Limits(max_connections=len(jobs))
+        async with httpx.AsyncClient(base_url=self.url, timeout=600, limits=limits) as client:
+
+            async def complete(job: Job) -> int:
+                body = {"model": job.adapter or "bench-base", "prompt": job.prompt, "max_tokens": NEW_TOKENS,
+                        "temperature": 0}  # fmt: skip
+                response = await client.post("/v1/completions", json=body)
+                response.raise_for_status()
+                return int(response.json()["usage"]["completion_tokens"])
+
+            start = time.perf_counter()
+            counts = await asyncio.gather(*(complete(job) for job in jobs))
+            return sum(counts) / (time.perf_counter() - start)
+
+    def stop(self) -> None:
+        self._process.terminate()
+        self._process.wait(30)
+
+
+class Peft:
+    """Transformers `generate` on one left-padded batch; adapters by PEFT's `adapter_names`."""
+
+    def __init__(self, directory: Path, adapters: list[str]) -> None:
+        import peft
+        from transformers import AutoModelForCausalLM
+
+        self._base = AutoModelForCausalLM.from_pretrained(directory / "base", dtype=torch.float32).eval()
+        self._model = peft.PeftModel.from_pretrained(self._base, directory / "adapters" / adapters[0], adapters[0])
+        for adapter in adapters[1:]:
+            self._model.load_adapter(directory / "adapters" / adapter, adapter)
+        self._model.eval()
+
+    @torch.inference_mode()
+    def run(self, jobs: list[Job]) -> float:
+        longest = max(len(job.prompt) for job in jobs)
+        ids = torch.tensor([[0] * (longest - len(job.prompt)) + job.prompt for job in jobs])
+        mask = torch.tensor([[0] * (longest - len(job.prompt)) + [1] * len(job.prompt) for job in jobs])
+        names = {"adapter_names": [job.adapter or "__base__" for job in jobs]}
+        start = time.perf_counter()
+        self._model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS,
+                             do_sample=False, pad_token_id=0, **names)  # fmt: skip
+        return len(jobs) * NEW_TOKENS / (time.perf_counter() - start)
+
+
+def socket_on_free_port():  # type: ignore[no-untyped-def]
+    import contextlib
+    import socket
+
+    @contextlib.contextmanager
+    def bound():  # type: ignore[no-untyped-def]
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            yield probe.getsockname()[1]
+
+    return bound()
+
+
+def measure(name: str, directory: Path, rounds: int, requests: int) -> dict[str, float]:
+    adapters = sorted(path.name for path in (directory / "adapters").iterdir())
+    loras = [it for it in adapters if (directory / "adapters" / it / "adapter_config.json").exists()]
+    vocab = json.loads((directory / "base" / "config.json").read_text())["vocab_size"]
+    heddle = Heddle(directory)
+    peft = Peft(directory, loras)
+    rows: dict[str, list[float]] = {"base": [], "mixed": [], "peft": []}
+    systems: dict[str, Callable[[int], float]] = {
+        "base": lambda seed: heddle.run(make_jobs(requests, [], vocab, seed)),
+        "mixed": lambda seed: heddle.run(make_jobs(requests, adapters, vocab, seed)),
+        "peft": lambda seed: peft.run(make_jobs(requests, loras, vocab, seed)),
+    }
+    try:
+        for system in ("base", "mixed"):  # adapters in memory, code paths warm
+            systems[system](999)
+        for seed in range(rounds):
+            for system, run in systems.items():
+                rows[system].append(run(seed if system != "mixed" else 100 + seed))
+                print(f"{name} round {seed} {system:6} {rows[system][-1]:8.1f} tokens/s", flush=True)
+    finally:
+        heddle.stop()
+    figures = {system: statistics.median(values) for system, values in rows.items()}
+    pairs = list(zip(rows["base"], rows["mixed"], rows["peft"], strict=True))
+    figures["mixed/base"] = statistics.median(mixed / base for base, mixed, _ in pairs)
+    figures["mixed/peft"] = statistics.median(mixed / other for _, mixed, other in pairs)
+    return figures
+
+
+def table(results: dict[str, dict[str, float]]) -> str:
+    lines = ["| workload | base only | mixed adapters | mixed / base | PEFT mixed batch | Heddle / PEFT |",
+             "|---|---:|---:|---:|---:|---:|"]  # fmt: skip
+    for name, it in results.items():
+        lines.append(
+            f"| {name} | {it['base']:.0f} tok/s | {it['mixed']:.0f} tok/s | {it['mixed/base']:.0%} | "
+            f"{it['peft']:.0f} tok/s | {it['mixed/peft']:.1f}x |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=("llama", "demo"))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--no-write", action="store_true", help="leave README.md alone")
+    options = parser.parse_args()
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    makers = {"llama": ("random Llama, 8 LoRA (r 8, 16)", make_llama), "demo": ("demo MoE, 4 LoRA + 4 ESFT", copy_demo)}
+    results: dict[str, dict[str, float]] = {}
+    for key, (name, make) in makers.items():
+        if options.only in (None, key):
+            with tempfile.TemporaryDirectory() as directory:
+                make(Path(directory))
+                results[name] = measure(key, Path(directory), options.rounds, options.requests)
+    print(table(results))
+    if not options.no_write:
+        text = README.read_text()
+        begin, end = MARKERS
+        pattern = re.compile(f"{begin}.*?{end}", re.DOTALL)
+        README.write_text(pattern.sub(f"{begin}\n{table(results)}\n{end}", text))
+
+
+if __name__ == "__main__":
+    main()

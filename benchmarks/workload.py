@@ -1,0 +1,75 @@
+"""What is served in the benchmarks: models, adapters and requests, all made from seeds."""
+
+import json
+import random
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+NUM_ADAPTERS = 8
+
+
+@dataclass(frozen=True)
+class Job:
+    """One request: prompt as token ids, and the adapter's name (None for the base)."""
+
+    prompt: list[int]
+    adapter: str | None
+
+
+def make_llama(directory: Path) -> None:
+    """A random Llama of about 50 million parameters, with eight LoRA adapters on all linears, ranks 8 and 16."""
+    import peft
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=512, intermediate_size=1536, num_hidden_layers=10, num_attention_heads=8, num_key_value_heads=4,
+        vocab_size=8192, max_position_embeddings=1024, bos_token_id=None, eos_token_id=None, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(directory / "base")
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    for index in range(NUM_ADAPTERS):
+        rank = 16 if index % 2 else 8
+        lora = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, init_lora_weights=False,
+                               task_type="CAUSAL_LM")  # fmt: skip
+        wrapped = peft.get_peft_model(model, lora)
+        wrapped.save_pretrained(directory / "adapters" / f"lora-{index}")
+        model = wrapped.unload()
+    _write_tokenizer(directory / "base", config.vocab_size)
+
+
+def copy_demo(directory: Path) -> None:
+    """The demo without its end-of-sequence token, so that every request generates as many tokens as it asks for."""
+    demo = Path(__file__).resolve().parent.parent / "demo"
+    shutil.copytree(demo / "base", directory / "base")
+    shutil.copytree(demo / "adapters", directory / "adapters")
+    for name in ("config.json", "generation_config.json"):
+        file = directory / "base" / name
+        if file.exists():
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": None}))
+
+
+def make_jobs(count: int, adapters: list[str], vocab_size: int, seed: int) -> list[Job]:
+    """Prompts of 64 to 256 random ids; adapter i with probability proportional to 1 / (i + 1). No adapters: all base."""
+    rng = random.Random(seed)
+    weights = [1 / (index + 1) for index in range(len(adapters))]
+    return [
+        Job(
+            [rng.randrange(4, vocab_size) for _ in range(rng.randint(64, 256))],
+            rng.choices(adapters, weights)[0] if adapters else None,
+        )
+        for _ in range(count)
+    ]
+
+
+def _write_tokenizer(directory: Path, vocab_size: int) -> None:
+    """Prompts are sent as ids and answers are not read, but a server needs a tokenizer to start."""
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.WordLevel({f"<{index}>": index for index in range(vocab_size)}, unk_token="<0>")).save(
+        str(directory / "tokenizer.json")
+    )

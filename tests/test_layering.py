@@ -1,0 +1,98 @@
+"""Who may import whom (docs/architecture.md). Read off the source, so it holds for imports inside functions too."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+OURS = ("adapters_store", "kernels", "server", "demo", "benchmarks", "tests")
+# a folder or file -> prefixes of ours that it may import; the longest matching key counts
+ALLOWED: dict[str, tuple[str, ...]] = {
+    "kernels": ("kernels",),
+    "adapters_store": ("adapters_store",),
+    "server/errors.py": ("adapters_store.errors",),
+    "server/config.py": ("server.errors",),
+    "server/version.py": (),
+    "server/kernels_name.py": ("server.errors",),
+    "server/metrics.py": ("server.engine.client",),
+    "server/engine": ("server.engine", "server.errors", "server.config", "adapters_store.ref", "adapters_store.parts",
+                      "adapters_store.base_spec"),
+    "server/weights": ("server.weights", "adapters_store", "kernels", "server.engine.residency",
+                       "server.engine.messages"),
+    "server/model": ("server.model", "kernels", "server.kernels_name"),
+    "server/api": ("server.api", "server.engine.client", "server.engine.messages", "server.engine.request",
+                   "adapters_store", "server.errors", "server.config", "server.metrics", "server.version"),
+    "server/engine_process.py": ("server.engine", "server.model", "server.weights", "server.config", "server.errors",
+                                 "adapters_store"),
+    "server/engine_child.py": ("server.engine", "server.config", "server.errors"),
+    "server/front.py": ("server", "adapters_store"),
+    "server/cli.py": ("server", "adapters_store"),
+    "server/__main__.py": ("server.cli",),
+    "server/__init__.py": (),
+    "demo": ("demo",),
+}  # fmt: skip
+# a folder -> third-party packages that it must not import
+FORBIDDEN: dict[str, tuple[str, ...]] = {
+    "adapters_store": ("torch", "transformers", "fastapi", "pydantic"),
+    "server/engine": ("torch", "transformers", "fastapi", "pydantic", "starlette"),
+    "server/api": ("torch", "transformers"),
+    "server/model": ("fastapi", "pydantic", "starlette", "zmq"),
+    "server/weights": ("fastapi", "pydantic", "starlette", "zmq"),
+    "server/engine_process.py": ("fastapi", "pydantic", "starlette"),
+}
+NOBODY_IMPORTS = ("server.api", "server.cli", "server.engine_process", "server.front")
+SOURCES = sorted(file for folder in ("kernels", "adapters_store", "server", "demo") for file in (ROOT / folder).rglob("*.py"))
+
+
+def imports_of(file: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def rule_for(file: Path, rules: dict[str, tuple[str, ...]]) -> tuple[str, ...] | None:
+    path = file.relative_to(ROOT).as_posix()
+    keys = [key for key in rules if path == key or path.startswith(f"{key}/")]
+    return rules[max(keys, key=len)] if keys else None
+
+
+def within(name: str, prefixes: tuple[str, ...]) -> bool:
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda file: file.relative_to(ROOT).as_posix())
+def test_imports(file: Path) -> None:
+    allowed = rule_for(file, ALLOWED)
+    assert allowed is not None, "a new place needs a rule"
+    for name in imports_of(file):
+        if name.split(".")[0] in OURS:
+            assert within(name, allowed), f"{name} may not be imported here"
+        for package in rule_for(file, FORBIDDEN) or ():
+            assert not within(name, (package,)), f"{package} may not be imported here"
+
+
+def test_composition_roots_are_imported_by_nobody_below() -> None:
+    exempt = {"server/front.py": ("server.api",), "server/cli.py": ("server.front", "server.api"),
+              "server/__main__.py": ("server.cli",)}  # fmt: skip
+    for file in SOURCES:
+        path = file.relative_to(ROOT).as_posix()
+        for name in imports_of(file):
+            if within(name, NOBODY_IMPORTS) and not path.startswith("server/api/"):
+                assert within(name, exempt.get(path, ())), f"{path} imports {name}"
+
+
+def test_triton_only_in_kernel_files() -> None:
+    for file in SOURCES:
+        if any(within(name, ("triton",)) for name in imports_of(file)):
+            assert file.name == "kernel.py", file
+
+
+def test_the_kernels_package_is_empty_at_its_top() -> None:
+    """Transformers may import a package of this name while it imports model code (server/kernels_name.py)."""
+    assert (ROOT / "kernels" / "__init__.py").read_text() == ""

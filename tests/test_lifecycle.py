@@ -1,0 +1,166 @@
+"""Starts, ends and deaths of the two processes, with real signals."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from server.front import EXIT_ENGINE_DEAD
+from tests.live_server import ROOT, LiveServer, write_tokenizer
+from tests.tiny_models import save_model
+
+pytestmark = pytest.mark.slow
+LONG = {"model": "tiny", "prompt": "x", "max_tokens": 500, "stream": True}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("lifecycle") / "tiny"
+    # wide enough that 500 tokens take seconds
+    write_tokenizer(save_model(directory, "llama", vocab_size=256, hidden_size=512, intermediate_size=2048,
+                               num_hidden_layers=6, max_position_embeddings=1024))  # fmt: skip
+    return directory
+
+
+@pytest.fixture
+def server(model: Path, tmp_path: Path) -> Iterator[LiveServer]:
+    server = LiveServer(str(model), log=tmp_path / "log").wait_ready()
+    yield server
+    server.kill()
+
+
+@contextmanager
+def streaming(server: LiveServer) -> Iterator[Iterator[str]]:
+    """A stream that has begun."""
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=LONG, timeout=60) as response:
+        lines = response.iter_lines()
+        assert next(lines).startswith("data: {")
+        yield lines
+
+
+def gone(pid: int, within_s: float = 10) -> bool:
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_the_death_of_the_engine_is_told_and_ends_the_server(server: LiveServer) -> None:
+    with streaming(server) as lines:
+        server.engine.kill()  # -9
+        rest = [line for line in lines if line]
+    assert '"error"' in rest[-1] and "killed by signal 9" in rest[-1] and "engine_dead" in rest[-1]
+    assert "data: [DONE]" not in rest
+    refused = httpx.post(f"{server.url}/v1/completions", json=LONG | {"stream": False})
+    assert refused.status_code == 503 and refused.json()["error"]["code"] == "engine_dead"
+    assert "Retry-After" in refused.headers
+    health = httpx.get(f"{server.url}/health")
+    assert health.status_code == 503 and health.json()["status"] == "engine_dead"
+    assert "heddle_engine_up 0.0" in httpx.get(f"{server.url}/metrics").text
+    assert server.process.wait(15) == EXIT_ENGINE_DEAD
+    assert "Traceback" not in server.output()
+
+
+def test_ctrl_c_lets_a_short_answer_finish_and_leaves_nothing_behind(server: LiveServer) -> None:
+    engine = server.engine.pid
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=LONG | {"max_tokens": 40}, timeout=60) as response:
+        lines = response.iter_lines()
+        next(lines)
+        os.kill(server.process.pid, signal.SIGINT)
+        rest = [line for line in lines if line]
+    assert rest[-1] == "data: [DONE]"
+    assert server.process.wait(15) == 0
+    assert gone(engine)
+    assert "Traceback" not in server.output()
+
+
+def test_a_stream_that_outlasts_the_drain_ends_with_an_error_event(server: LiveServer) -> None:
+    with streaming(server) as lines:
+        server.engine.suspend()  # it will not finish in time
+        os.kill(server.process.pid, signal.SIGTERM)
+        time.sleep(0.5)
+        refused = httpx.post(f"{server.url}/v1/completions", json=LONG)
+        assert refused.status_code == 503 and "shutting down" in refused.json()["error"]["message"]
+        assert httpx.get(f"{server.url}/health").json() == {"status": "shutting_down"}
+        rest = [line for line in lines if line]
+    assert '"error"' in rest[-1] and "shutting down" in rest[-1]
+    assert server.process.wait(30) == 0  # the suspended engine was killed
+
+
+def test_an_idle_server_ends_at_once(server: LiveServer) -> None:
+    start = time.monotonic()
+    assert server.stop(signal.SIGTERM) == 0
+    assert time.monotonic() - start < 5
+
+
+def test_an_engine_whose_front_is_killed_ends_by_itself(server: LiveServer) -> None:
+    engine = server.engine.pid
+    server.process.kill()
+    server.process.wait()
+    assert gone(engine)
+
+
+def test_a_stuck_engine_turns_health_unhealthy(model: Path, tmp_path: Path) -> None:
+    """Silence, not death: the process is there and says nothing."""
+    server = LiveServer(str(model), "--engine-silence-s", "1", log=tmp_path / "log").wait_ready()
+    try:
+        server.engine.suspend()
+        time.sleep(1.5)
+        health = httpx.get(f"{server.url}/health")
+        assert health.status_code == 503 and health.json()["status"] == "engine_silent"
+        server.engine.resume()
+        time.sleep(1)
+        assert httpx.get(f"{server.url}/health").status_code == 200
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["/nowhere"], "does not exist"),
+        ([str(ROOT / "docs")], "tokenizer.json"),
+        (["MODEL", "--device", "cuda"], "cuda"),
+        (["MODEL", "--max-model-len", "5000"], "5000 exceeds what the model was made for, 1024"),
+        (["MODEL", "--kv-cache-bytes", "10"], "less than one block"),
+        (["MODEL", "--tokens-per-step", "4"], "tokens_per_step (4) must be at least max_running (128)"),
+        (["MODEL", "--port", "99999"], "99999"),
+        (["MODEL", "--adapters", "/nowhere"], "'/nowhere' does not exist"),
+    ],
+)
+def test_a_start_that_fails_says_why_in_one_line(model: Path, arguments: list[str], says: str) -> None:
+    command = [str(model) if it == "MODEL" else it for it in arguments]
+    port = ["--port", "0"] if "--port" not in arguments else []
+    done = subprocess.run(
+        [sys.executable, "-m", "server", "serve", *command, *port],
+        cwd=ROOT, capture_output=True, text=True, timeout=90, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert says in done.stderr and "heddle:" in done.stderr
+
+
+def test_a_port_that_is_taken_is_a_clear_error(server: LiveServer, model: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "server", "serve", str(model), "--port", str(server.port)],
+        cwd=ROOT, capture_output=True, text=True, timeout=90, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert done.returncode == 1 and f"cannot listen on 127.0.0.1:{server.port}" in done.stderr
+
+
+@pytest.mark.parametrize("command", [[], ["serve"]])
+def test_help_is_complete(command: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-m", "server", *command, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "usage: heddle" in done.stdout
+    if command:
+        for option in ("--adapters", "--host", "--port", "--device", "--dtype", "--adapter-root", "--kv-cache-bytes"):
+            assert option in done.stdout

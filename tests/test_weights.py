@@ -1,0 +1,196 @@
+"""The paged weight manager: pages under arenas, true sizes in memory, eviction and pins."""
+
+import faulthandler
+import os
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from adapters_store.catalog import CatalogEntry
+from adapters_store.parts import ExpertReplacement
+from server.engine.request import FinishReason
+from server.engine.residency import AdapterFailed, Wait
+from server.model.attention import PROBE
+from server.weights.arena import ArenaError, HostArena
+from server.weights.residency import DeviceResidency
+from tests.engine_harness import Engine, generated, prompts
+from tests.test_families import reference
+from tests.tiny_adapters import merge, register, save_esft, save_lora
+from tests.tiny_models import make_model
+
+PAGE = HostArena.page_bytes
+
+
+@pytest.fixture
+def arena() -> Iterator[HostArena]:
+    arena = HostArena(1 << 40)  # a TiB of addresses
+    yield arena
+    arena.close()
+
+
+def resident_bytes() -> int:
+    """This process's anonymous memory, as the kernel counts it."""
+    with open("/proc/self/status") as status:
+        line = next(line for line in status if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+
+
+def touches_unmapped(arena: HostArena, offset: int) -> bool:
+    """Whether reading there kills a child process: the wanted, loud failure."""
+    child = os.fork()
+    if child == 0:
+        faulthandler.disable()  # the fault is wanted; its report is not
+        arena.tensor(offset, (1,), torch.uint8).item()
+        os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+def test_a_reservation_costs_no_memory_and_a_map_costs_its_pages(arena: HostArena) -> None:
+    before = resident_bytes()
+    assert arena.map(7 * PAGE, 1000 * PAGE) == 1000
+    assert resident_bytes() - before < 20 * PAGE  # mapped, not yet written
+    arena.tensor(7 * PAGE, (1000 * PAGE,), torch.uint8).fill_(1)
+    assert abs(resident_bytes() - before - 1000 * PAGE) < 20 * PAGE
+    assert arena.unmap(7 * PAGE, 1000 * PAGE) == 1000
+    assert resident_bytes() - before < 20 * PAGE
+
+
+def test_neighbours_share_their_edge_page(arena: HostArena) -> None:
+    half = PAGE + PAGE // 2
+    assert arena.pages_to_map(0, half) == 2
+    assert arena.map(0, half) == 2
+    assert arena.map(half, half) == 1  # the page in the middle is there already
+    arena.tensor(half, (4,), torch.uint8).fill_(9)
+    assert arena.unmap(0, half) == 1
+    assert arena.tensor(half, (4,), torch.uint8).tolist() == [9] * 4  # its neighbour's going changed nothing
+    assert touches_unmapped(arena, 0) and not touches_unmapped(arena, half)
+    arena.check([(half, half)])
+    assert arena.unmap(half, half) == 2
+    arena.map(half, half)
+    assert arena.tensor(half, (4,), torch.uint8).tolist() == [0] * 4  # memory comes back clean
+
+
+def test_random_ranges_keep_their_pages_and_contents(arena: HostArena) -> None:
+    rng = random.Random(3)
+    live: dict[int, tuple[int, int]] = {}
+    for step in range(400):
+        if live and rng.random() < 0.45:
+            slot = rng.choice(list(live))
+            offset, size = live.pop(slot)
+            assert (arena.tensor(offset, (size,), torch.uint8) == slot % 251).all()
+            arena.unmap(offset, size)
+        else:
+            slot = rng.choice([slot for slot in range(64) if slot not in live])
+            offset, size = slot * 3 * PAGE // 2, rng.randrange(1, 3 * PAGE // 2)
+            arena.map(offset, size)
+            arena.tensor(offset, (size,), torch.uint8).fill_(slot % 251)
+            live[slot] = offset, size
+        if step % 20 == 0:
+            arena.check(list(live.values()))
+    assert arena.num_mapped_pages > 0
+
+
+def test_more_addresses_than_there_are_is_a_clear_error() -> None:
+    with pytest.raises(ArenaError, match="cannot reserve 1024.00 TiB"):
+        HostArena(1 << 50)
+
+
+def wait_until_resident(residency: DeviceResidency, entry: CatalogEntry) -> int:
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        residency.poll()
+        slot = residency.acquire(entry.ref)
+        if not isinstance(slot, Wait):
+            return slot
+        time.sleep(0.001)
+    raise AssertionError("the adapter did not become resident")
+
+
+def test_an_esft_adapter_occupies_its_tuned_experts_and_less_than_a_page_a_tensor(tmp_path: Path) -> None:
+    """By the kernel's count of resident memory, on experts of about 100 kB that are no multiple of a page."""
+    shape = {"hidden_size": 136, "moe_intermediate_size": 66, "num_experts": 16, "num_hidden_layers": 3}
+    engine = Engine(make_model("qwen3_moe", attention=PROBE, **shape))
+    tuned = {0: [1, 5, 9, 12, 15], 1: [0, 3, 7, 8], 2: [2, 4, 6, 10, 11, 13, 14]}
+    warm_up = register(engine, save_esft(tmp_path / "warm", make_model("qwen3_moe", **shape), 8, {0: [0]}))
+    entry = register(engine, save_esft(tmp_path / "esft", make_model("qwen3_moe", **shape), 3, tuned))
+    residency = engine.residency
+    wait_until_resident(residency, warm_up)
+    before = resident_bytes()
+    wait_until_resident(residency, entry)
+    grown = resident_bytes() - before
+    replaced = [part for part in entry.package.parts if isinstance(part, ExpertReplacement)]
+    experts = sum(3 * 136 * 66 * 4 for _ in replaced)
+    stacks = 2 * len(tuned)  # gate_up and down of each layer: one contiguous range of the adapter in each
+    assert experts <= grown < experts + stacks * 2 * PAGE + 32 * PAGE
+    on_device = next(it for it in residency.report() if it.ref == entry.ref)
+    assert abs(on_device.bytes - experts) < stacks * PAGE
+    residency.release(entry.ref)
+    engine.adapters.remove(entry.ref)
+    assert resident_bytes() - before < 32 * PAGE  # and gives all of it back
+    residency.check()
+
+
+def test_a_lora_adapter_occupies_its_true_rank(tmp_path: Path) -> None:
+    engine = Engine(make_model("llama", attention=PROBE))
+    sizes = {}
+    for rank in (1, 64):
+        entry = register(engine, save_lora(tmp_path / f"r{rank}", make_model("llama"), rank, ("q_proj",), rank=rank))
+        wait_until_resident(engine.residency, entry)
+        sizes[rank] = next(it.bytes for it in engine.residency.report() if it.ref == entry.ref)
+        assert sizes[rank] - entry.package.num_elements * 4 < PAGE
+    assert sizes == {1: PAGE, 64: 32 * PAGE}  # 2 kB rounded up, 128 kB exactly
+
+
+def test_the_least_recently_used_adapter_makes_room_and_pinned_ones_never_do(tmp_path: Path) -> None:
+    engine = Engine(make_model("llama", attention=PROBE), adapter_slots=2)
+    residency = engine.residency
+    model = make_model("llama")
+    first, second, third = (register(engine, save_lora(tmp_path / str(i), model, i, ("q_proj",))) for i in range(3))
+    wait_until_resident(residency, first)
+    residency.release(first.ref)
+    wait_until_resident(residency, second)
+    assert wait_until_resident(residency, third) == 1  # the first one's slot
+    assert residency.acquire(first.ref) is Wait.NO_ROOM  # both others are pinned
+    residency.release(second.ref)
+    residency.check()
+    assert wait_until_resident(residency, first) == 2
+    residency.check()
+
+
+def test_an_adapter_that_can_never_fit_fails_with_the_numbers(tmp_path: Path) -> None:
+    engine = Engine(make_model("llama", attention=PROBE), adapter_bytes=4 * PAGE)
+    entry = register(engine, save_lora(tmp_path / "big", make_model("llama"), 1, ("q_proj",), rank=64))
+    with pytest.raises(AdapterFailed, match=f"may use {4 * PAGE:,}"):
+        engine.residency.acquire(entry.ref)
+
+
+def test_a_file_that_changed_after_registration_fails_its_requests_only(tmp_path: Path) -> None:
+    model = make_model("llama")
+    engine = Engine(make_model("llama", attention=PROBE))
+    good = register(engine, save_lora(tmp_path / "good", model, 1, ("q_proj",)))
+    bad = register(engine, save_lora(tmp_path / "bad", model, 2, ("q_proj",)))
+    file = tmp_path / "bad" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    victim, other = engine.add(prompts()[1], 5, bad.ref), engine.add(prompts()[1], 5, good.ref)
+    engine.run()
+    assert engine.ended[victim.id].finish is FinishReason.ERROR
+    assert "changed after it was registered" in str(engine.ended[victim.id].error)
+    assert generated(other) == reference(merge(make_model("llama"), good), prompts()[1], 5)
+
+
+def test_the_same_name_with_other_weights_never_reuses_a_prefix(tmp_path: Path) -> None:
+    engine = Engine(make_model("llama", attention=PROBE))
+    answers = []
+    for seed in (1, 2):
+        entry = register(engine, save_lora(tmp_path / f"v{seed}", make_model("llama"), seed, ("q_proj", "v_proj")), "name")
+        request = engine.add(prompts()[1], 8, entry.ref)
+        engine.run()
+        assert generated(request) == reference(merge(make_model("llama"), entry), prompts()[1], 8)
+        assert request.num_cached_tokens == 0
+        answers.append(generated(request))
+        engine.adapters.remove(entry.ref)
+    assert answers[0] != answers[1]
