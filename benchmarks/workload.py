@@ -54,7 +54,7 @@ def copy_demo(directory: Path) -> None:
 
 
 def make_jobs(count: int, adapters: list[str], vocab_size: int, seed: int) -> list[Job]:
-    """Prompts of 64 to 256 random ids; adapter i with probability proportional to 1 / (i + 1). No adapters: all base."""
+    """Prompts of 64 to 256 random ids; adapter i with a probability like 1 / (i + 1); without any, the base."""
     rng = random.Random(seed)
     weights = [1 / (index + 1) for index in range(len(adapters))]
     return [

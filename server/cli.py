@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     served = serve.add_argument_group("what is served")
     served.add_argument("--adapters", metavar="DIR", help="one adapter a sub-directory: PEFT LoRA or ESFT")
     served.add_argument("--adapter-root", metavar="DIR", action="append", default=[],
-                        help="a directory below which POST /v1/adapters may read (repeatable; DIR of --adapters is one)")  # fmt: skip
+                        help="a directory below which POST /v1/adapters may read, beside --adapters (repeatable)")  # fmt: skip
     served.add_argument("--model-name", metavar="NAME", help="what requests call the base (the directory's name)")
     http = serve.add_argument_group("where")
     http.add_argument("--host", default="127.0.0.1", metavar="H", help="address to listen on")
@@ -64,7 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     engine.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
                         help="of weights and cache; auto is float32 on a CPU")  # fmt: skip
     for name, text in _NUMBERS.items():
-        engine.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(defaults, name), metavar="N", help=text)
+        engine.add_argument(
+            f"--{name.replace('_', '-')}", type=int, default=getattr(defaults, name), metavar="N", help=text
+        )
     return parser
 
 

@@ -80,7 +80,9 @@ def assemble(
     bytes_per_block = sum(shape.elements for shape in shapes) * dtype.itemsize * config.block_size
     num_blocks = (config.kv_cache_bytes or _default_kv_bytes()) // bytes_per_block
     if num_blocks == 0:
-        raise ConfigError(f"kv_cache_bytes {config.kv_cache_bytes:,} is less than one block ({bytes_per_block:,} bytes)")
+        raise ConfigError(
+            f"kv_cache_bytes {config.kv_cache_bytes:,} is less than one block ({bytes_per_block:,} bytes)"
+        )
     # a cache beyond what all running requests can hold would never be touched
     num_blocks = min(num_blocks, config.max_running * -(-length // config.block_size))
     windows = layer_windows(model.config)
@@ -118,7 +120,9 @@ def base_spec(model: nn.Module) -> BaseSpec:
         for name, module in model.named_modules()
         if isinstance(module, LoraLinear)
     }
-    experts = {module.layer: ExpertStack(*module.spec) for module in model.modules() if isinstance(module, RoutedExperts)}
+    experts = {
+        module.layer: ExpertStack(*module.spec) for module in model.modules() if isinstance(module, RoutedExperts)
+    }
     return BaseSpec(model.config.model_type, linears, experts)
 
 
@@ -150,7 +154,9 @@ def main() -> int:
     return 0
 
 
-def run(assembly: Assembly, link: EngineLink, publish: Callable[[ToFront], None], has_parent: Callable[[], bool]) -> None:
+def run(
+    assembly: Assembly, link: EngineLink, publish: Callable[[ToFront], None], has_parent: Callable[[], bool]
+) -> None:
     """Step until told to stop, or until the front is gone: an engine nobody talks to holds memory for nothing."""
     core = EngineCore(assembly.limits, assembly.kv_cache, assembly.runner, assembly.residency, link, publish)
     while not core.is_shut_down and has_parent():

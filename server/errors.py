@@ -1,17 +1,17 @@
 """Every way in which Heddle says no, and the HTTP status of each.
 
-    HeddleError
-    ├── ConfigError           a setting is unknown, out of range, or contradicts another       (start fails)
-    ├── UnsupportedModel      the base model cannot be served exactly                          (start fails)
-    ├── StartupError          the engine did not come up; the message is the engine's          (start fails)
-    ├── InvalidRequest        400  a field is missing, malformed, out of range or not served
-    ├── NotFound              404  an unknown model or route
-    ├── PayloadTooLarge       413  the body exceeds the limit
-    ├── EngineDead            503  the engine process has ended; nothing can be generated
-    ├── Overloaded            503  as much is under way as is taken at once
-    └── GenerationFailed      503  this request failed in the engine (its adapter could not be loaded, say); others go on
+HeddleError
+├── ConfigError           a setting is unknown, out of range, or contradicts another       (start fails)
+├── UnsupportedModel      the base model cannot be served exactly                          (start fails)
+├── StartupError          the engine did not come up; the message is the engine's          (start fails)
+├── InvalidRequest        400  a field is missing, malformed, out of range or not served
+├── NotFound              404  an unknown model or route
+├── PayloadTooLarge       413  the body exceeds the limit
+├── EngineDead            503  the engine process has ended; nothing can be generated
+├── Overloaded            503  as much is under way as is taken at once
+└── GenerationFailed      503  this request failed in the engine (its adapter could not be loaded, say); others go on
 
-    adapters_store.errors.AdapterError, by kind (see ADAPTER_STATUS)
+adapters_store.errors.AdapterError, by kind (see ADAPTER_STATUS)
 """
 
 from adapters_store import errors as adapter_errors

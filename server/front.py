@@ -84,8 +84,15 @@ async def _serve_http(service: Service, child: EngineChild, reports: Reports) ->
     config = service.config
     server = _Server(
         uvicorn.Config(
-            create_app(service), host=config.host, port=config.port, log_level="warning", access_log=False, lifespan="off",
-            h11_max_incomplete_event_size=64 << 10, http="h11", timeout_graceful_shutdown=5,
+            create_app(service),
+            host=config.host,
+            port=config.port,
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            h11_max_incomplete_event_size=64 << 10,
+            http="h11",
+            timeout_graceful_shutdown=5,
         )  # fmt: skip
     )
     stopping = asyncio.Event()

@@ -76,7 +76,7 @@ def edit_weights(directory: Path, change: Callable[[dict[str, torch.Tensor]], No
 A0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
-# -- what binds ---------------------------------------------------------------------------------------------------------
+# -- what binds ---
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_revision_is_the_content_and_the_scale_not_the_place(tmp_path: Path) -> 
     assert read_adapter(first, BASE).revision != read_adapter(second, BASE).revision
 
 
-# -- what is refused ------------------------------------------------------------------------------------------------------
+# -- what is refused ---
 
 
 @pytest.mark.parametrize(
@@ -354,7 +354,7 @@ def test_a_great_many_tensors_are_refused_by_count(tmp_path: Path) -> None:
         read_adapter(directory, BASE)
 
 
-# -- the catalogue --------------------------------------------------------------------------------------------------------
+# -- the catalogue ---
 
 
 def test_catalogue_names(tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def settle(server: LiveServer) -> None:
     raise AssertionError(f"not given back: {stats}")
 
 
-# -- generation -----------------------------------------------------------------------------------------------------------
+# -- generation ---
 
 
 def test_models_list_base_and_adapters(client: openai.OpenAI) -> None:
@@ -227,7 +227,7 @@ def test_a_repeated_prompt_is_found_in_the_prefix_cache(http: httpx.Client) -> N
     assert other["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
 
 
-# -- refusals -------------------------------------------------------------------------------------------------------------
+# -- refusals ---
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "x"}]}
 COMPLETION = {"model": "tiny", "prompt": "x"}
@@ -295,7 +295,8 @@ def test_bad_requests(http: httpx.Client, path: str, body: Any, status: int, par
 
 @pytest.mark.parametrize(
     "raw",
-    [b"", b"null", b"[]", b'"x"', b"{", b"[" * 100_000, b"\xff\xfe", b'{"model": "tiny", "prompt": "x", "n": ' + b"9" * 5000 + b"}",
+    [b"", b"null", b"[]", b'"x"', b"{", b"[" * 100_000, b"\xff\xfe",
+     b'{"model": "tiny", "prompt": "x", "n": ' + b"9" * 5000 + b"}",
      b'{"model": "tiny", "prompt": "x", "temperature": NaN}', b'{"model": "tiny", "prompt": "x", "top_p": 1e999}'],
     ids=lambda raw: repr(raw[:30]),
 )  # fmt: skip
@@ -326,26 +327,28 @@ def test_unknown_routes_and_methods_answer_in_the_same_shape(http: httpx.Client)
 
 
 def test_no_op_values_of_unserved_fields_are_taken(http: httpx.Client) -> None:
-    body = COMPLETION | {"presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": None, "echo": False, "best_of": 1,
-                         "user": "somebody", "max_tokens": 1}  # fmt: skip
+    nothing = {"presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": None, "echo": False, "best_of": 1}
+    body = COMPLETION | nothing | {"user": "somebody", "max_tokens": 1}
     assert http.post("/v1/completions", json=body).status_code == 200
 
 
-# -- adapters while others decode -----------------------------------------------------------------------------------------
+# -- adapters while others decode ---
 
 
 def test_adapters_come_and_go_while_others_decode(
     http: httpx.Client, root: Path, server: LiveServer, expected: Callable[[str, int], list[int]]
 ) -> None:
     late = root / "more" / "late"
-    with http.stream("POST", "/v1/completions", json={"model": "esft", "prompt": PROMPT, "max_tokens": 400, "stream": True,
-                                                      "temperature": 0}) as streaming:  # fmt: skip
+    long = {"model": "esft", "prompt": PROMPT, "max_tokens": 400, "stream": True, "temperature": 0}
+    with http.stream("POST", "/v1/completions", json=long) as streaming:
         lines = streaming.iter_lines()
         next(lines)
         added = http.post("/v1/adapters", json={"name": "late", "path": str(late)})
         assert added.status_code == 201 and added.json()["kind"] == "lora"
         assert http.post("/v1/adapters", json={"name": "late", "path": str(late)}).status_code == 200
-        answer = http.post("/v1/completions", json={"model": "late", "prompt": PROMPT, "max_tokens": 12, "temperature": 0})
+        answer = http.post(
+            "/v1/completions", json={"model": "late", "prompt": PROMPT, "max_tokens": 12, "temperature": 0}
+        )
         assert answer.json()["choices"][0]["text"] == decode(root, expected("late", 12))
         shown = http.get("/v1/adapters/late").json()
         assert shown["device"]["state"] == "resident" and shown["device"]["bytes"] > 0
@@ -367,9 +370,14 @@ def test_the_same_name_with_other_weights_answers_with_the_new_ones(
     http: httpx.Client, root: Path, expected: Callable[[str, int], list[int]]
 ) -> None:
     for weights in ("late", "other", "late"):
-        assert http.post("/v1/adapters", json={"name": "changing", "path": str(root / "more" / weights)}).status_code == 201
+        assert (
+            http.post("/v1/adapters", json={"name": "changing", "path": str(root / "more" / weights)}).status_code
+            == 201
+        )
         body = {"model": "changing", "prompt": PROMPT, "max_tokens": 12, "temperature": 0}
-        assert http.post("/v1/completions", json=body).json()["choices"][0]["text"] == decode(root, expected(weights, 12))
+        assert http.post("/v1/completions", json=body).json()["choices"][0]["text"] == decode(
+            root, expected(weights, 12)
+        )
         assert http.delete("/v1/adapters/changing").status_code == 200
 
 
@@ -399,10 +407,12 @@ def test_an_adapter_that_does_not_fit_is_refused_with_the_list(http: httpx.Clien
     shutil.rmtree(directory)
     error = response.json()["error"]
     assert response.status_code == 422 and error["code"] == "adapter_does_not_fit"
-    assert "8 of the adapter's tensors" in error["message"] and "no linear model.layers.0.mlp.up_proj" in error["message"]
+    assert (
+        "8 of the adapter's tensors" in error["message"] and "no linear model.layers.0.mlp.up_proj" in error["message"]
+    )
 
 
-# -- clients that leave ---------------------------------------------------------------------------------------------------
+# -- clients that leave ---
 
 
 @pytest.mark.parametrize("stream", [True, False])

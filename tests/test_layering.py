@@ -42,7 +42,9 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     "server/engine_process.py": ("fastapi", "pydantic", "starlette"),
 }
 NOBODY_IMPORTS = ("server.api", "server.cli", "server.engine_process", "server.front")
-SOURCES = sorted(file for folder in ("kernels", "adapters_store", "server", "demo") for file in (ROOT / folder).rglob("*.py"))
+SOURCES = sorted(
+    file for folder in ("kernels", "adapters_store", "server", "demo") for file in (ROOT / folder).rglob("*.py")
+)
 
 
 def imports_of(file: Path) -> set[str]:

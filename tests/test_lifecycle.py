@@ -159,7 +159,9 @@ def test_a_port_that_is_taken_is_a_clear_error(server: LiveServer, model: Path) 
 
 @pytest.mark.parametrize("command", [[], ["serve"]])
 def test_help_is_complete(command: list[str]) -> None:
-    done = subprocess.run([sys.executable, "-m", "server", *command, "--help"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "server", *command, "--help"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0 and "usage: heddle" in done.stdout
     if command:
         for option in ("--adapters", "--host", "--port", "--device", "--dtype", "--adapter-root", "--kv-cache-bytes"):

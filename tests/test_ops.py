@@ -48,11 +48,17 @@ def pick(popularity: str, count: int, choices: int, rng: random.Random) -> list[
             return [0 if rng.random() < 0.95 else rng.randrange(choices) for _ in range(count)]
 
 
-# -- attention ------------------------------------------------------------------------------------------------------------
+# -- attention ---
 
 
 def naive_attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, softcap: float | None, sinks: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """One sequence, one head and one query at a time. query [q, Hq, D]: the last q positions of key [n, Hkv, D]."""
     out = torch.zeros(*query.shape[:2], value.shape[-1])
@@ -77,7 +83,9 @@ def test_paged_attention(kv_heads: int, options: dict[str, object]) -> None:
     heads, dim, value_dim, block_size = 6, 9, 5, 4
     rng = random.Random(1)
     # prefill from nothing, a chunk in the middle, decodes of all lengths; more than one padded group of decodes
-    shapes = [(7, 7), (3, 11), (1, 1), (1, 4), (1, 5), (1, 40), (12, 13)] + [(1, rng.randrange(1, 60)) for _ in range(30)]
+    shapes = [(7, 7), (3, 11), (1, 1), (1, 4), (1, 5), (1, 40), (12, 13)] + [
+        (1, rng.randrange(1, 60)) for _ in range(30)
+    ]
     free = list(range(1000))
     rng.shuffle(free)
     tables = [[free.pop() for _ in range(-(-kv_len // block_size))] for _, kv_len in shapes]
@@ -93,11 +101,13 @@ def test_paged_attention(kv_heads: int, options: dict[str, object]) -> None:
     window, softcap = options.get("window"), options.get("softcap")
     batch = AttentionBatch([q for q, _ in shapes], [kv for _, kv in shapes], tables, block_size, torch.float32)
     got = paged_attention(torch.cat(queries), key_cache, value_cache, batch, 0.3, window, softcap, sinks)  # type: ignore[arg-type]
-    expected = [naive_attention(q, k, v, 0.3, window, softcap, sinks) for q, k, v in zip(queries, keys, values, strict=True)]  # type: ignore[arg-type]
+    expected = [
+        naive_attention(q, k, v, 0.3, window, softcap, sinks) for q, k, v in zip(queries, keys, values, strict=True)
+    ]  # type: ignore[arg-type]
     torch.testing.assert_close(got, torch.cat(expected), atol=ATOL, rtol=0)
 
 
-# -- experts --------------------------------------------------------------------------------------------------------------
+# -- experts ---
 
 
 def test_expert_route_on_the_papers_example() -> None:
@@ -154,16 +164,21 @@ def test_base_only_batches_are_not_rerouted() -> None:
     assert expert_route(ids, None, torch.full((1, 3), 99)).slots == [0, 1, 2]
 
 
-# -- LoRA -----------------------------------------------------------------------------------------------------------------
+# -- LoRA ---
 
 
 @pytest.mark.parametrize("popularity", POPULARITIES)
 @pytest.mark.parametrize(("tokens", "width", "inner"), [(1, 16, 16), (13, 7, 33), (100, 24, 5)])
 def test_lora(popularity: str, tokens: int, width: int, inner: int) -> None:
     ranks = {1: 1, 2: 5, 4: 8, 5: 16, 6: 64}  # slot 3 has a LoRA, but none on this linear; slot 0 is the base
-    weights = {slot: LoraWeights(torch.randn(rank, width), torch.randn(inner, rank), 0.1 * slot) for slot, rank in ranks.items()}
+    weights = {
+        slot: LoraWeights(torch.randn(rank, width), torch.randn(inner, rank), 0.1 * slot)
+        for slot, rank in ranks.items()
+    }
     slots = sorted(pick(popularity, tokens, 7, random.Random(3)))
-    segments = [Segment(slots.index(slot), len(slots) - slots[::-1].index(slot), slot) for slot in sorted(set(slots)) if slot]
+    segments = [
+        Segment(slots.index(slot), len(slots) - slots[::-1].index(slot), slot) for slot in sorted(set(slots)) if slot
+    ]
     x, y = torch.randn(tokens, width), torch.randn(tokens, inner)
     got = y.clone()
     lora(got, x, weights, segments)

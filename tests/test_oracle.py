@@ -136,7 +136,9 @@ def test_logits_agree_within_float32_rounding(tmp_path: Path, monkeypatch: pytes
     entries = [register(engine, path) for path in save_adapters(tmp_path, name)]
     seen: list[torch.Tensor] = []
     sample = server.model.runner.sample
-    monkeypatch.setattr(server.model.runner, "sample", lambda logits, *rest: (seen.append(logits), sample(logits, *rest))[1])
+    monkeypatch.setattr(
+        server.model.runner, "sample", lambda logits, *rest: (seen.append(logits), sample(logits, *rest))[1]
+    )
     prompt = prompts()[1]
     for entry in [None, *entries]:
         seen.clear()

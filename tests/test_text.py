@@ -16,7 +16,9 @@ from tests.live_server import write_tokenizer
 
 
 @given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.data())
-def test_stop_strings_cut_at_the_first_match_however_the_text_is_cut(text: str, stops: list[str], data: st.DataObject) -> None:
+def test_stop_strings_cut_at_the_first_match_however_the_text_is_cut(
+    text: str, stops: list[str], data: st.DataObject
+) -> None:
     matcher, sent, rest = StopMatcher(stops), "", text
     while rest and not matcher.matched:
         size = data.draw(st.integers(1, len(rest)))
@@ -67,7 +69,7 @@ def test_a_model_without_a_fast_tokenizer_is_refused(tmp_path: Path) -> None:
         Text.load(tmp_path)
 
 
-# -- sampling -------------------------------------------------------------------------------------------------------------
+# -- sampling ---
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, -30.0])
 

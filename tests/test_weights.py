@@ -186,7 +186,9 @@ def test_the_same_name_with_other_weights_never_reuses_a_prefix(tmp_path: Path) 
     engine = Engine(make_model("llama", attention=PROBE))
     answers = []
     for seed in (1, 2):
-        entry = register(engine, save_lora(tmp_path / f"v{seed}", make_model("llama"), seed, ("q_proj", "v_proj")), "name")
+        entry = register(
+            engine, save_lora(tmp_path / f"v{seed}", make_model("llama"), seed, ("q_proj", "v_proj")), "name"
+        )
         request = engine.add(prompts()[1], 8, entry.ref)
         engine.run()
         assert generated(request) == reference(merge(make_model("llama"), entry), prompts()[1], 8)

@@ -15,7 +15,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def read_adapter(directory: Path, base: BaseSpec) -> AdapterPackage:
-    """Read, verify and bind the adapter in `directory`. Raises AdapterError; reads every byte once (hash, NaN check)."""
+    """Read, verify and bind the adapter in `directory`. Raises AdapterError; reads every byte once."""
     if not directory.is_dir():
         raise InvalidAdapter(f"{directory.name!r} is not a directory")
     if (directory / "adapter_config.json").is_file():

@@ -35,7 +35,7 @@ def grouped_gemm(
 
 
 def combine(rows: Tensor, buckets: Buckets, weights: Tensor) -> Tensor:
-    """Undo the sort and sum each token's K choices, in the router's order: rows [T * K, H], weights [T, K] -> [T, H]."""
+    """Undo the sort and sum each token's K choices in the router's order: rows [T * K, H], weights [T, K] -> [T, H]."""
     unsorted = torch.empty_like(rows)
     unsorted[buckets.pairs] = rows
     choices = unsorted.view(*weights.shape, -1)

@@ -26,7 +26,8 @@ class PrefillChunk:
 class DecodeGroup:
     """Sequences with one new token each, of similar length.
 
-    rows [n]: their tokens in the step. blocks [n * b]: their blocks, padded with block 0. mask [n, 1, 1, b * block_size].
+    rows [n]: their tokens in the step. blocks [n * b]: their blocks, padded with block 0.
+    mask [n, 1, 1, b * block_size], added to scores.
     """
 
     rows: Tensor
@@ -52,7 +53,12 @@ class AttentionBatch:
     """
 
     def __init__(
-        self, query_lens: list[int], kv_lens: list[int], block_tables: list[list[int]], block_size: int, dtype: torch.dtype
+        self,
+        query_lens: list[int],
+        kv_lens: list[int],
+        block_tables: list[list[int]],
+        block_size: int,
+        dtype: torch.dtype,
     ) -> None:
         self.block_size = block_size
         self._dtype = dtype
@@ -90,7 +96,9 @@ class AttentionBatch:
         )
 
     def _groups(self, decodes: list[_Sequence], window: int | None) -> list[DecodeGroup]:
-        seen = sorted(((self._visible(sequence, window), sequence) for sequence in decodes), key=lambda it: len(it[0][0]))
+        seen = sorted(
+            ((self._visible(sequence, window), sequence) for sequence in decodes), key=lambda it: len(it[0][0])
+        )
         groups: list[DecodeGroup] = []
         while seen:
             longest = len(seen[-1][0][0])

@@ -67,7 +67,7 @@ def _attend(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """query [n, H, R, D], key and value [n, H, K, ..], mask broadcast to [n, H, R, K], sinks [H, R] -> [n, H, R, Dv]."""
+    """query [n, H, R, D], key and value [n, H, K, ..], mask like [n, H, R, K], sinks [H, R] -> [n, H, R, Dv]."""
     if softcap is None and sinks is None:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
     scores = (query @ key.transpose(-1, -2)).float() * scale

@@ -47,7 +47,7 @@ def _prompts(body: CompletionBody, service: Service) -> list[list[int]]:
     if isinstance(prompt, str):
         prompts: list[str | list[int]] = [prompt]
     elif prompt and isinstance(prompt[0], int):
-        prompts = [prompt]  # type: ignore[list-item]
+        prompts = [prompt]
     else:
         prompts = list(prompt)  # type: ignore[arg-type]
     if not 0 < len(prompts) <= service.config.max_prompts:
@@ -74,8 +74,8 @@ class Shape(ABC):
         self.model = model
 
     prefix: str
-    object: str
-    chunk_object: str
+    object_name: str
+    chunk_name: str
 
     @abstractmethod
     def choice(self, index: int, text: str, finish: str) -> dict[str, object]: ...
@@ -83,13 +83,13 @@ class Shape(ABC):
     @abstractmethod
     def chunk_choice(self, piece: Piece, is_first: bool) -> dict[str, object]: ...
 
-    def body(self, object: str, choices: list[dict[str, object]], **more: object) -> dict[str, object]:
-        return {"id": self.id, "object": object, "created": self.created, "model": self.model,
+    def body(self, object_name: str, choices: list[dict[str, object]], **more: object) -> dict[str, object]:
+        return {"id": self.id, "object": object_name, "created": self.created, "model": self.model,
                 "choices": choices, **more}  # fmt: skip
 
 
 class CompletionShape(Shape):
-    prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
+    prefix, object_name, chunk_name = "cmpl", "text_completion", "text_completion"
 
     def choice(self, index: int, text: str, finish: str) -> dict[str, object]:
         return {"index": index, "text": text, "finish_reason": finish, "logprobs": None}
@@ -99,7 +99,7 @@ class CompletionShape(Shape):
 
 
 class ChatShape(Shape):
-    prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    prefix, object_name, chunk_name = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def choice(self, index: int, text: str, finish: str) -> dict[str, object]:
         message = {"role": "assistant", "content": text, "refusal": None}
@@ -128,7 +128,7 @@ async def _whole(generation: Generation, shape: Shape) -> dict[str, object]:
         texts[piece.index] += piece.text
         finishes[piece.index] = piece.finish or finishes[piece.index]
     choices = [shape.choice(i, text, finish) for i, (text, finish) in enumerate(zip(texts, finishes, strict=True))]
-    return shape.body(shape.object, choices, usage=generation.usage.body())
+    return shape.body(shape.object_name, choices, usage=generation.usage.body())
 
 
 async def _chunks(generation: Generation, shape: Shape, include_usage: bool) -> AsyncIterator[dict[str, object]]:
@@ -139,8 +139,8 @@ async def _chunks(generation: Generation, shape: Shape, include_usage: bool) -> 
         async for piece in pieces:
             choice = shape.chunk_choice(piece, is_first=piece.index not in begun)
             begun.add(piece.index)
-            yield shape.body(shape.chunk_object, [choice], **usage)
+            yield shape.body(shape.chunk_name, [choice], **usage)
         if include_usage:
-            yield shape.body(shape.chunk_object, [], usage=generation.usage.body())
+            yield shape.body(shape.chunk_name, [], usage=generation.usage.body())
     finally:
         await pieces.aclose()  # type: ignore[attr-defined]

@@ -12,7 +12,9 @@ router = APIRouter()
 @router.get("/v1/models")
 async def list_models(request: Request) -> Response:
     service = service_of(request)
-    return respond(200, {"object": "list", "data": [_base(service), *(_adapter(it, service) for it in service.catalog)]})
+    return respond(
+        200, {"object": "list", "data": [_base(service), *(_adapter(it, service) for it in service.catalog)]}
+    )
 
 
 @router.get("/v1/models/{model}")

@@ -114,7 +114,9 @@ class ChatBody(GenerationBody):
     def check(self, max_n: int, max_stop: int) -> None:
         super().check(max_n, max_stop)
         if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise InvalidRequest("max_tokens and max_completion_tokens are the same thing; send one", param="max_tokens")
+            raise InvalidRequest(
+                "max_tokens and max_completion_tokens are the same thing; send one", param="max_tokens"
+            )
         named = next((message for message in self.messages if message.name is not None), None)
         if named is not None:
             raise InvalidRequest("name in a message is not served", param="messages", code="unsupported_parameter")

@@ -95,7 +95,7 @@ class EngineClient:
         self.stats = Stats()
         self.last_heard = time.monotonic()
 
-    # -- life of the engine ---------------------------------------------------------------------------------------
+    # -- life of the engine -----------------------------------------------------------
 
     async def wait_ready(self, on_progress: Callable[[Progress], None]) -> EngineInfo:
         """Follow the engine's start. Raises StartupError with its reason."""
@@ -155,7 +155,7 @@ class EngineClient:
         if self._death is None:
             self._link.send(Shutdown())
 
-    # -- requests -------------------------------------------------------------------------------------------------
+    # -- requests -----------------------------------------------------------
 
     def submit(self, submissions: Sequence[Submission]) -> TokenStream:
         """Start requests; request_ids of the stream are in the same order."""
@@ -182,7 +182,7 @@ class EngineClient:
         if known and self._death is None:
             self._link.send(Abort(known))
 
-    # -- adapters -------------------------------------------------------------------------------------------------
+    # -- adapters -----------------------------------------------------------
 
     def add_adapter(self, ref: AdapterRef, package: AdapterPackage) -> None:
         self._require_alive()

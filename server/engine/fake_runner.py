@@ -84,7 +84,9 @@ class FakeResidency:
     def acquire(self, ref: AdapterRef) -> Slot | Wait:
         assert ref in self._known
         if ref not in self._slot:
-            idle = next((other for other in self._slot if not self._pins.get(other) and not self._countdown[other]), None)
+            idle = next(
+                (other for other in self._slot if not self._pins.get(other) and not self._countdown[other]), None
+            )
             if not self._free_slots and idle is None:
                 return Wait.NO_ROOM
             if not self._free_slots and idle is not None:

@@ -18,7 +18,7 @@ Received = TypeVar("Received")
 class _Codec(Generic[Sent, Received]):
     def __init__(self, received: object) -> None:
         self._encoder = msgspec.msgpack.Encoder()
-        self._decoder: msgspec.msgpack.Decoder[Received] = msgspec.msgpack.Decoder(received)  # type: ignore[arg-type]
+        self._decoder: msgspec.msgpack.Decoder[Received] = msgspec.msgpack.Decoder(received)
 
     def encode(self, message: Sent) -> bytes:
         return self._encoder.encode(message)

@@ -13,7 +13,7 @@ class _Message(msgspec.Struct, frozen=True, tag=True):
     pass
 
 
-# -- to the engine ----------------------------------------------------------------------------------------------------
+# -- to the engine ---
 
 
 class Configure(_Message, frozen=True):
@@ -51,7 +51,7 @@ class Shutdown(_Message, frozen=True):
 ToEngine = Configure | AddRequest | Abort | AddAdapter | RemoveAdapter | Shutdown
 
 
-# -- to the front -----------------------------------------------------------------------------------------------------
+# -- to the front ---
 
 
 class Progress(_Message, frozen=True):

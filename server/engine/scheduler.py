@@ -62,7 +62,7 @@ class Scheduler:
         self.running: list[Request] = []  # in order of admission
         self.num_preemptions = 0
 
-    # -- requests come and go -------------------------------------------------------------------------------------
+    # -- requests come and go -----------------------------------------------------------
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises CannotServe if it can never run, or the queue is full."""
@@ -89,7 +89,7 @@ class Scheduler:
     def has_requests(self) -> bool:
         return bool(self._requests)
 
-    # -- one step -------------------------------------------------------------------------------------------------
+    # -- one step -----------------------------------------------------------
 
     def schedule(self) -> tuple[list[Scheduled], list[Emitted]]:
         """The tokens of the next step, and requests that ended instead because their adapter failed to load."""
@@ -186,7 +186,7 @@ class Scheduler:
             emitted.append(self._finish(request, reason, token=token) if reason else Emitted(request, token))
         return emitted
 
-    # -- adapters -------------------------------------------------------------------------------------------------
+    # -- adapters -----------------------------------------------------------
 
     def _starved(self) -> Request | None:
         """The first request that was passed over too often for want of adapter room."""
@@ -208,7 +208,7 @@ class Scheduler:
         if request.adapter is not None:
             self._residency.release(request.adapter)
 
-    # -- ends -----------------------------------------------------------------------------------------------------
+    # -- ends -----------------------------------------------------------
 
     def _stop_running(self, request: Request) -> None:
         """Give back blocks and pin, not the place in `running`, which differs by caller."""
@@ -241,4 +241,3 @@ class Scheduler:
         self._kv_cache.check(self._requests.values())
         self._adapters.check(self._requests.values())
         self._residency.check()
-

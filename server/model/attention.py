@@ -50,9 +50,7 @@ class PagedLayer:
         """query [T, Hq, D], key [T, Hkv, D], value [T, Hkv, Dv] of the step's tokens -> [T, Hq, Dv]."""
         inputs = self._step.inputs
         store_kv(key, value, self._key, self._value, inputs.slot_mapping)
-        return paged_attention(
-            query, self._key, self._value, inputs.attention, scale, self._window, softcap, sinks
-        )
+        return paged_attention(query, self._key, self._value, inputs.attention, scale, self._window, softcap, sinks)
 
 
 def _paged(
@@ -77,7 +75,9 @@ def _paged(
     return layer.attend(*rows, scale, softcap, s_aux)[None], None
 
 
-def _probe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> tuple[Tensor, None]:
+def _probe(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object
+) -> tuple[Tensor, None]:
     """Record the shapes that a layer caches; the values do not matter."""
     module.kv_shape = KVShape(key.shape[1], key.shape[-1], value.shape[-1])  # type: ignore[assignment]
     return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1]), None

@@ -33,7 +33,9 @@ def check_family(config: object) -> None:
             f"{model_type} has layers of type {', '.join(unknown)}; only full and sliding-window attention are served"
         )
     if model_type not in FAMILIES:
-        raise UnsupportedModelError(f"model type {model_type!r} is not served; these are: {', '.join(sorted(FAMILIES))}")
+        raise UnsupportedModelError(
+            f"model type {model_type!r} is not served; these are: {', '.join(sorted(FAMILIES))}"
+        )
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedModelError("quantised checkpoints are not served yet; use a float32, float16 or bfloat16 one")
 

@@ -21,7 +21,9 @@ OnProgress = Callable[[str, int, int], None]  # stage, done, total
 MakeStacks = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def load_model(model_dir: Path, dtype: torch.dtype, on_progress: OnProgress) -> tuple[nn.Module, GenerationConfig | None]:
+def load_model(
+    model_dir: Path, dtype: torch.dtype, on_progress: OnProgress
+) -> tuple[nn.Module, GenerationConfig | None]:
     """A Transformers causal LM in eval mode. Raises UnsupportedModelError before reading any weight."""
     if not (model_dir / "config.json").is_file():
         raise UnsupportedModelError(f"{model_dir.name!r} holds no config.json, so it is not a Transformers model")

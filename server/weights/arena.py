@@ -36,7 +36,7 @@ class ArenaError(Exception):
 
 
 class HostArena:
-    """`num_bytes` of reserved address space. Offsets and sizes are in bytes. Not thread-safe; writes to mapped parts are."""
+    """`num_bytes` of reserved addresses. Offsets and sizes are in bytes. One thread maps; any may write what is mapped."""
 
     page_bytes = mmap.PAGESIZE
 

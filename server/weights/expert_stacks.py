@@ -38,9 +38,10 @@ class _Layer:
 
 
 class ExpertStacks:
-    """Adapter in slot s keeps its tuned experts of a layer at M + (s - 1) * E_max + δ, δ counting them by id.
+    """The adapter in slot s keeps its experts of a layer at M + (s - 1) * E_max + δ, δ counting them by id.
 
-    E_max is the same in all layers; 0 means as many as the base has. The rest of its places stay unmapped, so an adapter occupies its tuned experts and less than a page a tensor.
+    E_max is the same in all layers; 0 means as many as the base has. The rest of its places stay unmapped, so an adapter
+    occupies its tuned experts and less than a page a tensor.
     """
 
     def __init__(self, num_slots: int, e_max: int, pool: PagePool) -> None:

@@ -52,7 +52,7 @@ class DeviceResidency:
         self._adapters: dict[AdapterRef, _Adapter] = {}  # residents in order of last use
         self._free_slots = list(range(num_slots, 0, -1))  # popped from the end: low slots first keeps stacks short
 
-    # -- Residency, for the scheduler -----------------------------------------------------------------------------
+    # -- Residency, for the scheduler -----------------------------------------------------------
 
     def register(self, ref: AdapterRef, package: AdapterPackage) -> None:
         known = self._adapters.get(ref)
@@ -115,7 +115,7 @@ class DeviceResidency:
         self._slabs.check()
         self._stacks.check()
 
-    # -- AdapterTables, for the model -----------------------------------------------------------------------------
+    # -- AdapterTables, for the model -----------------------------------------------------------
 
     def lora_weights(self, module: str) -> Mapping[int, LoraWeights]:
         return self._slabs.weights(module)
@@ -129,7 +129,7 @@ class DeviceResidency:
     def has_experts(self, slot: int) -> bool:
         return self._stacks.has(slot)
 
-    # -- transfers ------------------------------------------------------------------------------------------------
+    # -- transfers -----------------------------------------------------------
 
     def _start_transfer(self, adapter: _Adapter) -> bool:
         """Make room, evicting if need be, and start to copy. False if what is in the way is pinned or loading."""

@@ -1,0 +1,21 @@
+# CPU image. Build: docker build -t heddle .   Run: docker run -p 8000:8000 heddle
+FROM python:3.11-slim
+
+RUN useradd --create-home heddle
+WORKDIR /heddle
+COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY adapters_store adapters_store
+COPY kernels kernels
+COPY server server
+COPY demo demo
+# torch's CPU build: a tenth of the size of the default one
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+RUN pip install --no-cache-dir --index-url ${TORCH_INDEX} "$(grep '^torch==' constraints.txt)" \
+ && pip install --no-cache-dir -c constraints.txt -e .
+
+USER heddle
+ENV HF_HUB_OFFLINE=1
+EXPOSE 8000
+HEALTHCHECK --start-period=60s --interval=10s --timeout=3s \
+  CMD python -c "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health')"
+ENTRYPOINT ["heddle", "serve", "--host", "0.0.0.0"]

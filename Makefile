@@ -1,0 +1,38 @@
+# Two commands matter: `make serve` and `make test`. Both work from a fresh clone.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+export HF_HUB_OFFLINE = 1
+
+.PHONY: serve test unit lint simulate bench clean
+
+serve: $(INSTALLED)  ## serve the demo, or: make serve ARGS="MODEL_DIR --adapters DIR"
+	$(BIN)/heddle serve $(ARGS)
+
+test: $(INSTALLED) lint  ## everything: style, types, unit and whole-system tests
+	$(BIN)/pytest
+
+unit: $(INSTALLED)  ## the fast part, under a minute
+	$(BIN)/pytest -m "not slow"
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+simulate: $(INSTALLED)  ## a million steps of the engine without a model
+	$(BIN)/python -m tests.test_simulation --steps 1000000
+
+bench: $(INSTALLED)  ## throughput beside Transformers and PEFT; rewrites README's table
+	$(BIN)/python -m benchmarks.throughput
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
