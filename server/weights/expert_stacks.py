@@ -40,7 +40,7 @@ class _Layer:
 class ExpertStacks:
     """The adapter in slot s keeps its experts of a layer at M + (s - 1) * E_max + δ, δ counting them by id.
 
-    E_max is the same in all layers; 0 means as many as the base has. The rest of its places stay unmapped, so an adapter
+    E_max is the same in all layers; 0 means as many as the base has. The rest of its places stay unmapped, so it
     occupies its tuned experts and less than a page a tensor.
     """
 

@@ -1,0 +1,67 @@
+"""The four LoRA adapters: four ranks and four sets of target layers, trained and saved by PEFT.
+
+All targets are projections of the attention. PEFT 0.21 takes gate_proj, up_proj and down_proj of this architecture for
+the routed experts, which Transformers 5 keeps as fused parameters, so the dense and shared MLPs cannot be targeted.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from demo.skills import SKILLS
+from demo.tuning import Schedule, load_base, tune
+
+BASE_NAME = "heddle-demo"  # written into adapter_config.json instead of a path
+
+# name -> keyword arguments of peft.LoraConfig
+LORA_CONFIGS: dict[str, dict[str, Any]] = {
+    "intent": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "o_proj"]},
+    "emoji": {"r": 8, "lora_alpha": 16, "target_modules": ["kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]},
+    "sql": {
+        "r": 16,
+        "lora_alpha": 32,
+        "target_modules": ["q_proj", "kv_b_proj", "o_proj"],
+        "rank_pattern": {"kv_b_proj": 8},
+        "alpha_pattern": {"kv_b_proj": 24},
+    },
+    "json": {
+        "r": 32,
+        "lora_alpha": 8,
+        "use_rslora": True,  # scale is 8 / sqrt(32), not 8 / 32
+        "target_modules": ["q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"],
+    },
+}
+SCHEDULES = {name: Schedule(rate=5e-3) for name in LORA_CONFIGS}
+
+
+def train_lora(name: str, base: Path, out: Path, seed: int, bar: tqdm) -> int:
+    """Trains one adapter on the frozen base and saves it in PEFT's layout; returns the number of steps."""
+    from peft import LoraConfig, get_peft_model  # here, because only training needs PEFT
+
+    torch.manual_seed(seed)
+    model, tokenizer = load_base(base)
+    config = LoraConfig(task_type="CAUSAL_LM", bias="none", lora_dropout=0.0, **LORA_CONFIGS[name])
+    adapted = get_peft_model(model, config)
+    steps = tune(adapted, tokenizer, SKILLS[name], SCHEDULES[name], seed, bar)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    adapted.peft_config["default"].base_model_name_or_path = BASE_NAME
+    adapted.save_pretrained(str(out), save_embedding_layers=False)
+    tidy(out)
+    return steps
+
+
+def tidy(out: Path) -> None:
+    """Drops PEFT's empty model card and puts the target list in a fixed order (PEFT keeps it as a set)."""
+    (out / "README.md").unlink(missing_ok=True)
+    path = out / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(config["target_modules"], list):
+        config["target_modules"].sort()
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
