@@ -20,6 +20,7 @@ from server.errors import HeddleError
 from server.version import VERSION
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
+DEMO_QUESTION = ("roman", "How would Caesar write 1989?")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     console = Console(stderr=True, highlight=False)
     try:
-        return asyncio.run(front.serve(_config(options), _Announcer(console).reports()))
+        return asyncio.run(front.serve(_config(options), _Announcer(console, options.model_dir is None).reports()))
     except HeddleError as error:
         console.print(f"[bold red]heddle:[/] {error.message}", soft_wrap=True)
         return 1
@@ -107,8 +108,9 @@ def _config(options: argparse.Namespace) -> ServerConfig:
 class _Announcer:
     """Tells the console how the start goes, and in the end what is served and how to try it."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, is_demo: bool) -> None:
         self._console = console
+        self._is_demo = is_demo
         self._bar = Progress(
             TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
         )
@@ -126,11 +128,11 @@ class _Announcer:
         self._bar.update(self._stages[progress.stage], completed=progress.done)
 
     def _adapter(self, name: str, outcome: CatalogEntry | AdapterError) -> None:
-        self._bar.stop()
         self._adapters.append((name, outcome))
 
     def _ready(self, service: Service) -> None:
-        self._bar.stop()
+        if self._stages:
+            self._bar.stop()
         info, base = service.info, service.catalog.base_name
         table = Table(box=None, pad_edge=False, header_style="bold")
         for column in ("model", "kind", "size", ""):
@@ -145,10 +147,19 @@ class _Announcer:
         self._console.print(table)
         url = f"http://{service.config.host}:{service.config.port}/v1"
         self._console.print(f"\n[bold]Heddle {VERSION}[/] listens on [bold]{url}[/]  (Ctrl-C to stop). Try:\n")
+        self._console.print(self._curl(url, service), soft_wrap=True, markup=False)
+
+    def _curl(self, url: str, service: Service) -> str:
         served = [name for name, outcome in self._adapters if not isinstance(outcome, AdapterError)]
-        body = f'{{"model": "{served[0] if served else base}", "prompt": "Hello", "max_tokens": 32}}'
-        line = f"curl {url}/completions -H 'Content-Type: application/json' -d '{body}'"
-        self._console.print(line, soft_wrap=True, markup=False)
+        model, question = (served[0] if served else service.catalog.base_name), "Hello"
+        if self._is_demo and DEMO_QUESTION[0] in served:
+            model, question = DEMO_QUESTION
+        if service.text.has_chat_template:
+            route, prompt = "chat/completions", f'"messages": [{{"role": "user", "content": "{question}"}}]'
+        else:
+            route, prompt = "completions", f'"prompt": "{question}"'
+        body = f'{{"model": "{model}", {prompt}, "temperature": 0, "max_tokens": 64}}'
+        return f"curl {url}/{route} -H 'Content-Type: application/json' -d '{body}'"
 
 
 if __name__ == "__main__":

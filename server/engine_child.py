@@ -14,6 +14,9 @@ from server.engine.messages import Configure, EngineInfo, Progress
 from server.errors import StartupError
 
 STOP_TIMEOUT_S = 10.0
+# how long an idle thread of the engine spins for its next piece of work. OpenMP's default is milliseconds, which on a
+# machine that is also busy with something else costs everybody their time slices (benchmarks/README.md)
+SPIN_COUNT = "1000"
 
 
 class EngineChild:
@@ -42,7 +45,11 @@ class EngineChild:
     ) -> EngineInfo:
         """Start the process and wait until it can serve. Raises StartupError with its reason."""
         root = str(Path(__file__).resolve().parent.parent)
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
+        environment = {
+            "GOMP_SPINCOUNT": SPIN_COUNT,
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
+        }
         self._process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "server.engine_process", self._address,
             stdin=asyncio.subprocess.DEVNULL, env=environment,

@@ -43,6 +43,10 @@ class Text:
         except TemplateError as error:
             raise ConfigError(f"the chat template of {model_dir.name!r} is broken: {error}") from None
 
+    @property
+    def has_chat_template(self) -> bool:
+        return self._template is not None
+
     def encode(self, text: str, param: str = "prompt", add_special_tokens: bool = True) -> list[int]:
         """`param` is the request's field that the text came in."""
         try:
