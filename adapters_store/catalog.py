@@ -56,13 +56,14 @@ class Catalog:
         return CatalogEntry(ref, package, str(directory.relative_to(root)), created=int(time.time()))
 
     def add(self, entry: CatalogEntry) -> bool:
-        """Give the name to these weights. False if it already meant exactly these (adding twice is no error)."""
+        """Give the name to these weights. False if it already meant exactly these: then their files may have moved."""
         name = entry.ref.name
         with self._lock:
             self._check_name(name)
             known = self._entries.get(name.casefold())
             if known is not None:
                 if known.ref == entry.ref:
+                    self._entries[name.casefold()] = msgspec.structs.replace(entry, created=known.created)
                     return False
                 raise AdapterConflict(
                     f"the name {name!r} is taken by {known.ref.name!r} with other weights; delete that adapter first"

@@ -47,11 +47,12 @@ def read_json(directory: Path, name: str, limit: int = MAX_CONFIG_BYTES) -> dict
 
 def parse_json(raw: bytes, name: str) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        if len(set(keys)) != len(keys):
-            repeated = next(key for key in keys if keys.count(key) > 1)
-            raise InvalidAdapter(f"{name} has the key {repeated[:200]!r} twice")
-        return dict(pairs)
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise InvalidAdapter(f"{name} has the key {key[:200]!r} twice")
+            found[key] = value
+        return found
 
     def no_constant(token: str) -> Any:
         raise InvalidAdapter(f"{name} holds {token}, which is not JSON")

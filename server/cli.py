@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     served = serve.add_argument_group("what is served")
     served.add_argument("--adapters", metavar="DIR", help="one adapter a sub-directory: PEFT LoRA or ESFT")
     served.add_argument("--adapter-root", metavar="DIR", action="append", default=[],
-                        help="a directory below which POST /v1/adapters may read, beside --adapters (repeatable)")  # fmt: skip
+                        help="a directory that POST /v1/adapters may read, beside --adapters (repeatable)")  # fmt: skip
     served.add_argument("--model-name", metavar="NAME", help="what requests call the base (the directory's name)")
     http = serve.add_argument_group("where")
     http.add_argument("--host", default="127.0.0.1", metavar="H", help="address to listen on")

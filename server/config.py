@@ -36,7 +36,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_skips: int = 200  # steps that a request may be passed over before others stop taking room from it
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "threads", "max_model_len", "kv_cache_bytes", "adapter_bytes", "max_experts_per_adapter")
+        _at_least(self, 0, "threads", "max_model_len", "kv_cache_bytes", "max_experts_per_adapter")
+        _at_least(self, 1 << 16, "adapter_bytes")
         _at_least(self, 1, "block_size", "tokens_per_step", "max_running", "max_waiting", "adapter_slots", "max_skips")
         if self.tokens_per_step < self.max_running:
             raise ConfigError(

@@ -83,7 +83,7 @@ def assemble(
         raise ConfigError(
             f"kv_cache_bytes {config.kv_cache_bytes:,} is less than one block ({bytes_per_block:,} bytes)"
         )
-    # a cache beyond what all running requests can hold would never be touched
+    # at most what all running requests can hold at once: prefixes of earlier ones live in what those leave free
     num_blocks = min(num_blocks, config.max_running * -(-length // config.block_size))
     windows = layer_windows(model.config)
     install_paged_attention(model, shapes, windows, num_blocks, config.block_size, step, dtype)
@@ -143,9 +143,10 @@ def main() -> int:
         return 1
     try:
         assembly = build(first[0].config, lambda stage, done, total: link.send(Progress(stage, done, total)))
-    except (UnsupportedModelError, ConfigError, ArenaError, OSError, ValueError, MemoryError, RuntimeError) as error:
-        traceback.print_exc()
-        link.send(StartFailed(f"{error or type(error).__name__}"))
+    except Exception as error:  # whatever it is, the operator hears it from the front
+        if not isinstance(error, UnsupportedModelError | ConfigError | ArenaError):
+            traceback.print_exc()
+        link.send(StartFailed(str(error) or type(error).__name__))
         link.close()
         return 1
     link.send(Ready(assembly.info))

@@ -38,10 +38,6 @@ class ConfigError(HeddleError):
     pass
 
 
-class UnsupportedModel(HeddleError):
-    pass
-
-
 class StartupError(HeddleError):
     pass
 

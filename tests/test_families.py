@@ -1,13 +1,17 @@
 """Admission of a family: greedy tokens of a mixed, chunked schedule equal Transformers' own `generate`."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from server.model.attention import PROBE
 from server.model.families import FAMILIES, UnsupportedModelError, check_family, max_model_len
+from server.model.loader import load_model
 from tests.engine_harness import Engine, generated, prompts
-from tests.tiny_models import MODELS, make_config, make_model
+from tests.tiny_models import MODELS, make_config, make_model, save_model
 
 NEW_TOKENS = 10
 
@@ -61,6 +65,41 @@ def test_max_model_len(name: str, asked: int, expected: int) -> None:
 def test_lengths_beyond_the_model_are_refused_with_the_numbers(name: str, asked: int) -> None:
     with pytest.raises(UnsupportedModelError, match=str(asked)):
         max_model_len(make_config(name), asked)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "says"),
+    [
+        ("llama", {"sliding_window": 7}, "sliding_window = 7 has no effect"),
+        ("deepseek_v2", {"sliding_window": 7}, "sliding_window = 7 has no effect"),
+        ("llama", {"is_causal": False}, "is_causal"),
+        ("llama", {"attention_chunk_size": 8}, "attention_chunk_size"),
+        ("mistral-window", {"layer_types": ["full_attention", "sliding_attention"] * 2}, "both full and sliding"),
+        ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantised"),
+    ],
+)
+def test_settings_that_would_be_computed_otherwise_are_refused(
+    name: str, changes: dict[str, object], says: str
+) -> None:
+    config = make_config(name)
+    for key, value in changes.items():
+        setattr(config, key, value)
+    with pytest.raises(UnsupportedModelError, match=says):
+        check_family(config)
+
+
+def test_a_checkpoint_with_missing_or_stray_tensors_is_refused(tmp_path: Path) -> None:
+    directory = save_model(tmp_path / "model", "llama")
+    file = directory / "model.safetensors"
+    whole = load_file(file)
+    assert load_model(directory, torch.float32, lambda *_: None)
+    for changed, says in (
+        ({key: value for key, value in whole.items() if key != "lm_head.weight"}, "lacks 1 tensors: lm_head.weight"),
+        (whole | {"model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}, "beyond what the model takes 1 tensors"),
+    ):
+        save_file(changed, file, {"format": "pt"})
+        with pytest.raises(UnsupportedModelError, match=says):
+            load_model(directory, torch.float32, lambda *_: None)
 
 
 def test_recurrent_hybrids_are_refused_by_name() -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from server.errors import ConfigError
 from server.kernels_name import check_kernels_are_ours
 from tests.live_server import ROOT
 
@@ -31,9 +30,9 @@ def install_distribution(site: Path, version: str, package: str | None = None) -
 
 
 def run(code: str, *path: Path) -> subprocess.CompletedProcess[str]:
-    search = ":".join(str(place) for place in path)
-    return subprocess.run([sys.executable, "-W", "ignore", "-c", code], env={"PYTHONPATH": search, "HF_HUB_OFFLINE": "1",
-                          "PATH": "/usr/bin:/bin"}, cwd="/", capture_output=True, text=True, timeout=100)  # fmt: skip
+    environment = {"PYTHONPATH": ":".join(map(str, path)), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    return subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, timeout=100)
 
 
 @pytest.mark.parametrize("version", ["0.18.2", "0.18.4", "0.1.0", "99.0"])

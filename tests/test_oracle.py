@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from adapters_store.catalog import CatalogEntry
-from server.engine.request import FinishReason, Request
+from server.engine.request import FinishReason, Request, Sampling
 from server.model.attention import PROBE
-from tests.engine_harness import Engine, generated, prompts
+from tests.engine_harness import GREEDY, Engine, generated, prompts
 from tests.test_families import reference
 from tests.tiny_adapters import ALL_LINEARS, ATTENTION, merge, register, save_esft, save_lora, write_lora
 from tests.tiny_models import make_model
@@ -120,6 +121,28 @@ def test_the_oracle_holds_under_everything_at_once(name: str, tmp_path: Path) ->
     assert engine.assembly.kv_cache.num_prefix_hits > 0
     assert engine.assembly.kv_cache.pool.num_free == engine.assembly.kv_cache.pool.num_blocks
     assert late.ref in {request.adapter for request in engine.requests}
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "qwen3_moe"])
+def test_an_adapter_that_overflows_fails_alone(name: str, tmp_path: Path) -> None:
+    """Finite weights can still give infinite keys; those must not reach others by way of reused blocks or padding."""
+    engine = Engine(make_model(name, attention=PROBE), kv_cache_bytes=_kv_bytes(name, 40))
+    poison = save_lora(tmp_path / "poison", make_model(name), 1, ATTENTION)
+    file = poison / "adapter_model.safetensors"
+    save_file({key: tensor * 1e30 for key, tensor in load_file(file).items()}, file)
+    entry = register(engine, poison)
+    plain = make_model(name)
+    expected = {tuple(prompt): reference(plain, prompt, NEW_TOKENS) for prompt in prompts(6)}
+    for sampling in (GREEDY, Sampling(temperature=1.0)):
+        bad = [engine.add(prompt, NEW_TOKENS, entry.ref, sampling) for prompt in prompts(4)]
+        good = [engine.add(prompt, NEW_TOKENS) for prompt in prompts(6)]  # beside it, and then after it
+        engine.run()
+        good += [engine.add(prompt, NEW_TOKENS) for prompt in prompts(6)]
+        engine.run()
+        assert all(engine.ended[request.id].finish is FinishReason.ERROR for request in bad)
+        assert "not finite" in str(engine.ended[bad[0].id].error)
+        for request in good:
+            assert generated(request) == expected[tuple(request.tokens[: request.prompt_len])]
 
 
 def _kv_bytes(name: str, blocks: int) -> int:

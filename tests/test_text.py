@@ -112,6 +112,13 @@ def test_a_token_depends_on_its_seed_and_place_and_not_on_its_batch() -> None:
     assert len({uniform(seed, index) for seed in range(50) for index in range(50)}) == 2500
 
 
+@pytest.mark.parametrize("temperature", [1e-38, 1e-45, 1e-300, 1e-6])
+@pytest.mark.parametrize("top_p", [1.0, 1e-50, 1e-300])
+def test_values_that_vanish_in_float32_are_greedy(temperature: float, top_p: float) -> None:
+    assert sample(LOGITS[None], [Sampling(temperature=temperature, top_p=top_p)], [0]) == [0]
+    assert sample(LOGITS[None], [Sampling(temperature=1.0, top_p=1e-50)], [0]) == [0]
+
+
 def test_extreme_logits_still_give_a_token() -> None:
     logits = torch.tensor([[-1e30, 1e30, 0.0], [0.0, 0.0, 0.0]])
     tokens = sample(logits, [Sampling(temperature=1e-3), Sampling(top_p=1e-6, temperature=2.0)], [0, 0])

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from adapters_store.catalog import CatalogEntry
-from adapters_store.parts import ExpertReplacement
+from adapters_store.parts import ExpertReplacement, SourceFile
 from server.engine.request import FinishReason
 from server.engine.residency import AdapterFailed, Wait
 from server.model.attention import PROBE
 from server.weights.arena import ArenaError, HostArena
 from server.weights.residency import DeviceResidency
+from server.weights.transfer import Transfer
 from tests.engine_harness import Engine, generated, prompts
 from tests.test_families import reference
 from tests.tiny_adapters import merge, register, save_esft, save_lora
@@ -125,9 +126,9 @@ def test_an_esft_adapter_occupies_its_tuned_experts_and_less_than_a_page_a_tenso
     replaced = [part for part in entry.package.parts if isinstance(part, ExpertReplacement)]
     experts = sum(3 * 136 * 66 * 4 for _ in replaced)
     stacks = 2 * len(tuned)  # gate_up and down of each layer: one contiguous range of the adapter in each
-    assert experts <= grown < experts + stacks * 2 * PAGE + 32 * PAGE
+    assert experts <= grown < experts + 3 * len(replaced) * PAGE
     on_device = next(it for it in residency.report() if it.ref == entry.ref)
-    assert abs(on_device.bytes - experts) < stacks * PAGE
+    assert 0 <= on_device.bytes - experts < stacks * PAGE  # only the last page of each range is not full
     residency.release(entry.ref)
     engine.adapters.remove(entry.ref)
     assert resident_bytes() - before < 32 * PAGE  # and gives all of it back
@@ -162,9 +163,9 @@ def test_the_least_recently_used_adapter_makes_room_and_pinned_ones_never_do(tmp
 
 
 def test_an_adapter_that_can_never_fit_fails_with_the_numbers(tmp_path: Path) -> None:
-    engine = Engine(make_model("llama", attention=PROBE), adapter_bytes=4 * PAGE)
+    engine = Engine(make_model("llama", attention=PROBE), adapter_bytes=16 * PAGE)
     entry = register(engine, save_lora(tmp_path / "big", make_model("llama"), 1, ("q_proj",), rank=64))
-    with pytest.raises(AdapterFailed, match=f"may use {4 * PAGE:,}"):
+    with pytest.raises(AdapterFailed, match=f"may use {16 * PAGE:,}"):
         engine.residency.acquire(entry.ref)
 
 
@@ -180,6 +181,89 @@ def test_a_file_that_changed_after_registration_fails_its_requests_only(tmp_path
     assert engine.ended[victim.id].finish is FinishReason.ERROR
     assert "changed after it was registered" in str(engine.ended[victim.id].error)
     assert generated(other) == reference(merge(make_model("llama"), good), prompts()[1], 5)
+
+
+def test_registering_again_says_where_the_files_are_now(tmp_path: Path) -> None:
+    engine = Engine(make_model("llama", attention=PROBE))
+    entry = register(engine, save_lora(tmp_path / "here", make_model("llama"), 1, ("q_proj",)), "name")
+    (tmp_path / "here").rename(tmp_path / "there")
+    request = engine.add(prompts()[1], 5, entry.ref)
+    engine.run()
+    assert engine.ended[request.id].finish is FinishReason.ERROR
+    assert str(tmp_path) not in str(engine.ended[request.id].error)  # the client learns no path
+    again = register(engine, tmp_path / "there", "name")
+    assert again.ref == entry.ref
+    request = engine.add(prompts()[1], 5, entry.ref)
+    engine.run()
+    assert generated(request) == reference(merge(make_model("llama"), again), prompts()[1], 5)
+
+
+def test_more_experts_than_a_slot_has_room_for_are_refused(tmp_path: Path) -> None:
+    engine = Engine(make_model("qwen3_moe", attention=PROBE), max_experts_per_adapter=2)
+    entry = register(engine, save_esft(tmp_path / "esft", make_model("qwen3_moe"), 1, {1: [0, 2, 5]}))
+    with pytest.raises(AdapterFailed, match="tunes 3 experts of layer 1; there is room for 2"):
+        engine.residency.acquire(entry.ref)
+
+
+class SteppedTransfers:
+    """Transfers that end when a test says so, well or badly."""
+
+    def __init__(self) -> None:
+        self.pending: list[Transfer] = []
+
+    def start(self, transfer: Transfer) -> None:
+        self.pending.append(transfer)
+
+
+def test_residency_under_random_events_keeps_its_books(tmp_path: Path) -> None:
+    """The real residency, slabs, stacks and arenas; adapters of both kinds; transfers that fail; too little room."""
+    model = make_model("qwen3_moe")
+    engine = Engine(make_model("qwen3_moe", attention=PROBE), adapter_slots=3, adapter_bytes=60 * PAGE)
+    residency, transfers, rng = engine.residency, SteppedTransfers(), random.Random(5)
+    residency._transfers = transfers  # type: ignore[assignment]
+    paths = [save_lora(tmp_path / f"l{i}", model, i, ("q_proj", "v_proj"), rank=2 + 9 * i) for i in range(3)]
+    paths += [save_esft(tmp_path / f"e{i}", model, i, {1: [i, 5], 3: [0, 2, 7][: i + 1]}) for i in range(3)]
+    entries = [register(engine, path) for path in paths]
+    known = {entry.ref: 0 for entry in entries}  # pins
+    seen: set[str] = set()
+    for _ in range(3000):
+        entry = rng.choice(entries)
+        match rng.randrange(6):
+            case 0 | 1 if entry.ref in known:
+                try:
+                    slot = residency.acquire(entry.ref)
+                except AdapterFailed:
+                    seen.add("failed")
+                else:
+                    seen.add(str(slot))
+                    known[entry.ref] += not isinstance(slot, Wait)
+            case 2 if known.get(entry.ref):
+                residency.release(entry.ref)
+                known[entry.ref] -= 1
+            case 3 if transfers.pending:
+                transfer = transfers.pending.pop(0)
+                if rng.random() < 0.2:
+                    transfer._files = [SourceFile("gone", 0, 0)]
+                transfer.run()
+            case 4 if known.get(entry.ref) == 0:
+                residency.forget(entry.ref)
+                del known[entry.ref]
+            case 5 if entry.ref not in known:
+                residency.register(entry.ref, entry.package)
+                known[entry.ref] = 0
+        residency.poll()
+        residency.check()
+    assert {"failed", "Wait.LOADING", "Wait.NO_ROOM", "1", "2", "3"} <= seen
+    while transfers.pending:
+        transfers.pending.pop().run()
+    residency.poll()
+    for ref, pins in known.items():
+        for _ in range(pins):
+            residency.release(ref)
+        residency.forget(ref)
+    residency.poll()
+    residency.check()
+    assert residency.report() == () and residency._pool.num_used == 0
 
 
 def test_the_same_name_with_other_weights_never_reuses_a_prefix(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """ESFT (arXiv 2407.01906): whole experts of a MoE base, tuned and stored as absolute weights.
 
-    expert_cfg.json                   {"experts": {"1": [35, 22], …}, "shared_experts": bool, "non_expert_modules": bool}
+    expert_cfg.json                   {"experts": {"1": [35, 22]}, "shared_experts": bool, "non_expert_modules": bool}
     model-00001-of-000001.safetensors [model.]layers.{L}.mlp.experts.{E}.{gate,up,down}_proj.weight
     model.safetensors.index.json      optional
 

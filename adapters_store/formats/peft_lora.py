@@ -8,7 +8,8 @@ PEFT does. Everything that changes the arithmetic and is not this formula is ref
 
 import hashlib
 import re
-from math import isfinite, sqrt
+from collections.abc import Iterable
+from math import sqrt
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +24,8 @@ from adapters_store.safetensors_file import hash_and_check_finite, read_header, 
 WEIGHTS = "adapter_model.safetensors"
 _KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight$")
 Number = TypeVar("Number", int, float)
+_MAX_ALPHA = 1e9
+_MAX_PATTERNS = 2000
 _PATTERN_SECONDS = 0.1  # a pattern is the sender's regular expression: it must not hold up the server
 
 # keys that say how the adapter was trained, or what the tensors say themselves; they do not change how it is served
@@ -86,10 +89,12 @@ def _read_config(directory: Path) -> _Config:
     alphas = [config.lora_alpha, *config.alpha_pattern.values()]
     if config.r < 1 or any(rank < 1 for rank in config.rank_pattern.values()):
         raise InvalidAdapter("adapter_config.json: r and rank_pattern must be at least 1")
-    if not all(isfinite(alpha) for alpha in alphas):
-        raise InvalidAdapter("adapter_config.json: lora_alpha and alpha_pattern must be finite")
+    if not all(abs(alpha) <= _MAX_ALPHA for alpha in alphas):
+        raise InvalidAdapter(f"adapter_config.json: lora_alpha and alpha_pattern must be at most {_MAX_ALPHA:.0e}")
+    if len(config.rank_pattern) + len(config.alpha_pattern) > _MAX_PATTERNS:
+        raise InvalidAdapter(f"adapter_config.json: more than {_MAX_PATTERNS} patterns")
     init = config.init_lora_weights
-    if isinstance(init, str) and init.startswith(_BASE_CHANGING_INITS):
+    if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
         raise UnsupportedAdapter(
             f"init_lora_weights {init!r} also changed the base weights; save it as a plain LoRA first "
             "(PEFT: path_initial_model_for_weight_conversion)"
@@ -98,9 +103,12 @@ def _read_config(directory: Path) -> _Config:
 
 
 def _refuse_other_arithmetic(raw: dict[str, Any]) -> None:
-    """Any key that is neither read nor inert must be off: an unknown one may change the formula."""
+    """Any key that is neither read nor inert must be off: an unknown one may change the formula.
+
+    An empty object is not off: PEFT takes it for a configuration with its defaults.
+    """
     for key, value in raw.items():
-        if key in _READ or key in _INERT or value in (None, False, [], {}, "none"):
+        if key in _READ or key in _INERT or value in (None, False, [], "none"):
             continue
         raise UnsupportedAdapter(f"{key} = {_short(value)} in adapter_config.json is not served")
 
@@ -153,17 +161,21 @@ def _untouched_targets(config: _Config, parts: list[LowRank], base: BaseSpec) ->
     """Targets that the configuration lists and the base has, but the file holds no tensor for."""
     if not isinstance(config.target_modules, list):
         return []
-    bound = [part.module for part in parts]
-
-    def ends_in(module: str, target: str) -> bool:
-        return module == target or module.endswith(f".{target}")
-
+    there, bound = _endings(base.linears), _endings(part.module for part in parts)
     return [
         f"target_modules lists {target[:200]}, but the file has no tensors for it"
         for target in sorted(config.target_modules)
-        if any(ends_in(module, target) for module in base.linears)
-        and not any(ends_in(module, target) for module in bound)
+        if target in there and target not in bound
     ]
+
+
+def _endings(modules: Iterable[str]) -> set[str]:
+    """a.b.c -> a.b.c, b.c, c: what PEFT takes for the name of the module."""
+    endings: set[str] = set()
+    for module in modules:
+        steps = module.split(".")
+        endings |= {".".join(steps[start:]) for start in range(len(steps))}
+    return endings
 
 
 def _by_pattern(patterns: dict[str, Number], module: str, default: Number) -> Number:

@@ -26,7 +26,8 @@ class PrefillChunk:
 class DecodeGroup:
     """Sequences with one new token each, of similar length.
 
-    rows [n]: their tokens in the step. blocks [n * b]: their blocks, padded with block 0.
+    rows [n]: their tokens in the step. blocks [n * b]: their blocks, the last one repeated as padding: a mask does not
+    stop NaN or infinity, so a sequence never reads another's block.
     mask [n, 1, 1, b * block_size], added to scores.
     """
 
@@ -116,7 +117,7 @@ class AttentionBatch:
         self, members: list[tuple[tuple[list[int], int], _Sequence]], width: int, window: int | None
     ) -> DecodeGroup:
         rows = torch.tensor([sequence.start for _, sequence in members])
-        blocks = torch.tensor([blocks + [0] * (width - len(blocks)) for (blocks, _), _ in members])
+        blocks = torch.tensor([blocks + blocks[-1:] * (width - len(blocks)) for (blocks, _), _ in members])
         kv_lens = torch.tensor([[sequence.kv_len] for _, sequence in members])
         first_keys = torch.tensor([[first_key] for (_, first_key), _ in members])
         key = first_keys + torch.arange(width * self.block_size)

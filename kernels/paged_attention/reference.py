@@ -24,7 +24,8 @@ def paged_attention(
     """Causal attention of each token over its own sequence; returns [T, Hq, Dv].
 
     query [T, Hq, D]; key_cache [blocks, block_size, Hkv, D], value_cache [.., Dv]: already hold the step's own tokens,
-    and nothing but finite values (padding is read and masked). Hq is a multiple of Hkv.
+    and nothing of others in the blocks of a sequence (the rest of its last block is read and masked). Hq is a multiple
+    of Hkv.
     window: a token sees itself and window - 1 tokens before it. softcap: scores become softcap * tanh(s / softcap).
     sinks [Hq]: a logit per head that takes part in the softmax and has no value (gpt-oss).
     """

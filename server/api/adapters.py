@@ -52,8 +52,7 @@ async def delete(name: str, request: Request) -> Response:
 
 def register(entry: CatalogEntry, service: Service) -> bool:
     is_new = service.catalog.add(entry)
-    if is_new:
-        service.client.add_adapter(entry.ref, entry.package)
+    service.client.add_adapter(entry.ref, entry.package)  # known or not: its files may be elsewhere now
     return is_new
 
 

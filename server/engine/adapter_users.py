@@ -12,7 +12,8 @@ class AdapterUsers:
     """A request holds its adapter's revision from arrival to end, on the device or not.
 
     Removal is a tombstone: requests that hold the adapter finish on it, new ones are refused, and its room is given
-    back when the last one ends. Registering the same revision again lifts the tombstone.
+    back when the last one ends. Registering the same revision again lifts the tombstone, and says
+    where its files are now.
     """
 
     def __init__(self, residency: Residency) -> None:
@@ -22,9 +23,8 @@ class AdapterUsers:
 
     def register(self, ref: AdapterRef, package: AdapterPackage) -> None:
         self._removed.discard(ref)
-        if ref not in self._users:
-            self._users[ref] = 0
-            self._residency.register(ref, package)
+        self._users.setdefault(ref, 0)
+        self._residency.register(ref, package)
 
     def remove(self, ref: AdapterRef) -> None:
         if ref in self._users:

@@ -46,9 +46,6 @@ class BlockPool:
         """The block, held or free, whose content has this hash."""
         return self._block_with.get(content)
 
-    def is_free(self, block: Block) -> bool:
-        return self._refs[block] == 0
-
     def touch(self, block: Block) -> None:
         """Hold a block once more: a prefix hit."""
         if self._refs[block] == 0:

@@ -1,5 +1,6 @@
 """The engine: one synchronous loop. `step()` is the architecture."""
 
+import time
 from collections.abc import Callable
 from typing import Protocol
 
@@ -23,14 +24,16 @@ from server.engine.residency import Residency
 from server.engine.scheduler import CannotServe, Emitted, Scheduled, Scheduler, SchedulerLimits
 
 IDLE_WAIT_MS = 500  # an idle engine says so this often
+MAX_SILENCE_S = 1.0  # a busy one at least this often
 LOADING_WAIT_MS = 5  # how soon to look again when requests wait for nothing but a transfer
 
 
 class Runner(Protocol):
     """Computes a step on the device."""
 
-    def run(self, plan: list[Scheduled]) -> dict[int, int]:
-        """Compute the scheduled tokens; the sampled token of each request that samples, by request id."""
+    def run(self, plan: list[Scheduled]) -> dict[int, int | None]:
+        """Compute the scheduled tokens. By id of each request that samples: its token, or None if there was none to
+        sample (logits that are not finite)."""
 
 
 class Inbox(Protocol):
@@ -64,6 +67,7 @@ class EngineCore:
         self.scheduler = Scheduler(limits, kv_cache, residency, self._adapters)
         self._steps = 0
         self._computed_tokens = 0
+        self._last_said = time.monotonic()
         self._wait_ms = 0  # how long the next step may wait for a message
         self.is_shut_down = False
 
@@ -74,8 +78,8 @@ class EngineCore:
         sampled = self._runner.run(plan) if plan else {}
         emitted += failed + self.scheduler.update(plan, sampled)
         self._account(plan)
-        if emitted or not plan:
-            self._publish(StepDone([_event(item) for item in emitted], self._stats()))
+        if emitted or not plan or self._is_silent():
+            self._say(emitted)
 
     def _apply(self, messages: list[ToEngine]) -> list[Emitted]:
         emitted: list[Emitted] = []
@@ -110,6 +114,14 @@ class EngineCore:
             return [Emitted(request, finish=FinishReason.ERROR, error=str(refusal))]
         return []
 
+    def _say(self, emitted: list[Emitted]) -> None:
+        self._publish(StepDone([_event(item) for item in emitted], self._stats()))
+        self._last_said = time.monotonic()
+
+    def _is_silent(self) -> bool:
+        """A long prefill emits nothing for many steps; a front that hears nothing would take us for dead."""
+        return time.monotonic() - self._last_said > MAX_SILENCE_S
+
     def _account(self, plan: list[Scheduled]) -> None:
         self._steps += bool(plan)
         self._computed_tokens += sum(scheduled.num_tokens for scheduled in plan)
@@ -118,7 +130,8 @@ class EngineCore:
         elif self.scheduler.has_requests or self._residency.is_loading():
             self._wait_ms = LOADING_WAIT_MS
         else:
-            self.scheduler.check()  # idle: prove that nothing leaked
+            if self._wait_ms != IDLE_WAIT_MS:
+                self.scheduler.check()  # busy until now: prove that nothing leaked
             self._wait_ms = IDLE_WAIT_MS
 
     def _stats(self) -> Stats:

@@ -42,8 +42,9 @@ class FakeRunner:
         self._vocab_size = vocab_size
         self._slots: list[bytes] = [b""] * (num_blocks * block_size)  # the fingerprint of the prefix that ends here
 
-    def run(self, plan: list[Scheduled]) -> dict[int, int]:
-        return {scheduled.request.id: token for scheduled in plan if (token := self._compute(scheduled)) is not None}
+    def run(self, plan: list[Scheduled]) -> dict[int, int | None]:
+        computed = {scheduled.request.id: self._compute(scheduled) for scheduled in plan}
+        return {request_id: token for request_id, token in computed.items() if token is not None}
 
     def _compute(self, scheduled: Scheduled) -> int | None:
         request = scheduled.request

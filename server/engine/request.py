@@ -65,6 +65,7 @@ class Request:
         self.block_hashes: list[bytes] = []  # of the leading full blocks, as far as they were needed
         self.num_committed_blocks = 0  # leading blocks whose content the prefix cache knows
         self.num_cached_tokens = 0  # prompt tokens found in the prefix cache when first admitted
+        self.was_admitted = False  # has run before, if only to be preempted
         self.slot = 0  # adapter slot while running; 0 is the base
         self.num_skips = 0  # times passed over for want of adapter room
 

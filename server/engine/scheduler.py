@@ -8,6 +8,7 @@ admission; then waiting ones are admitted. The scheduler does no I/O and knows n
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from adapters_store.ref import AdapterRef
 from server.engine.adapter_users import AdapterUsers
 from server.engine.kv_cache import KVCache
 from server.engine.request import FinishReason, Request, Status
@@ -134,17 +135,22 @@ class Scheduler:
         budget = self._limits.tokens_per_step - sum(scheduled.num_tokens for scheduled in plan)
         starved = self._starved()
         failed: list[Emitted] = []
+        absent: dict[AdapterRef | None, Wait] = {}  # found so in this step: a thousand requests may want the same one
         for request in list(self.waiting.values()):
+            if request.id not in self.waiting:  # it failed together with an earlier one
+                continue
             if budget == 0 or len(self.running) == self._limits.max_running:
                 break
             if self._is_held_back(request, starved):
                 continue
             try:
-                slot = self._pin(request)
+                slot = absent.get(request.adapter) or self._pin(request)
             except AdapterFailed as error:
-                failed.append(self._finish(request, FinishReason.ERROR, str(error)))
+                together = [it for it in self.waiting.values() if it.adapter == request.adapter]
+                failed += [self._finish(it, FinishReason.ERROR, str(error)) for it in together]
                 continue
             if isinstance(slot, Wait):  # passed over, never a wall: those behind it may run
+                absent[request.adapter] = slot
                 request.num_skips += slot is Wait.NO_ROOM
                 continue
             scheduled = self._start(request, slot, budget)
@@ -161,8 +167,9 @@ class Scheduler:
             self._kv_cache.release(request)
             self._unpin(request)
             return None
-        if request.num_generated == 0:
+        if not request.was_admitted:
             self._kv_cache.count_prefix(request)
+            request.was_admitted = True
         del self.waiting[request.id]
         self.running.append(request)
         request.status = Status.RUNNING
@@ -170,8 +177,8 @@ class Scheduler:
         request.num_skips = 0
         return Scheduled(request, request.num_computed_tokens, count)
 
-    def update(self, plan: list[Scheduled], sampled: Mapping[int, int]) -> list[Emitted]:
-        """Record a finished step. `sampled` maps the id of every request that sampled to its token."""
+    def update(self, plan: list[Scheduled], sampled: Mapping[int, int | None]) -> list[Emitted]:
+        """Record a finished step. `sampled` has the id of every request that was to sample; None ends it."""
         emitted: list[Emitted] = []
         for scheduled in plan:
             request = scheduled.request
@@ -181,6 +188,9 @@ class Scheduler:
             if not samples:
                 continue
             token = sampled[request.id]
+            if token is None:
+                emitted.append(self._finish(request, FinishReason.ERROR, "the model's output is not finite"))
+                continue
             request.tokens.append(token)
             reason = request.finish_reason_after(token)
             emitted.append(self._finish(request, reason, token=token) if reason else Emitted(request, token))

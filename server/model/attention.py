@@ -37,8 +37,7 @@ class PagedLayer:
 
     def __init__(self, shape: KVShape, num_blocks: int, block_size: int, window: LayerWindow, step: CurrentStep,
                  dtype: torch.dtype) -> None:  # fmt: skip
-        # zeros, not empty: padding inside a block is read and masked, and a NaN would survive the mask. The kernel
-        # hands out zero pages lazily, so an unused cache costs no memory
+        # the system hands out zero pages lazily, so an unused cache costs no memory
         self._key = torch.zeros(num_blocks, block_size, shape.kv_heads, shape.key_dim, dtype=dtype)
         self._value = torch.zeros(num_blocks, block_size, shape.kv_heads, shape.value_dim, dtype=dtype)
         self._window = window
@@ -49,6 +48,10 @@ class PagedLayer:
     ) -> Tensor:
         """query [T, Hq, D], key [T, Hkv, D], value [T, Hkv, Dv] of the step's tokens -> [T, Hq, Dv]."""
         inputs = self._step.inputs
+        # what a block's last owner left in it is read as padding and masked, but NaN and infinity survive a mask: one
+        # adapter's overflow would reach another's answers
+        self._key.index_fill_(0, inputs.fresh_blocks, 0)
+        self._value.index_fill_(0, inputs.fresh_blocks, 0)
         store_kv(key, value, self._key, self._value, inputs.slot_mapping)
         return paged_attention(query, self._key, self._value, inputs.attention, scale, self._window, softcap, sinks)
 

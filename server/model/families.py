@@ -15,6 +15,10 @@ FAMILIES = frozenset({
     "qwen2_moe", "qwen3", "qwen3_moe",
 })  # fmt: skip
 
+# families whose attention has a window at all, and those that may have it in some layers only
+_MIXED_WINDOWS = frozenset({"gemma2", "gpt_oss", "qwen2", "qwen2_moe", "qwen3"})
+_WINDOWED = _MIXED_WINDOWS | {"mistral", "mixtral", "phi3", "qwen3_moe"}
+
 # frequencies of these are a function of the position alone
 _STATIC_ROPES = frozenset({"default", "linear", "llama3", "yarn"})
 
@@ -36,6 +40,14 @@ def check_family(config: object) -> None:
         raise UnsupportedModelError(
             f"model type {model_type!r} is not served; these are: {', '.join(sorted(FAMILIES))}"
         )
+    for key, harmless in (("is_causal", (None, True)), ("attention_chunk_size", (None,))):
+        if getattr(config, key, None) not in harmless:
+            raise UnsupportedModelError(f"{key} = {getattr(config, key)} is not served: it changes who sees whom")
+    window = getattr(config, "sliding_window", None)
+    if window is not None and model_type not in _WINDOWED:
+        raise UnsupportedModelError(f"sliding_window = {window} has no effect in {model_type} models; remove it")
+    if len(kinds) > 1 and model_type not in _MIXED_WINDOWS:
+        raise UnsupportedModelError(f"{model_type} models with both full and sliding-window layers are not served")
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedModelError("quantised checkpoints are not served yet; use a float32, float16 or bfloat16 one")
 

@@ -77,6 +77,7 @@ class StepInputs:
     token_ids: Tensor  # [T] int64
     positions: Tensor  # [T] int64
     slot_mapping: Tensor  # [T] int64: where each token's key and value go
+    fresh_blocks: Tensor  # int64: KV blocks that come into use with this step
     attention: AttentionBatch
     sample_rows: Tensor  # [R] int64: rows whose logits are wanted
     segments: Sequence[Segment]  # rows of LoRA adapters
@@ -135,12 +136,14 @@ def build_inputs(
     )
     token_slots = None
     if any(tables.has_experts(slot) for slot, _ in row_slots):
-        slots, counts = zip(*row_slots, strict=True)
-        token_slots = torch.tensor(slots).repeat_interleave(torch.tensor(counts))
+        adapter_slots, counts = zip(*row_slots, strict=True)
+        token_slots = torch.tensor(adapter_slots).repeat_interleave(torch.tensor(counts))
+    slots = torch.tensor(slot_mapping)
     return StepInputs(
         token_ids=torch.tensor(token_ids),
         positions=torch.tensor(positions),
-        slot_mapping=torch.tensor(slot_mapping),
+        slot_mapping=slots,
+        fresh_blocks=slots[slots % block_size == 0] // block_size,  # a block is taken for the token that begins it
         attention=attention,
         sample_rows=torch.tensor(sample_rows, dtype=torch.int64),
         segments=_segments(row_slots, tables),

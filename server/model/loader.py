@@ -31,7 +31,7 @@ def load_model(
     check_family(config)
     previous = transformers_logging.set_tqdm_hook(_report_bars(on_progress))
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             model_dir,
             config=config,
             dtype=dtype,
@@ -39,12 +39,24 @@ def load_model(
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
+            output_loading_info=True,
         )
     finally:
         transformers_logging.set_tqdm_hook(previous)
+    _check_coverage(report)
     has_generation = (model_dir / "generation_config.json").is_file()
     generation = GenerationConfig.from_pretrained(model_dir, local_files_only=True) if has_generation else None
     return model.eval(), generation
+
+
+def _check_coverage(report: dict[str, Any]) -> None:
+    """Every parameter comes from the checkpoint: Transformers fills the rest with random numbers and goes on."""
+    stray = [key for key in report["unexpected_keys"] if not key.endswith("rotary_emb.inv_freq")]  # old checkpoints
+    for what, keys in (("lacks", report["missing_keys"]), ("has in another shape", report["mismatched_keys"]),
+                       ("has beyond what the model takes", stray)):  # fmt: skip
+        if keys:
+            shown = ", ".join(str(key) for key in sorted(keys)[:3])
+            raise UnsupportedModelError(f"the checkpoint {what} {len(keys)} tensors: {shown}{', …' * (len(keys) > 3)}")
 
 
 def _report_bars(on_progress: OnProgress) -> Callable[..., Any]:

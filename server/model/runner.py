@@ -18,7 +18,9 @@ class ModelRunner:
         self._dtype = next(model.parameters()).dtype
 
     @torch.inference_mode()
-    def run(self, plan: Sequence[ScheduledLike]) -> dict[int, int]:
+    def run(self, plan: Sequence[ScheduledLike]) -> dict[int, int | None]:
+        """Compute the scheduled tokens. By id of each request that samples: its token, or None if its logits are not
+        finite (weights of an adapter can be finite and still overflow)."""
         ordered = sorted(plan, key=lambda scheduled: scheduled.request.slot)
         inputs = build_inputs(ordered, self._tables, self._block_size, self._dtype)
         with self._step.of(inputs):
@@ -29,5 +31,6 @@ class ModelRunner:
                 logits_to_keep=inputs.sample_rows,
             ).logits[0]
         requests = [scheduled.request for scheduled in ordered if scheduled.samples]
-        tokens = sample(logits, [r.sampling for r in requests], [r.num_generated for r in requests])
-        return {request.id: token for request, token in zip(requests, tokens, strict=True)}
+        finite = logits.isfinite().all(-1)
+        tokens = sample(logits.nan_to_num(), [r.sampling for r in requests], [r.num_generated for r in requests])
+        return {r.id: token if ok else None for r, token, ok in zip(requests, tokens, finite.tolist(), strict=True)}

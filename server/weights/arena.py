@@ -13,7 +13,6 @@ import ctypes
 import mmap
 import os
 from collections import Counter
-from collections.abc import Iterator
 from math import prod
 
 import torch
@@ -36,7 +35,7 @@ class ArenaError(Exception):
 
 
 class HostArena:
-    """`num_bytes` of reserved addresses. Offsets and sizes are in bytes. One thread maps; any may write what is mapped."""
+    """`num_bytes` of reserved addresses. Offsets and sizes are in bytes. One thread maps; any may write to what is."""
 
     page_bytes = mmap.PAGESIZE
 
@@ -50,7 +49,10 @@ class HostArena:
             raise ArenaError(f"cannot reserve {num_bytes / 2**40:.2f} TiB of addresses ({reason})")
         _libc.madvise(self._base, self._reserved, _MADV_NOHUGEPAGE)  # a huge page would map what nobody asked for
         self._bytes = (ctypes.c_uint8 * num_bytes).from_address(self._base)
-        self._users: Counter[int] = Counter()  # of each mapped page: ranges that touch it
+        # Ranges do not overlap, so only the first and the last page of one can be another's too. Those are counted by
+        # their users; the pages between are only summed, so a gigabyte costs no more bookkeeping than a kilobyte.
+        self._edges: Counter[int] = Counter()
+        self._num_inner = 0
 
     def tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A view; it may span parts that are not mapped, and faults if those are touched."""
@@ -59,36 +61,37 @@ class HostArena:
 
     def pages_to_map(self, offset: int, size: int) -> int:
         """How many pages mapping this range would add."""
-        return sum(page not in self._users for page in self._pages(offset, size))
+        return len(self._sole(self._pages(offset, size), users=0))
 
     def map(self, offset: int, size: int) -> int:
         """Make a range usable, zeroed where it was not; returns the pages added."""
         pages = self._pages(offset, size)
-        added = [page for page in pages if page not in self._users]
-        for start, count in _runs(added):
-            self._call("mprotect", start, count, _PROT_READ_WRITE)
-        self._users.update(pages)
+        added = self._sole(pages, users=0)
+        self._call("mprotect", added, _PROT_READ_WRITE)
+        self._edges.update({pages[0], pages[-1]})
+        self._num_inner += max(0, len(pages) - 2)
         return len(added)
 
     def unmap(self, offset: int, size: int) -> int:
         """Undo one map of exactly this range; returns the pages that nobody uses any more."""
         pages = self._pages(offset, size)
-        self._users.subtract(pages)
-        gone = [page for page in pages if self._users[page] == 0]
-        for page in gone:
-            del self._users[page]
-        for start, count in _runs(gone):
-            self._call("madvise", start, count, _MADV_DONTNEED)
-            self._call("mprotect", start, count, _PROT_NONE)
+        gone = self._sole(pages, users=1)
+        self._edges.subtract({pages[0], pages[-1]})
+        self._edges += Counter()  # drops the zeros
+        self._num_inner -= max(0, len(pages) - 2)
+        self._call("madvise", gone, _MADV_DONTNEED)
+        self._call("mprotect", gone, _PROT_NONE)
         return len(gone)
 
     @property
     def num_mapped_pages(self) -> int:
-        return len(self._users)
+        return self._num_inner + len(self._edges)
 
     def check(self, ranges: list[tuple[int, int]]) -> None:
-        """Recompute page counts from the ranges that are mapped."""
-        assert self._users == Counter(page for offset, size in ranges for page in self._pages(offset, size))
+        """Recompute the counts from the ranges that are mapped."""
+        pages = [self._pages(offset, size) for offset, size in ranges]
+        assert self._edges == Counter(edge for it in pages for edge in {it[0], it[-1]})
+        assert self._num_inner == sum(max(0, len(it) - 2) for it in pages)
 
     def close(self) -> None:
         """Give the addresses back. No view may be used afterwards."""
@@ -98,16 +101,15 @@ class HostArena:
         assert size > 0 and 0 <= offset and offset + size <= self.num_bytes
         return range(offset // self.page_bytes, -(-(offset + size) // self.page_bytes))
 
-    def _call(self, name: str, page: int, count: int, argument: int) -> None:
-        address, size = self._base + page * self.page_bytes, count * self.page_bytes
+    def _sole(self, pages: range, users: int) -> range:
+        """`pages` without an edge that has more users than these."""
+        start = pages.start + (self._edges[pages[0]] > users)
+        stop = pages.stop - (self._edges[pages[-1]] > users)
+        return range(start, max(start, stop))
+
+    def _call(self, name: str, pages: range, argument: int) -> None:
+        if not pages:
+            return
+        address, size = self._base + pages.start * self.page_bytes, len(pages) * self.page_bytes
         if getattr(_libc, name)(address, size, argument) != 0:
             raise ArenaError(f"{name} of {size:,} bytes failed: {os.strerror(ctypes.get_errno())}")
-
-
-def _runs(pages: list[int]) -> Iterator[tuple[int, int]]:
-    """Ascending pages as (first, count) of neighbours: one system call each."""
-    start = 0
-    for index in range(1, len(pages) + 1):
-        if index == len(pages) or pages[index] != pages[index - 1] + 1:
-            yield pages[start], index - start
-            start = index

@@ -1,24 +1,31 @@
 """ESFT adapters on the device: expert stacks with room behind the base's experts, and the expert maps."""
 
+from math import gcd, lcm
+
 import torch
 from torch import Tensor
 
 from adapters_store.parts import ExpertReplacement, TensorRef
-from server.weights.arena import HostArena
+from server.weights.arena import ArenaError, HostArena
 from server.weights.page_pool import PagePool
 
 
 class _Stack:
-    """One matrix of one layer: [M + slots * E_max, ...] in an arena, of which the base's M are always mapped."""
+    """One matrix of one layer: [M + slots * E_max, ...] in an arena, of which the base's M are always mapped.
+
+    E_max is the same in both stacks of a layer. The base's experts end, and every slot begins, at the start of a page,
+    so an adapter leaves at most the rest of its last page unused.
+    """
 
     def __init__(self, base: Tensor, num_slots: int, e_max: int) -> None:
         self._num_base, self._e_max = len(base), e_max
         total = len(base) + num_slots * e_max
         self._expert_bytes = base[0].numel() * base.itemsize
-        self.arena = HostArena(total * self._expert_bytes)
-        self.base_range = (0, len(base) * self._expert_bytes)
+        self._begin = -len(base) * self._expert_bytes % HostArena.page_bytes
+        self.arena = HostArena(self._begin + total * self._expert_bytes)
+        self.base_range = (self._begin, len(base) * self._expert_bytes)
         self.arena.map(*self.base_range)
-        self.tensor = self.arena.tensor(0, (total, *base.shape[1:]), base.dtype)
+        self.tensor = self.arena.tensor(self._begin, (total, *base.shape[1:]), base.dtype)
         self.tensor[: len(base)].copy_(base)
 
     def first(self, slot: int) -> int:
@@ -27,7 +34,7 @@ class _Stack:
 
     def range_of(self, slot: int, count: int) -> tuple[int, int]:
         """(offset, size) in bytes of that adapter's first `count` experts."""
-        return self.first(slot) * self._expert_bytes, count * self._expert_bytes
+        return self._begin + self.first(slot) * self._expert_bytes, count * self._expert_bytes
 
 
 class _Layer:
@@ -52,9 +59,19 @@ class ExpertStacks:
     def add_layer(self, layer: int, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
         """Take over the base's experts of a layer; returns the stacks that replace them."""
         self.e_max = self.e_max or len(gate_up)
-        stacks = _Stack(gate_up, self._num_slots, self.e_max), _Stack(down, self._num_slots, self.e_max)
+        # addresses cost nothing, so a slot's range is rounded up until every slot begins on a page
+        aligned = lcm(*(_experts_to_a_page_boundary(stack) for stack in (gate_up, down)))
+        places = -(-self.e_max // aligned) * aligned
+        stacks = _Stack(gate_up, self._num_slots, places), _Stack(down, self._num_slots, places)
         self._layers[layer] = _Layer(*stacks, len(gate_up), self._num_slots)
         return stacks[0].tensor, stacks[1].tensor
+
+    def refusal(self, parts: list[ExpertReplacement]) -> str | None:
+        """Why these can never be placed, if so: beyond E_max lie the next slot's experts."""
+        for layer, experts in _by_layer(parts).items():
+            if len(experts) > self.e_max:
+                return f"it tunes {len(experts)} experts of layer {layer}; there is room for {self.e_max}"
+        return None
 
     def pages_for(self, slot: int, parts: list[ExpertReplacement]) -> int:
         return sum(
@@ -66,9 +83,17 @@ class ExpertStacks:
     def map(self, slot: int, parts: list[ExpertReplacement]) -> list[tuple[TensorRef, Tensor]]:
         """Make room in `slot`; returns each tensor with the place that it must be copied to."""
         self._tuned[slot] = tuned = _by_layer(parts)
-        for layer, experts in tuned.items():
-            for stack in self._layers[layer].stacks:
-                self._pool.take(stack.arena.map(*stack.range_of(slot, len(experts))))
+        mapped: list[tuple[_Stack, int]] = []
+        try:
+            for layer, experts in tuned.items():
+                for stack in self._layers[layer].stacks:
+                    self._pool.take(stack.arena.map(*stack.range_of(slot, len(experts))))
+                    mapped.append((stack, len(experts)))
+        except ArenaError:
+            for stack, count in mapped:
+                self._pool.give_back(stack.arena.unmap(*stack.range_of(slot, count)))
+            del self._tuned[slot]
+            raise
         return [place for part in parts for place in self._places(slot, part)]
 
     def _places(self, slot: int, part: ExpertReplacement) -> list[tuple[TensorRef, Tensor]]:
@@ -112,10 +137,15 @@ class ExpertStacks:
     def num_mapped_pages(self) -> int:
         """Pages mapped for adapters, beyond those that the base's experts fill."""
         return sum(
-            stack.arena.num_mapped_pages - -(-stack.base_range[1] // stack.arena.page_bytes)
+            stack.arena.num_mapped_pages - -(-stack.base_range[1] // stack.arena.page_bytes)  # it ends on a page
             for layer in self._layers.values()
             for stack in layer.stacks
         )
+
+
+def _experts_to_a_page_boundary(stack: Tensor) -> int:
+    """After how many experts of this size the addresses are a multiple of a page again."""
+    return HostArena.page_bytes // gcd(HostArena.page_bytes, stack[0].numel() * stack.itemsize)
 
 
 def _by_layer(parts: list[ExpertReplacement]) -> dict[int, list[int]]:

@@ -2,7 +2,7 @@
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -12,6 +12,7 @@ from adapters_store.ref import AdapterRef
 from kernels.lora import LoraWeights
 from server.engine.messages import AdapterOnDevice
 from server.engine.residency import AdapterFailed, Slot, Wait
+from server.weights.arena import ArenaError
 from server.weights.expert_stacks import ExpertStacks
 from server.weights.lora_slabs import LoraSlabs
 from server.weights.page_pool import PagePool
@@ -31,15 +32,21 @@ class State(enum.StrEnum):
 class _Adapter:
     ref: AdapterRef
     package: AdapterPackage
-    low_rank: list[LowRank]
-    experts: list[ExpertReplacement]
     state: State = State.ABSENT
     slot: Slot = 0
     pages: int = 0
     pins: int = 0
     transfer: Transfer | None = None
     error: str = ""
-    forgotten: bool = field(default=False)  # nobody wants it, but its transfer must end before its room is reused
+    forgotten: bool = False  # nobody wants it, but its transfer must end before its room is reused
+
+    @property
+    def low_rank(self) -> list[LowRank]:
+        return [part for part in self.package.parts if isinstance(part, LowRank)]
+
+    @property
+    def experts(self) -> list[ExpertReplacement]:
+        return [part for part in self.package.parts if isinstance(part, ExpertReplacement)]
 
 
 class DeviceResidency:
@@ -55,13 +62,9 @@ class DeviceResidency:
     # -- Residency, for the scheduler -----------------------------------------------------------
 
     def register(self, ref: AdapterRef, package: AdapterPackage) -> None:
-        known = self._adapters.get(ref)
-        if known is not None:  # forgotten while its transfer runs, and wanted again
-            known.forgotten = False
-            return
-        low_rank = [part for part in package.parts if isinstance(part, LowRank)]
-        experts = [part for part in package.parts if isinstance(part, ExpertReplacement)]
-        self._adapters[ref] = _Adapter(ref, package, low_rank, experts)
+        known = self._adapters.setdefault(ref, _Adapter(ref, package))
+        known.package = package  # the same weights, perhaps in another place; read when a transfer starts
+        known.forgotten = False  # it may have been, while its transfer runs
 
     def forget(self, ref: AdapterRef) -> None:
         adapter = self._adapters[ref]
@@ -132,20 +135,35 @@ class DeviceResidency:
     # -- transfers -----------------------------------------------------------
 
     def _start_transfer(self, adapter: _Adapter) -> bool:
-        """Make room, evicting if need be, and start to copy. False if what is in the way is pinned or loading."""
+        """Make room, evicting if need be, and start to copy. False if what is in the way is pinned or loading.
+
+        Raises AdapterFailed where no wait would help.
+        """
         slot = self._make_room(adapter)
         if slot is None:
             return False
         used = self._pool.num_used
-        places = self._slabs.map(slot, adapter.low_rank) if adapter.low_rank else []
-        places += self._stacks.map(slot, adapter.experts) if adapter.experts else []
+        try:
+            # an adapter is of one kind, so what fails here has mapped nothing that it did not undo itself
+            places = self._slabs.map(slot, adapter.low_rank) if adapter.low_rank else []
+            places += self._stacks.map(slot, adapter.experts) if adapter.experts else []
+        except ArenaError as error:
+            self._give_back(slot)
+            raise AdapterFailed(f"the adapter {adapter.ref.name!r} cannot be loaded: {error}") from None
         adapter.slot, adapter.pages, adapter.state = slot, self._pool.num_used - used, State.LOADING
         adapter.transfer = Transfer(Path(adapter.package.path), adapter.package.files, places)
         self._transfers.start(adapter.transfer)
         return True
 
+    def _give_back(self, slot: Slot) -> None:
+        self._free_slots.append(slot)
+        self._free_slots.sort(reverse=True)
+
     def _make_room(self, adapter: _Adapter) -> Slot | None:
         victims = [a for a in self._adapters.values() if a.state is State.RESIDENT and a.pins == 0]
+        problem = self._stacks.refusal(adapter.experts)
+        if problem is not None:
+            raise AdapterFailed(f"the adapter {adapter.ref.name!r} cannot be loaded: {problem}")
         # evict nothing in vain: first see whether evicting every idle adapter would do
         if not self._free_slots and not victims:
             return None
@@ -174,7 +192,7 @@ class DeviceResidency:
         if transfer.error is not None or adapter.forgotten:
             self._evict(adapter)
             if transfer.error is not None:
-                adapter.state, adapter.error = State.FAILED, str(transfer.error)
+                adapter.state, adapter.error = State.FAILED, transfer.error
             if adapter.forgotten:
                 del self._adapters[adapter.ref]
             return
@@ -189,6 +207,5 @@ class DeviceResidency:
             self._slabs.unmap(adapter.slot)
         if adapter.experts:
             self._stacks.unmap(adapter.slot)
-        self._free_slots.append(adapter.slot)
-        self._free_slots.sort(reverse=True)
+        self._give_back(adapter.slot)
         adapter.state, adapter.slot, adapter.pages = State.ABSENT, 0, 0
