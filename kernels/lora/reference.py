@@ -1,8 +1,7 @@
 """Reference and CPU path of lora: mixed ranks in one batch, each at its true rank.
 
-Segments are contiguous, so each is two small products on views. Stacking all live adapters into one masked product is
-faster at ranks that sum to less than about 256 with few rows, and costs every token the ranks of all adapters; with
-eight adapters on every linear it measured slower (benchmarks/README.md).
+Segments are contiguous, so each is two small products on views. One masked product over the ranks of all live adapters
+costs every token all of them; with eight adapters it measured 1.5 to 4 times as slow (benchmarks/README.md).
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,7 @@
 """Reference and CPU path of paged_attention.
 
 Grouped-query attention is computed with the group folded into the rows of the query, since `enable_gqa` copies keys
-and values on the CPU. Decodes run in padded groups: one gather and one call for up to 16 sequences.
+and values on the CPU. Decodes run in padded groups: one gather and one call for a few sequences.
 """
 
 import torch
