@@ -83,6 +83,7 @@ def test_mixed_batch_equals_merged_models(name: str, tmp_path: Path) -> None:
     assert len(answers) == len(choices)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe", "deepseek_v2", "olmoe"])
 def test_the_oracle_holds_under_everything_at_once(name: str, tmp_path: Path) -> None:
     """Memory for a third of what the requests want, two adapter slots for all adapters, and coming and going."""

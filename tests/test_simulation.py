@@ -136,6 +136,7 @@ def simulate(steps: int, seed: int) -> Counter[str]:
     return simulation.counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_a_long_random_run_breaks_no_invariant(seed: int) -> None:
     counts = simulate(steps=25_000, seed=seed)

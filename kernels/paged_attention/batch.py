@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Decodes are padded to the longest of their group. A group ends where padding would pass a quarter of the work, or where
-# its gathered keys outgrow a core's cache: groups of 16 take twice as long as groups of 4 (benchmarks/README.md)
+# Decodes are padded to the longest of their group. A group ends where padding would pass a quarter of the work, or
+# where its gathered keys outgrow a core's cache: groups of 16 take twice as long as groups of 4 (benchmarks/README.md)
 MAX_GROUP = 4
 MAX_PADDING = 0.25
 

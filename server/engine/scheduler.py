@@ -107,10 +107,9 @@ class Scheduler:
         index = 0
         while index < len(self.running):
             request = self.running[index]
-            behind = len(self.running) - index - 1
-            # a long prompt leaves a token for each request behind it, so it does not stall their decoding
-            count = min(request.num_uncomputed_tokens, budget - behind)
-            assert count > 0
+            # only the newest can still be in its prompt: while it takes what the others leave, nobody is admitted
+            count = min(request.num_uncomputed_tokens, budget)
+            assert count == 1 or request is self.running[-1]
             if not self._make_room(request, count):
                 break  # it was the newest of all and gave way itself
             plan.append(Scheduled(request, request.num_computed_tokens, count))

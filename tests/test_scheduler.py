@@ -1,0 +1,165 @@
+"""What the scheduler promises, one promise a test. tests/test_simulation.py proves that they hold together."""
+
+from typing import Any
+
+import pytest
+
+from adapters_store.parts import AdapterPackage
+from adapters_store.ref import AdapterRef
+from server.engine.adapter_users import AdapterUsers
+from server.engine.fake_runner import FakeResidency, FakeRunner, expected_tokens
+from server.engine.kv_cache import KVCache, chain_root
+from server.engine.request import FinishReason, Request, Sampling
+from server.engine.residency import AdapterFailed
+from server.engine.scheduler import CannotServe, Scheduler, SchedulerLimits
+
+BLOCK = 4
+
+
+class Setup:
+    def __init__(self, blocks: int = 50, slots: int = 2, residency: FakeResidency | None = None, **limits: int) -> None:
+        self.kv_cache = KVCache(blocks, BLOCK)
+        self.residency = residency or FakeResidency(slots)
+        self.adapters = AdapterUsers(self.residency)
+        defaults = {"tokens_per_step": 16, "max_running": 8, "max_waiting": 100, "max_skips": 5}
+        self.scheduler = Scheduler(
+            SchedulerLimits(**{**defaults, **limits}), self.kv_cache, self.residency, self.adapters
+        )
+        self.runner = FakeRunner(blocks, BLOCK)
+        self._ids = iter(range(1000))
+
+    def adapter(self, name: str, revision: str | None = None) -> AdapterRef:
+        ref = AdapterRef(name, revision or name, "lora")
+        self.adapters.register(ref, AdapterPackage("lora", "", ref.revision, (), ()))
+        return ref
+
+    def add(self, prompt: list[int], max_tokens: int = 4, adapter: AdapterRef | None = None, **more: Any) -> Request:
+        request = Request(next(self._ids), prompt, max_tokens, Sampling(), adapter, **more)
+        self.scheduler.add(request)
+        return request
+
+    def step(self) -> dict[int, int]:
+        """Tokens computed by request."""
+        plan, _ = self.scheduler.schedule()
+        self.scheduler.update(plan, self.runner.run(plan))
+        self.scheduler.check()
+        return {scheduled.request.id: scheduled.num_tokens for scheduled in plan}
+
+    def run(self, steps: int = 200) -> None:
+        for _ in range(steps):
+            self.step()
+
+
+def test_a_request_larger_than_the_cache_is_refused_with_the_numbers() -> None:
+    setup = Setup(blocks=5)
+    with pytest.raises(CannotServe, match=r"prompt \(18 tokens\) and max_tokens \(4\) need 21 .* there are 20"):
+        setup.add([1] * 18, 4)
+    setup.add([1] * 17, 4)  # the last token sampled is never computed
+    setup.run()
+    assert not setup.scheduler.has_requests
+
+
+def test_full_adapter_slots_do_not_block_base_requests_or_other_adapters() -> None:
+    setup = Setup(slots=1)
+    first, second = setup.adapter("first"), setup.adapter("second")
+    setup.add([1, 2, 3], 30, first)
+    setup.step()
+    blocked, base, same = setup.add([1], 4, second), setup.add([2], 4), setup.add([3], 4, first)
+    computed = setup.step()
+    assert blocked.id not in computed and base.id in computed and same.id in computed
+
+
+def test_one_that_starves_for_adapter_room_gets_it() -> None:
+    """A steady stream for one adapter would keep its slot pinned for ever; after max_skips the stream is held back."""
+    setup = Setup(slots=1, max_skips=5)
+    popular, rare = setup.adapter("popular"), setup.adapter("rare")
+    setup.add([1], 6, popular)
+    setup.step()
+    starving = setup.add([2], 3, rare)
+    for _ in range(40):
+        setup.add([1], 6, popular)
+        base = setup.add([3], 1)
+        setup.step()
+        if starving.num_generated:
+            break
+        assert base.num_generated or base.id in setup.scheduler.waiting or setup.scheduler.running
+    assert starving.num_generated > 0
+
+
+def test_a_long_prompt_takes_only_what_decoding_requests_leave() -> None:
+    setup = Setup(tokens_per_step=10)
+    short = [setup.add([index], 20) for index in (1, 2)]
+    setup.step()
+    long = setup.add(list(range(40)), 4)
+    for _ in range(4):
+        computed = setup.step()
+        assert [computed[request.id] for request in short] == [1, 1] and computed[long.id] == 8
+
+
+def test_the_same_prompt_through_two_adapters_shares_no_block() -> None:
+    setup = Setup()
+    prompt = list(range(17))
+    refs = [None, setup.adapter("a"), setup.adapter("b"), setup.adapter("a", "new weights")]
+    for ref in refs:
+        request = setup.add(prompt, 3, ref)
+        setup.run(20)
+        assert request.num_cached_tokens == 0
+        assert request.tokens[17:] == expected_tokens(ref, prompt, 3, 1000)
+    again = setup.add(prompt, 3, refs[1])
+    setup.run(20)
+    assert again.num_cached_tokens == 16
+    assert len({chain_root(ref) for ref in refs}) == 4
+
+
+def test_a_preempted_request_gives_the_same_answer() -> None:
+    setup = Setup(blocks=8)
+    requests = [setup.add([index] * 9, 12) for index in range(3)]
+    setup.run()
+    assert setup.scheduler.num_preemptions > 0
+    for index, request in enumerate(requests):
+        assert request.tokens[9:] == expected_tokens(None, [index] * 9, 12, 1000)
+
+
+def test_a_deleted_adapter_serves_its_requests_to_the_end_and_no_new_ones() -> None:
+    setup = Setup()
+    ref = setup.adapter("gone")
+    request = setup.add([1, 2], 10, ref)
+    setup.step()
+    setup.adapters.remove(ref)
+    with pytest.raises(CannotServe, match="'gone' is no longer served"):
+        setup.add([1], 1, ref)
+    assert setup.residency.report() != ()
+    setup.run(20)
+    assert request.num_generated == 10 and setup.residency.report() == ()
+
+
+def test_stop_tokens_end_a_request_and_aborts_free_everything() -> None:
+    setup = Setup()
+    token = expected_tokens(None, [5], 3, 1000)[2]
+    stopped = setup.add([5], 50, stop_token_ids=frozenset([token]))
+    aborted = setup.add([6] * 9, 50)
+    setup.run(6)
+    assert stopped.tokens[-1] == token and stopped.num_generated == 3
+    ended = setup.scheduler.abort(aborted.id)
+    assert ended is not None and ended.finish is FinishReason.ABORT
+    assert setup.scheduler.abort(aborted.id) is None
+    assert setup.kv_cache.pool.num_free == 50
+
+
+class BrokenResidency(FakeResidency):
+    """Every transfer fails."""
+
+    def acquire(self, ref: AdapterRef) -> Any:
+        raise AdapterFailed("the file is gone")
+
+
+def test_an_adapter_that_fails_to_load_ends_all_its_requests_and_no_others() -> None:
+    setup = Setup(residency=BrokenResidency(1))
+    ref = setup.adapter("broken")
+    for _ in range(3):
+        setup.add([1], 2, ref)
+    base = setup.add([2], 2)
+    plan, failed = setup.scheduler.schedule()
+    assert [it.finish for it in failed] == [FinishReason.ERROR] * 3 and failed[0].error == "the file is gone"
+    assert [scheduled.request for scheduled in plan] == [base]
+    setup.scheduler.check()
