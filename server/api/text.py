@@ -82,7 +82,7 @@ class Decoder:
 
 
 class StopMatcher:
-    """Cuts text at the first of some stop strings, which may arrive in pieces."""
+    """Cuts text at the stop string that is complete first, however the text arrives in pieces."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = stops
@@ -94,10 +94,10 @@ class StopMatcher:
         if not self._stops:
             return text
         self._held += text
-        places = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
-        if places:
+        found = [(place + len(stop), place) for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        if found:
             self.matched = True
-            return self._release(min(places))
+            return self._release(min(found)[1])
         longest = max(self._overlap(stop) for stop in self._stops)
         return self._release(len(self._held) - longest)
 
