@@ -8,10 +8,10 @@ COPY adapters_store adapters_store
 COPY kernels kernels
 COPY server server
 COPY demo demo
-# torch's CPU build: a tenth of the size of the default one
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-RUN pip install --no-cache-dir --index-url ${TORCH_INDEX} "$(grep '^torch==' constraints.txt)" \
- && pip install --no-cache-dir -c constraints.txt -e .
+# The default build of torch brings CUDA with it. For a tenth of the size, point pip at torch's CPU builds:
+#   docker build --build-arg PIP_ARGS="--extra-index-url URL" …
+ARG PIP_ARGS=""
+RUN pip install --no-cache-dir ${PIP_ARGS} -c constraints.txt -e .
 
 USER heddle
 ENV HF_HUB_OFFLINE=1
