@@ -1,4 +1,5 @@
-# CPU image. Build: docker build -t heddle .   Run: docker run -p 8000:8000 heddle
+# CPU image. Build: docker build -t heddle .   Run: docker run -p 127.0.0.1:8000:8000 heddle
+# There is no authentication: put a proxy in front before you publish the port to others.
 FROM python:3.11-slim
 
 RUN useradd --create-home heddle

@@ -13,6 +13,7 @@ from adapters_store.errors import (
     AdapterConflict,
     AdapterNotFound,
     AdapterPathRefused,
+    InvalidAdapter,
     InvalidAdapterName,
 )
 from adapters_store.formats import read_adapter
@@ -49,8 +50,11 @@ class Catalog:
     def read(self, name: str, path: str) -> CatalogEntry:
         """Verify the adapter at `path` against the base. Slow (reads every byte); adds nothing."""
         self._check_name(name)
-        directory = self._resolve(path)
-        package = read_adapter(directory, self._base)
+        try:
+            directory = self._resolve(path)
+            package = read_adapter(directory, self._base)
+        except OSError as error:  # its text would show the path
+            raise InvalidAdapter(f"the adapter cannot be read: {error.strerror}") from None
         root = next(root for root in self._roots if directory.is_relative_to(root))
         ref = AdapterRef(name, package.revision, package.kind)
         return CatalogEntry(ref, package, str(directory.relative_to(root)), created=int(time.time()))

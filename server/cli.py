@@ -61,7 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     http.add_argument("--engine-silence-s", type=float, default=30.0, metavar="S",
                       help="/health turns unhealthy when the engine has said nothing for so long")  # fmt: skip
     engine, defaults = serve.add_argument_group("engine"), EngineConfig(model_dir="")
-    engine.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    engine.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute; cuda is not served yet"
+    )
     engine.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
                         help="of weights and cache; auto is float32 on a CPU")  # fmt: skip
     for name, text in _NUMBERS.items():
@@ -130,7 +132,7 @@ class _Announcer:
     def _adapter(self, name: str, outcome: CatalogEntry | AdapterError) -> None:
         self._adapters.append((name, outcome))
 
-    def _ready(self, service: Service) -> None:
+    def _ready(self, service: Service, url: str) -> None:
         if self._stages:
             self._bar.stop()
         info, base = service.info, service.catalog.base_name
@@ -138,14 +140,14 @@ class _Announcer:
         for column in ("model", "kind", "size", ""):
             table.add_column(column)
         size = f"{info.num_parameters / 1e6:,.1f} M parameters, {info.dtype}"
-        table.add_row(base, f"base ({info.model_type})", size, f"{info.kv_cache_tokens:,} tokens of KV cache")
+        room = f"{info.kv_cache_tokens:,} tokens of KV cache, {info.max_model_len:,} a request"
+        table.add_row(base, f"base ({info.model_type})", size, room)
         for name, outcome in self._adapters:
             if isinstance(outcome, AdapterError):
                 table.add_row(name, "[red]refused[/]", "", str(outcome))
             else:
                 table.add_row(name, outcome.ref.kind, f"{outcome.package.file_bytes / 1e6:,.2f} MB", "")
         self._console.print(table)
-        url = f"http://{service.config.host}:{service.config.port}/v1"
         self._console.print(f"\n[bold]Heddle {VERSION}[/] listens on [bold]{url}[/]  (Ctrl-C to stop). Try:\n")
         self._console.print(self._curl(url, service), soft_wrap=True, markup=False)
 

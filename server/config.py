@@ -55,7 +55,7 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model_name: str | None = None  # what requests call the base; default: the directory's name
     host: str = "127.0.0.1"
     port: int = 8000
-    max_body_bytes: int = 8 << 20
+    max_body_bytes: int = 2 << 20
     max_n: int = 16  # completions of one prompt
     max_prompts: int = 64  # prompts in one completions request
     max_stop: int = 4

@@ -7,6 +7,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import zmq
+
 from server.config import EngineConfig
 from server.engine.client import EngineClient
 from server.engine.link import FrontLink
@@ -26,8 +28,12 @@ class EngineChild:
         # a socket file in a directory of our own (mode 0700): no port, and nobody else's to connect to
         self._directory = tempfile.TemporaryDirectory(prefix="heddle-")
         self._address = f"ipc://{self._directory.name}/engine"
-        self._link = FrontLink(self._address)
+        try:
+            self._link = FrontLink(self._address)
+        except zmq.ZMQError as error:
+            raise StartupError(f"cannot make a socket below {self._directory.name!r} ({error})") from None
         self._process: asyncio.subprocess.Process | None = None
+        self._is_ready = False
         self.client = EngineClient(self._link)
 
     @property
@@ -51,7 +57,7 @@ class EngineChild:
             "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
         }
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "server.engine_process", self._address,
+            sys.executable, "-m", "server.engine_process", self._address, str(os.getpid()),
             stdin=asyncio.subprocess.DEVNULL, env=environment,
             start_new_session=True,  # Ctrl-C is for the front, which then stops the engine in order
         )  # fmt: skip
@@ -63,7 +69,9 @@ class EngineChild:
             if not ready.done() and ended.done():
                 await asyncio.wait((ready,), timeout=0.5)  # its last words may still be on the way
             if ready.done():
-                return ready.result()
+                info = ready.result()
+                self._is_ready = True
+                return info
             if ended.done():
                 raise StartupError(f"the engine process ended during its start ({describe_exit(ended.result())})")
             raise StartupError(f"the engine was not ready after {timeout_s:.0f} s")
@@ -76,9 +84,12 @@ class EngineChild:
         return describe_exit(await self._running.wait())
 
     async def stop(self) -> None:
-        """Ask it to end, and make it if it does not. Safe in any state."""
+        """Ask it to end, and make it if it does not; one that still loads is not asked. Safe in any state."""
         if self._process is not None and self._process.returncode is None:
-            self.client.shut_down()
+            if self._is_ready:
+                self.client.shut_down()
+            else:
+                self._process.kill()
             try:
                 await asyncio.wait_for(self._process.wait(), STOP_TIMEOUT_S)
             except TimeoutError:

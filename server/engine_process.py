@@ -6,7 +6,6 @@ the message codec; never FastAPI or pydantic.
 
 import argparse
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from server.engine.link import EngineLink
 from server.engine.messages import Configure, EngineInfo, Progress, Ready, StartFailed, ToFront
 from server.engine.scheduler import SchedulerLimits
 from server.errors import ConfigError
+from server.memory import available_bytes
 from server.model.attention import install_paged_attention, probe_kv_shapes
 from server.model.experts import RoutedExperts
 from server.model.families import UnsupportedModelError, layer_windows, max_model_len, pin_rope, stop_token_ids
@@ -127,17 +127,16 @@ def base_spec(model: nn.Module) -> BaseSpec:
 
 
 def _default_kv_bytes() -> int:
-    """A quarter of the memory that is free now, at most 4 GiB."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min(DEFAULT_KV_BYTES, free // 4)
+    """A quarter of the memory that is available now, at most 4 GiB."""
+    return min(DEFAULT_KV_BYTES, available_bytes() // 4)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Heddle's engine process; started by `heddle serve`.")
     parser.add_argument("address", help="where the front listens (ZeroMQ)")
-    link = EngineLink(parser.parse_args().address)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the front decides when we end
-    parent = os.getppid()
+    parser.add_argument("parent", type=int, help="the front's process id; without it we end")
+    options = parser.parse_args()
+    link = EngineLink(options.address)
     first = link.receive_all(60_000)
     if not first or not isinstance(first[0], Configure):
         return 1
@@ -150,7 +149,7 @@ def main() -> int:
         link.close()
         return 1
     link.send(Ready(assembly.info))
-    run(assembly, link, link.send, lambda: os.getppid() == parent)
+    run(assembly, link, link.send, lambda: os.getppid() == options.parent)
     link.close()
     return 0
 

@@ -63,6 +63,15 @@ class EngineDead(HeddleError):
     code = "engine_dead"
 
 
+class ShuttingDown(HeddleError):
+    status = 503
+    type = "service_unavailable"
+    code = "shutting_down"
+
+    def __init__(self) -> None:
+        super().__init__("the server is shutting down")
+
+
 class Overloaded(HeddleError):
     status = 503
     type = "service_unavailable"
@@ -76,7 +85,7 @@ class GenerationFailed(HeddleError):
 
 
 ADAPTER_STATUS: dict[type[adapter_errors.AdapterError], tuple[int, str]] = {
-    adapter_errors.AdapterNotFound: (404, "model_not_found"),
+    adapter_errors.AdapterNotFound: (404, "adapter_not_found"),
     adapter_errors.AdapterConflict: (409, "adapter_conflict"),
     adapter_errors.InvalidAdapterName: (400, "invalid_adapter_name"),
     adapter_errors.AdapterPathRefused: (400, "adapter_path_refused"),

@@ -3,11 +3,13 @@
 import asyncio
 import logging
 import signal
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 
@@ -20,12 +22,13 @@ from server.api.text import Text
 from server.config import ServerConfig
 from server.engine.messages import Progress
 from server.engine_child import EngineChild
-from server.errors import StartupError
+from server.errors import ShuttingDown, StartupError
 from server.kernels_name import check_kernels_are_ours
 from server.metrics import Metrics
 
 log = logging.getLogger("heddle")
 EXIT_ENGINE_DEAD = 70  # EX_SOFTWARE: a supervisor restarts the server
+EXIT_STOPPED_EARLY = 130  # as a shell reports Ctrl-C: a signal came before the server was ready
 
 
 @dataclass(frozen=True)
@@ -34,26 +37,55 @@ class Reports:
 
     progress: Callable[[Progress], None]
     adapter: Callable[[str, CatalogEntry | AdapterError], None]
-    ready: Callable[[Service], None]
+    ready: Callable[[Service, str], None]  # with the URL
 
 
 async def serve(config: ServerConfig, reports: Reports) -> int:
     """Serve until a signal or the engine's death; returns the exit status."""
+    stopping = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     check_kernels_are_ours()
     text = Text.load(Path(config.engine.model_dir))
-    child = EngineChild()
-    try:
-        info = await child.start(config.engine, reports.progress, config.startup_timeout_s)
-        catalog = Catalog(config.base_name, info.base, config.roots)
-        service = Service(config, info, child.client, catalog, text, Metrics(child.client), int(time.time()))
-        pump = asyncio.ensure_future(child.client.pump())
-        await _register_directory(service, reports)
+    with _bind(config.host, config.port) as listener:  # now, not after minutes of loading
+        child = EngineChild()
         try:
-            return await _serve_http(service, child, reports)
+            service = await _unless_stopped(_start(config, text, child, reports), stopping)
+            if service is None:
+                return EXIT_STOPPED_EARLY
+            return await _serve_http(service, child, listener, stopping, reports)
         finally:
-            pump.cancel()
+            await child.stop()
+
+
+async def _start(config: ServerConfig, text: Text, child: EngineChild, reports: Reports) -> Service:
+    info = await child.start(config.engine, reports.progress, config.startup_timeout_s)
+    catalog = Catalog(config.base_name, info.base, config.roots)
+    service = Service(config, info, child.client, catalog, text, Metrics(child.client), int(time.time()))
+    await _register_directory(service, reports)
+    return service
+
+
+async def _unless_stopped(work: Coroutine[Any, Any, Service], stopping: asyncio.Event) -> Service | None:
+    """The result of `work`, or None if a signal comes first; `work` is then cancelled."""
+    working, stop = asyncio.ensure_future(work), asyncio.ensure_future(stopping.wait())
+    try:
+        await asyncio.wait((working, stop), return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
     finally:
-        await child.stop()
+        working.cancel()
+        stop.cancel()
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise StartupError(f"cannot listen on {host}:{port} ({error.strerror})") from None
+    return listener
 
 
 async def _register_directory(service: Service, reports: Reports) -> None:
@@ -80,53 +112,44 @@ class _Server(uvicorn.Server):
         return nullcontext()
 
 
-async def _serve_http(service: Service, child: EngineChild, reports: Reports) -> int:
-    config = service.config
+async def _serve_http(
+    service: Service, child: EngineChild, listener: socket.socket, stopping: asyncio.Event, reports: Reports
+) -> int:
     server = _Server(
         uvicorn.Config(
             create_app(service),
-            host=config.host,
-            port=config.port,
             log_level="warning",
             access_log=False,
             lifespan="off",
-            h11_max_incomplete_event_size=64 << 10,
             http="h11",
+            h11_max_incomplete_event_size=64 << 10,
             timeout_graceful_shutdown=5,
-        )  # fmt: skip
+        )
     )
-    stopping = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stopping.set)
-    http = asyncio.ensure_future(_run(server))
+    http = asyncio.ensure_future(server.serve(sockets=[listener]))
+    pump = asyncio.ensure_future(child.client.pump())
     death = asyncio.ensure_future(child.wait())
     stop = asyncio.ensure_future(stopping.wait())
     try:
         while not server.started and not http.done():
             await asyncio.sleep(0.01)
-        if http.done():
-            http.result()
-            raise StartupError(f"cannot listen on {config.host}:{config.port}")
-        reports.ready(service)
-        await asyncio.wait((http, death, stop), return_when=asyncio.FIRST_COMPLETED)
-        if death.done():
-            await _report_death(service, death.result())
-        elif stop.done():
+        reports.ready(service, _url(listener))
+        await asyncio.wait((http, pump, death, stop), return_when=asyncio.FIRST_COMPLETED)
+        if stop.done():
             await _drain(service)
+        elif death.done() or pump.done():
+            await _report_death(service, death.result() if death.done() else f"unreadable: {pump.exception()!r}")
         server.should_exit = True
         await http
-        return EXIT_ENGINE_DEAD if death.done() else 0
+        return 0 if stop.done() else EXIT_ENGINE_DEAD
     finally:
-        for task in (http, death, stop):
+        for task in (http, pump, death, stop):
             task.cancel()
 
 
-async def _run(server: uvicorn.Server) -> None:
-    try:
-        await server.serve()
-    except SystemExit:  # uvicorn's way to say that the port is taken; it has logged why
-        raise StartupError(f"cannot listen on {server.config.host}:{server.config.port}") from None
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
 
 
 async def _report_death(service: Service, how: str) -> None:
@@ -144,4 +167,4 @@ async def _drain(service: Service) -> None:
         await asyncio.sleep(0.02)
     if service.client.num_requests:
         log.warning("%d requests did not finish in %.0f s", service.client.num_requests, service.config.drain_s)
-        service.client.end_streams("the server is shutting down")
+        service.client.end_streams(ShuttingDown())

@@ -66,7 +66,9 @@ class _EngineCollector(Collector):
         }
         for name, (text, value) in counters.items():
             yield CounterMetricFamily(name, text, value=value)
-        resident = GaugeMetricFamily("heddle_adapter_state", "1 for each adapter's state", labels=["adapter", "state"])
+        resident = GaugeMetricFamily(
+            "heddle_adapter_state", "1 for each adapter's state", labels=["adapter", "revision", "state"]
+        )
         for adapter in stats.adapters:
-            resident.add_metric([adapter.ref.name, adapter.state], 1)
+            resident.add_metric([adapter.ref.name, adapter.ref.revision[:12], adapter.state], 1)
         yield resident

@@ -174,6 +174,38 @@ def test_chat_streams_what_it_would_have_answered(client: openai.OpenAI) -> None
     assert again.choices[0].message.content == whole.choices[0].message.content
 
 
+def test_a_conversation_goes_on_with_the_clients_own_objects(client: openai.OpenAI) -> None:
+    messages: list[Any] = [{"role": "user", "content": "hi"}]
+    first = client.chat.completions.create(model="tiny", messages=messages, max_tokens=3)
+    messages += [first.choices[0].message, {"role": "user", "content": "and"}]  # an object with many empty fields
+    second = client.chat.completions.create(model="tiny", messages=messages, max_tokens=3)
+    assert first.usage is not None and second.usage is not None
+    assert second.usage.prompt_tokens > first.usage.prompt_tokens
+    tool_call = {"role": "assistant", "content": "", "tool_calls": [{"id": "x"}]}
+    with pytest.raises(openai.BadRequestError, match="tool_calls in a message is not served"):
+        client.chat.completions.create(model="tiny", messages=[*messages, tool_call])  # type: ignore[list-item]
+
+
+def test_developer_messages_reach_the_template_as_system_messages(http: httpx.Client) -> None:
+    body = {"model": "tiny", "messages": [{"role": "developer", "content": "be brief"}]}
+    assert "no system here" in http.post("/v1/chat/completions", json=body).json()["error"]["message"]
+
+
+def test_a_prompt_is_counted_once_however_many_choices(http: httpx.Client) -> None:
+    body = {"model": "tiny", "prompt": [3 + i % 200 for i in range(64)], "n": 4, "max_tokens": 2}
+    for _ in range(2):
+        usage = http.post("/v1/completions", json=body).json()["usage"]
+    assert usage["prompt_tokens"] == 64 and usage["prompt_tokens_details"]["cached_tokens"] == 48
+
+
+@pytest.mark.parametrize("prompt", [[1.5] * 200_000, [[1.5]] * 100_000, ["x"] * 300_000 + [1], "word " * 300_000])
+def test_large_wrong_bodies_cost_little(http: httpx.Client, prompt: Any) -> None:
+    start = time.monotonic()
+    assert http.post("/v1/completions", json={"model": "tiny", "prompt": prompt}).status_code == 400
+    assert http.post("/v1/chat/completions", json={"model": "tiny", "messages": prompt}).status_code == 400
+    assert time.monotonic() - start < 3
+
+
 def test_streams_end_with_done_and_usage_only_if_asked(http: httpx.Client) -> None:
     plain = stream_text(http, model="esft", max_tokens=5, temperature=0)
     assert all("usage" not in event for event in plain)
@@ -273,6 +305,10 @@ COMPLETION = {"model": "tiny", "prompt": "x"}
         ("completions", COMPLETION | {"prompt": [3, "x"]}, 400, "prompt", "prompt"),
         ("completions", COMPLETION | {"prompt": "<|beyond|>"}, 400, "prompt", "token id 256; the model knows 0 to 255"),
         ("completions", COMPLETION | {"prompt": "x" * 600}, 400, "max_tokens", "600 tokens"),
+        ("completions", COMPLETION | {"prompt": "x" * 9000}, 400, "prompt", "9,000 characters"),
+        ("completions", COMPLETION | {"prompt": ["a", [1]]}, 400, "prompt", "prompt[1] is neither"),
+        ("completions", COMPLETION | {"prompt": {"a": 1}}, 400, "prompt", "must be a text"),
+        ("chat/completions", CHAT | {"messages": [{"role": "user", "content": "x" * 600}]}, 400, "messages", "shorter"),
         ("completions", COMPLETION | {"prompt": "\ud800"}, 400, "prompt", "Unicode"),
         ("chat/completions", CHAT | {"messages": []}, 400, "messages", "at least 1"),
         ("chat/completions", CHAT | {"messages": [{"role": "user"}]}, 400, "messages", "required"),
@@ -306,11 +342,11 @@ def test_bodies_that_are_no_requests(http: httpx.Client, raw: bytes) -> None:
 
 
 def test_limits_on_the_body(http: httpx.Client) -> None:
-    too_long = http.post("/v1/completions", content=b" " * (9 << 20))
-    assert too_long.status_code == 413 and "8,388,608" in too_long.json()["error"]["message"]
+    too_long = http.post("/v1/completions", content=b" " * (3 << 20))
+    assert too_long.status_code == 413 and "2,097,152" in too_long.json()["error"]["message"]
 
     def chunks() -> Iterator[bytes]:
-        for _ in range(20):
+        for _ in range(8):
             yield b" " * (1 << 19)
 
     headers = {"Content-Type": "application/json"}
@@ -385,6 +421,7 @@ def test_the_same_name_with_other_weights_answers_with_the_new_ones(
     ("body", "status", "says"),
     [
         ({"name": "x", "path": "/etc"}, 400, "outside"),
+        ({"name": "x", "path": "a" * 300}, 422, "cannot be read: File name too long"),
         ({"name": "x", "path": "../tiny"}, 400, "outside"),
         ({"name": "x", "path": "nowhere"}, 422, "not a directory"),
         ({"name": "x", "path": "broken"}, 422, "holds no adapter"),

@@ -13,7 +13,7 @@ import httpx
 import psutil
 import pytest
 
-from server.front import EXIT_ENGINE_DEAD
+from server.front import EXIT_ENGINE_DEAD, EXIT_STOPPED_EARLY
 from tests.live_server import ROOT, LiveServer, write_tokenizer
 from tests.tiny_models import save_model
 
@@ -95,6 +95,19 @@ def test_a_stream_that_outlasts_the_drain_ends_with_an_error_event(server: LiveS
         rest = [line for line in lines if line]
     assert '"error"' in rest[-1] and "shutting down" in rest[-1]
     assert server.process.wait(30) == 0  # the suspended engine was killed
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_loading_ends_both_processes(model: Path, tmp_path: Path, number: int) -> None:
+    server = LiveServer(str(model), log=tmp_path / "log")
+    deadline = time.monotonic() + 30
+    while not (children := psutil.Process(server.process.pid).children()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    start = time.monotonic()
+    assert server.stop(number) == EXIT_STOPPED_EARLY
+    assert time.monotonic() - start < 5
+    assert gone(children[0].pid)
+    assert "Traceback" not in server.output()
 
 
 def test_an_idle_server_ends_at_once(server: LiveServer) -> None:

@@ -45,17 +45,16 @@ def test_a_character_of_several_tokens_comes_out_whole(text: Text) -> None:
 
 
 def test_chat_template(text: Text) -> None:
-    tokens = text.encode_chat([{"role": "user", "content": "hi"}])
-    assert tokens == text.encode("user: hi\nassistant:")
+    assert text.render_chat([{"role": "user", "content": "hi"}]) == "user: hi\nassistant:"
     with pytest.raises(InvalidRequest, match="no system here"):
-        text.encode_chat([{"role": "system", "content": "hi"}])
+        text.render_chat([{"role": "system", "content": "hi"}])
 
 
 def test_a_template_cannot_reach_out_of_its_sandbox(tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ ''.__class__.__mro__ }}"}))
     with pytest.raises(InvalidRequest, match="unsafe|refuses"):
-        Text.load(tmp_path).encode_chat([{"role": "user", "content": "x"}])
+        Text.load(tmp_path).render_chat([{"role": "user", "content": "x"}])
 
 
 def test_lone_surrogates_are_refused(text: Text) -> None:

@@ -14,6 +14,8 @@ def create_app(service: Service) -> FastAPI:
         version=VERSION,
         summary="One frozen base model, many LoRA and ESFT adapters decoded in the same batch.",
         redirect_slashes=False,
+        # the schema that FastAPI derives promises answers that we do not give (422 in its own shape)
+        openapi_url=None,
     )
     app.state.service = service
     for module in (completions, models, adapters, health):

@@ -7,7 +7,7 @@ engine client -> pieces of text -> one JSON body, or events.
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from fastapi import APIRouter, Request, Response
 
@@ -25,7 +25,7 @@ DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions; chat may
 @router.post("/v1/completions")
 async def completions(body: CompletionBody, request: Request) -> Response:
     service = service_of(request)
-    prompts = _prompts(body, service)
+    prompts = await _prompts(body, service)
     generation = plan(service, body, prompts, body.max_tokens or DEFAULT_COMPLETION_TOKENS)
     return await _answer(request, body, generation, CompletionShape(body.model))
 
@@ -34,27 +34,23 @@ async def completions(body: CompletionBody, request: Request) -> Response:
 async def chat_completions(body: ChatBody, request: Request) -> Response:
     service = service_of(request)
     service.adapter_for(body.model)  # an unknown model is the first thing to say
-    messages = [{"role": message.role, "content": message.text} for message in body.messages]
-    prompt = service.text.encode_chat(messages)
+    messages = [{"role": message.template_role, "content": message.text} for message in body.messages]
+    prompt = await service.encode(service.text.render_chat(messages), "messages", add_special_tokens=False)
     generation = plan(service, body, [prompt], body.max_tokens or body.max_completion_tokens)
     return await _answer(request, body, generation, ChatShape(body.model))
 
 
-def _prompts(body: CompletionBody, service: Service) -> list[list[int]]:
-    """One list of token ids a prompt; `prompt` may be one or several, as text or as ids."""
+async def _prompts(body: CompletionBody, service: Service) -> list[list[int]]:
+    """One list of token ids a prompt."""
     service.adapter_for(body.model)
-    prompt = body.prompt
-    if isinstance(prompt, str):
-        prompts: list[str | list[int]] = [prompt]
-    elif prompt and isinstance(prompt[0], int):
-        prompts = [prompt]
-    else:
-        prompts = list(prompt)  # type: ignore[arg-type]
-    if not 0 < len(prompts) <= service.config.max_prompts:
+    if not 0 < len(body.prompt) <= service.config.max_prompts:
         raise InvalidRequest(
-            f"{len(prompts)} prompts in one request; 1 to {service.config.max_prompts} are served", param="prompt"
+            f"{len(body.prompt)} prompts in one request; 1 to {service.config.max_prompts} are served", param="prompt"
         )
-    return [service.text.encode(one) if isinstance(one, str) else _checked(one, service) for one in prompts]
+    return [
+        await service.encode(prompt, "prompt") if isinstance(prompt, str) else _checked(prompt, service)
+        for prompt in body.prompt
+    ]
 
 
 def _checked(ids: list[int], service: Service) -> list[int]:
@@ -113,12 +109,12 @@ class ChatShape(Shape):
 
 
 async def _answer(request: Request, body: GenerationBody, generation: Generation, shape: Shape) -> Response:
-    if body.stream:
-        return await event_stream(_chunks(generation, shape, body.include_usage))
     try:
+        if body.stream:
+            return await event_stream(request, _chunks(generation, shape, body.include_usage))
         return respond(200, await unless_client_leaves(request, _whole(generation, shape)))
     except ClientLeft:
-        return Response(status_code=499)  # nobody reads it; the log does
+        return Response(status_code=499)  # nobody reads it
 
 
 async def _whole(generation: Generation, shape: Shape) -> dict[str, object]:
@@ -131,7 +127,7 @@ async def _whole(generation: Generation, shape: Shape) -> dict[str, object]:
     return shape.body(shape.object_name, choices, usage=generation.usage.body())
 
 
-async def _chunks(generation: Generation, shape: Shape, include_usage: bool) -> AsyncIterator[dict[str, object]]:
+async def _chunks(generation: Generation, shape: Shape, include_usage: bool) -> AsyncGenerator[dict[str, object]]:
     begun: set[int] = set()
     usage: dict[str, object] = {"usage": None} if include_usage else {}
     pieces = generation.pieces()
@@ -143,4 +139,4 @@ async def _chunks(generation: Generation, shape: Shape, include_usage: bool) -> 
         if include_usage:
             yield shape.body(shape.chunk_name, [], usage=generation.usage.body())
     finally:
-        await pieces.aclose()  # type: ignore[attr-defined]
+        await pieces.aclose()

@@ -33,8 +33,7 @@ def install(app: FastAPI) -> None:
 
     async def adapter(_: Request, error: Exception) -> Response:
         status, code = ADAPTER_STATUS[type(error)]  # type: ignore[index]
-        param = "model" if code == "model_not_found" else None
-        return respond(status, error_body(str(error), "invalid_request_error", param, code))
+        return respond(status, error_body(str(error), "invalid_request_error", code=code))
 
     async def validation(_: Request, error: Exception) -> Response:
         return respond(400, _validation_body(cast(RequestValidationError, error)))
@@ -73,6 +72,9 @@ def _validation_body(error: RequestValidationError) -> dict[str, object]:
     if first["type"] in ("json_invalid", "missing") and not where[:1] or first["type"] == "json_invalid":
         return error_body("the body is not valid JSON", "invalid_request_error", code="invalid_json")
     field = where[0] if where else None
+    if not where and first["type"] != "missing":
+        message = "the body must be a JSON object, sent with Content-Type: application/json"
+        return error_body(message, "invalid_request_error", code="invalid_body")
     if first["type"] == "extra_forbidden":
         message = f"{'.'.join(where)[:200]} is not a field of this request"
         return error_body(message, "invalid_request_error", field and field[:200], "unknown_parameter")

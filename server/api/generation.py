@@ -2,7 +2,7 @@
 
 import random
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
 from adapters_store.ref import AdapterRef
@@ -12,7 +12,7 @@ from server.api.text import Decoder, StopMatcher
 from server.engine.client import Submission
 from server.engine.messages import TokenEvent
 from server.engine.request import FinishReason, Sampling
-from server.errors import GenerationFailed, InvalidRequest
+from server.errors import GenerationFailed, HeddleError, InvalidRequest
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,14 @@ class Generation:
     choices_per_prompt: int
     usage: Usage = field(default_factory=Usage)
 
-    async def pieces(self) -> AsyncIterator[Piece]:
+    async def pieces(self) -> AsyncGenerator[Piece]:
         """Pieces of all choices as they come. Closing the iterator cancels what still runs."""
         self.service.admit(self.submissions)
         metrics, started = self.service.metrics, time.monotonic()
         self.usage.prompt_tokens = sum(len(it.prompt) for it in self.submissions[:: self.choices_per_prompt])
         metrics.prompt_tokens.labels(self.model).inc(self.usage.prompt_tokens)
         stream = self.service.client.submit(self.submissions)
+        finish = "cancelled"  # what becomes of the choices that do not end by themselves
         choices = {
             request_id: _Choice(index, self.service.text.decoder(), self.stops)
             for index, request_id in enumerate(stream.request_ids)
@@ -84,20 +85,29 @@ class Generation:
             async for event in stream:
                 if event.error is not None:
                     raise GenerationFailed(event.error)
+                choice = choices[event.request_id]
                 if self.usage.completion_tokens == 0:
                     metrics.time_to_first_token.labels(self.model).observe(time.monotonic() - started)
                 self.usage.completion_tokens += 1
-                self.usage.cached_tokens += event.num_cached_tokens
-                piece = choices[event.request_id].push(event)
+                if choice.index % self.choices_per_prompt == 0:  # a prompt is counted once, not once a choice
+                    self.usage.cached_tokens += event.num_cached_tokens
+                piece = choice.push(event)
                 if piece.finish is not None:
                     metrics.requests.labels(self.model, piece.finish).inc()
                     stream.stop(event.request_id)
+                    del choices[event.request_id]
                 if piece.text or piece.finish:
                     yield piece
+        except HeddleError:
+            finish = "error"
+            raise
         finally:
             stream.cancel()
+            metrics.requests.labels(self.model, finish).inc(len(choices))
             metrics.generated_tokens.labels(self.model).inc(self.usage.completion_tokens)
             metrics.duration.labels(self.model).observe(time.monotonic() - started)
+            if not self.service.is_served(self.model):  # deleted meanwhile: its series must not come back
+                metrics.forget_model(self.model)
 
 
 def plan(service: Service, body: GenerationBody, prompts: list[list[int]], max_tokens: int | None) -> Generation:
@@ -115,10 +125,12 @@ def plan(service: Service, body: GenerationBody, prompts: list[list[int]], max_t
         if not prompt:
             raise InvalidRequest("the prompt has no tokens", param="prompt")
         if room < (max_tokens or 1):
+            asked = (
+                f" and max_tokens is {max_tokens}; together they exceed" if max_tokens else " and must be shorter than"
+            )
             raise InvalidRequest(
-                f"the prompt has {len(prompt)} tokens and max_tokens is {max_tokens or 1}; together they exceed the "
-                f"model's {service.info.max_model_len}",
-                param="max_tokens",
+                f"the prompt has {len(prompt)} tokens{asked} the model's {service.info.max_model_len}",
+                param="max_tokens" if max_tokens else "messages",
                 code="context_length_exceeded",
             )
         if max(prompt) >= service.info.vocab_size:  # a tokenizer may know more tokens than its model has embeddings

@@ -9,7 +9,7 @@ from server.api.service import service_of
 router = APIRouter()
 
 
-@router.get("/health")
+@router.api_route("/health", methods=["GET", "HEAD"])
 async def health(request: Request) -> Response:
     """200 while the engine lives and speaks, else 503 with the reason."""
     service = service_of(request)

@@ -1,9 +1,14 @@
 """Limits on what is read, enforced while it is read."""
 
+import asyncio
+
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.errors import body_of, respond
 from server.errors import InvalidRequest, PayloadTooLarge
+
+DRAIN_BYTES = 64 << 20
+DRAIN_SECONDS = 5.0
 
 
 class BodyLimit:
@@ -24,7 +29,9 @@ class BodyLimit:
             return
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length) > self._max_bytes:
-            await self._refuse(scope, receive, send)
+            if b"expect" not in headers:  # a client that asks first has sent nothing yet
+                await _drain(receive)
+            await respond(413, body_of(self._refusal()), {"Connection": "close"})(scope, receive, send)
             return
         read = 0
 
@@ -33,11 +40,25 @@ class BodyLimit:
             message = await receive()
             read += len(message.get("body", b""))
             if read > self._max_bytes:
-                raise PayloadTooLarge(f"the body exceeds {self._max_bytes:,} bytes")
+                await _drain(receive)
+                raise self._refusal()
             return message
 
         await self._app(scope, limited, send)
 
-    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refusal = PayloadTooLarge(f"the body exceeds {self._max_bytes:,} bytes")
-        await respond(413, body_of(refusal), {"Connection": "close"})(scope, receive, send)
+    def _refusal(self) -> PayloadTooLarge:
+        return PayloadTooLarge(f"the body exceeds {self._max_bytes:,} bytes")
+
+
+async def _drain(receive: Receive) -> None:
+    """Read and drop what the client still sends, within limits: closed too early, it would never see the answer."""
+    read = 0
+    try:
+        async with asyncio.timeout(DRAIN_SECONDS):
+            while read < DRAIN_BYTES:
+                message = await receive()
+                read += len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return
+    except TimeoutError:
+        return

@@ -17,7 +17,7 @@ async def list_models(request: Request) -> Response:
     )
 
 
-@router.get("/v1/models/{model}")
+@router.get("/v1/models/{model:path}")
 async def get_model(model: str, request: Request) -> Response:
     service = service_of(request)
     is_base = service.adapter_for(model) is None

@@ -6,7 +6,7 @@ Any other unknown field is refused as unknown.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, field_validator, model_validator
 
 from server.errors import InvalidRequest
 
@@ -14,7 +14,7 @@ from server.errors import InvalidRequest
 UNSERVED: dict[str, tuple[object, ...]] = {
     "audio": (), "best_of": (1,), "echo": (False,), "frequency_penalty": (0, 0.0), "function_call": ("none",),
     "functions": ([],), "logit_bias": ({},), "logprobs": (False,), "metadata": ({},), "min_p": (0, 0.0),
-    "modalities": (["text"],), "parallel_tool_calls": (), "prediction": (), "presence_penalty": (0, 0.0),
+    "modalities": (["text"],), "parallel_tool_calls": (True, False), "prediction": (), "presence_penalty": (0, 0.0),
     "prompt_cache_key": (), "reasoning_effort": ("none",), "repetition_penalty": (1, 1.0),
     "response_format": ({"type": "text"},), "safety_identifier": (), "service_tier": ("auto", "default"),
     "store": (False,), "suffix": ("",), "tool_choice": ("none",), "tools": ([],), "top_logprobs": (0,),
@@ -26,12 +26,17 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 
+def _asks_for_nothing(value: object, harmless: tuple[object, ...]) -> bool:
+    return value is None or any(value == free and type(value) is type(free) for free in harmless)
+
+
 class Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
 
 class StreamOptions(Body):
     include_usage: bool = False
+    include_obfuscation: Literal[False] | None = None  # not served; saying so is allowed
 
 
 class GenerationBody(Body):
@@ -43,7 +48,7 @@ class GenerationBody(Body):
     top_p: Annotated[Finite, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     seed: Seed | None = None
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
     n: Annotated[int, Field(ge=1)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -54,9 +59,8 @@ class GenerationBody(Body):
     def _refuse_unserved(cls, body: Any) -> Any:
         if not isinstance(body, dict):
             return body
-        for name in body.keys() & UNSERVED.keys():
-            value = body[name]
-            if value is not None and not any(value == free and type(value) is type(free) for free in UNSERVED[name]):
+        for name, value in body.items():
+            if name in UNSERVED and not _asks_for_nothing(value, UNSERVED[name]):
                 raise InvalidRequest(f"{name} is not served", param=name, code="unsupported_parameter")
         return {name: value for name, value in body.items() if name not in UNSERVED}
 
@@ -80,8 +84,37 @@ class GenerationBody(Body):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
+def _prompts(value: Any) -> list[str] | list[list[int]]:
+    """A text, token ids, or several of either, as a list of them.
+
+    Checked by hand: a union of lists would collect an error for every item and branch, which for a small body of wrong
+    items takes seconds and gigabytes.
+    """
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list):
+        raise InvalidRequest("prompt must be a text, a list of token ids, or a list of either", param="prompt")
+    if value and type(value[0]) is int:
+        return [_token_ids(value, "prompt")]
+    if value and isinstance(value[0], list):
+        return [_token_ids(ids, f"prompt[{index}]") for index, ids in enumerate(value)]
+    for index, text in enumerate(value):
+        if not isinstance(text, str):
+            raise InvalidRequest(f"prompt[{index}] is neither text nor token ids like the first", param="prompt")
+    return value
+
+
+def _token_ids(ids: Any, where: str) -> list[int]:
+    if not isinstance(ids, list):
+        raise InvalidRequest(f"{where} is not a list of token ids like the first", param="prompt")
+    for index, token in enumerate(ids):
+        if type(token) is not int:
+            raise InvalidRequest(f"{where}[{index}] is not a token id", param="prompt")
+    return ids
+
+
 class CompletionBody(GenerationBody):
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Annotated[list[str] | list[list[int]], PlainValidator(_prompts)]
 
 
 class TextPart(Body):
@@ -89,10 +122,28 @@ class TextPart(Body):
     text: str
 
 
+# fields of an answer's message, which clients send back with the conversation; empty, they say nothing
+_EMPTY_IN_MESSAGE: tuple[object, ...] = ([], {}, "")
+_UNSERVED_IN_MESSAGE = frozenset({
+    "annotations", "audio", "function_call", "name", "reasoning_content", "refusal", "tool_call_id", "tool_calls",
+})  # fmt: skip
+
+
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-    name: str | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unserved(cls, message: Any) -> Any:
+        if not isinstance(message, dict):
+            return message
+        for name, value in message.items():
+            if name in _UNSERVED_IN_MESSAGE and not _asks_for_nothing(value, _EMPTY_IN_MESSAGE):
+                raise InvalidRequest(
+                    f"{name} in a message is not served", param="messages", code="unsupported_parameter"
+                )
+        return {name: value for name, value in message.items() if name not in _UNSERVED_IN_MESSAGE}
 
     @field_validator("content", mode="before")
     @classmethod
@@ -103,12 +154,17 @@ class Message(Body):
         return content
 
     @property
+    def template_role(self) -> str:
+        """`developer` is OpenAI's later word for `system`; templates know only that one, and would drop the other."""
+        return "system" if self.role == "developer" else self.role
+
+    @property
     def text(self) -> str:
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
 class ChatBody(GenerationBody):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
 
     def check(self, max_n: int, max_stop: int) -> None:
@@ -117,9 +173,6 @@ class ChatBody(GenerationBody):
             raise InvalidRequest(
                 "max_tokens and max_completion_tokens are the same thing; send one", param="max_tokens"
             )
-        named = next((message for message in self.messages if message.name is not None), None)
-        if named is not None:
-            raise InvalidRequest("name in a message is not served", param="messages", code="unsupported_parameter")
 
 
 class AdapterBody(Body):

@@ -1,5 +1,6 @@
 """What every route needs, passed in once."""
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,8 +13,10 @@ from server.api.text import Text
 from server.config import ServerConfig
 from server.engine.client import EngineClient
 from server.engine.messages import EngineInfo
-from server.errors import EngineDead, NotFound, Overloaded
+from server.errors import NotFound, Overloaded, ShuttingDown
 from server.metrics import Metrics
+
+_LONG_TEXT = 10_000  # characters: about 10 ms to tokenize
 
 
 @dataclass
@@ -36,10 +39,20 @@ class Service:
         except AdapterNotFound:
             raise NotFound(f"the model {model[:128]!r} does not exist", param="model", code="model_not_found") from None
 
+    def is_served(self, model: str) -> bool:
+        return model == self.catalog.base_name or any(entry.ref.name == model for entry in self.catalog)
+
+    async def encode(self, text: str, param: str, add_special_tokens: bool = True) -> list[int]:
+        """Tokens of a text, without holding up the event loop for a long one."""
+        self.text.refuse_if_longer(text, self.info.max_model_len, param)
+        if len(text) < _LONG_TEXT:
+            return self.text.encode(text, param, add_special_tokens)
+        return await asyncio.to_thread(self.text.encode, text, param, add_special_tokens)
+
     def admit(self, submissions: Sequence[object]) -> None:
         """Refuse work that could only pile up."""
         if self.is_draining:
-            raise EngineDead("the server is shutting down")
+            raise ShuttingDown
         limit = self.config.max_concurrent_requests
         if self.client.num_requests + len(submissions) > limit:
             raise Overloaded(f"{self.client.num_requests} completions are under way; at most {limit} are taken at once")

@@ -1,7 +1,7 @@
 """Server-sent events, and answers whose client may leave."""
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -19,13 +19,17 @@ class ClientLeft(Exception):
     """Nobody waits for the answer any more."""
 
 
-async def event_stream(bodies: AsyncIterator[Mapping[str, object]]) -> StreamingResponse:
-    """Stream `bodies` as events, then [DONE].
+async def event_stream(request: Request, bodies: AsyncGenerator[Mapping[str, object]]) -> StreamingResponse:
+    """Stream `bodies` as events, then [DONE]. Raises ClientLeft if the client leaves before the first.
 
     The first is awaited before the answer begins, so that a request which fails at once gets its status code. One that
     fails later ends with an error event and without [DONE].
     """
-    first = await anext(bodies)
+
+    async def begin() -> Mapping[str, object]:
+        return await anext(bodies)
+
+    first = await unless_client_leaves(request, begin())
 
     async def events() -> AsyncIterator[bytes]:
         try:
@@ -36,7 +40,7 @@ async def event_stream(bodies: AsyncIterator[Mapping[str, object]]) -> Streaming
         except HeddleError as error:
             yield _event(body_of(error))
         finally:
-            await bodies.aclose()  # type: ignore[attr-defined]
+            await bodies.aclose()
 
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
     return StreamingResponse(events(), media_type="text/event-stream", headers=headers)

@@ -6,8 +6,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-from jinja2.ext import loopcontrols
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
@@ -21,6 +22,7 @@ class Text:
     def __init__(self, tokenizer: Tokenizer, chat_template: str | None, special_tokens: Mapping[str, str]) -> None:
         self._tokenizer = tokenizer
         self._special_tokens = special_tokens
+        self._longest_token = max(map(len, tokenizer.get_vocab()), default=1)
         self._template = _environment().from_string(chat_template) if chat_template else None
 
     @classmethod
@@ -54,17 +56,26 @@ class Text:
         except (TypeError, UnicodeEncodeError):  # a lone surrogate
             raise InvalidRequest("the text is not valid Unicode", param=param) from None
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Render the messages as the model was trained to read them, ready for its answer."""
+    def refuse_if_longer(self, text: str, max_tokens: int, param: str) -> None:
+        """Raise InvalidRequest for a text that cannot be so few tokens, before the work of tokenizing it."""
+        if len(text) > max_tokens * self._longest_token:
+            raise InvalidRequest(
+                f"the text has {len(text):,} characters; the model's {max_tokens:,} tokens are at most "
+                f"{max_tokens * self._longest_token:,}",
+                param=param,
+                code="context_length_exceeded",
+            )
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The messages as the model was trained to read them, special tokens and all, ready for its answer."""
         if self._template is None:
             raise InvalidRequest("this model has no chat template; use /v1/completions", param="messages")
         try:
-            rendered = self._template.render(
+            return self._template.render(
                 messages=messages, add_generation_prompt=True, tools=None, **self._special_tokens
             )
-        except TemplateError as error:  # raised by the template itself for roles or orders that it does not take
+        except (TemplateError, TypeError, ValueError) as error:  # by the template itself, for roles it does not take
             raise InvalidRequest(f"the chat template refuses these messages: {error}", param="messages") from None
-        return self.encode(rendered, "messages", add_special_tokens=False)  # the template writes them
 
     def decoder(self) -> "Decoder":
         return Decoder(self._tokenizer)
@@ -115,13 +126,25 @@ class StopMatcher:
         return next((size for size in range(longest, 0, -1) if self._held.endswith(stop[:size])), 0)
 
 
+class _GenerationTag(Extension):
+    """`{% generation %}` marks, for training, what the assistant says; for rendering it is what it encloses."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 def _content(token: str | dict[str, Any]) -> str:
     return token if isinstance(token, str) else str(token["content"])
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
     """As Transformers renders chat templates; sandboxed, since a template comes with a downloaded model."""
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationTag]
+    )
 
     def raise_exception(message: str) -> None:
         raise TemplateError(message)

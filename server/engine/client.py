@@ -28,7 +28,7 @@ from server.engine.messages import (
     TokenEvent,
 )
 from server.engine.request import Sampling
-from server.errors import EngineDead, StartupError
+from server.errors import EngineDead, HeddleError, StartupError
 
 
 class Link(Protocol):
@@ -58,15 +58,15 @@ class TokenStream:
         self.request_ids = tuple(request_ids)
         self._open = set(request_ids)
         self._client = client
-        self._events: asyncio.Queue[TokenEvent | EngineDead] = asyncio.Queue()
+        self._events: asyncio.Queue[TokenEvent | HeddleError] = asyncio.Queue()
 
-    def put(self, event: TokenEvent | EngineDead) -> None:
+    def put(self, event: TokenEvent | HeddleError) -> None:
         self._events.put_nowait(event)
 
     async def __aiter__(self) -> AsyncIterator[TokenEvent]:
         while self._open:
             event = await self._events.get()
-            if isinstance(event, EngineDead):
+            if isinstance(event, HeddleError):
                 self._open.clear()
                 raise event
             if event.request_id in self._open:  # else it was stopped meanwhile
@@ -129,14 +129,14 @@ class EngineClient:
     def declare_dead(self, reason: str) -> None:
         """The engine is gone: every open stream ends with EngineDead, every later call raises it."""
         self._death = reason
-        self.end_streams(reason)
+        self.end_streams(EngineDead(reason))
 
-    def end_streams(self, reason: str) -> None:
-        """End every open stream with EngineDead; the engine goes on with nothing to do."""
+    def end_streams(self, error: HeddleError) -> None:
+        """End every open stream with this error; the engine goes on with nothing to do."""
         streams = set(self._streams.values())
         self.abort(list(self._streams))
         for stream in streams:
-            stream.put(EngineDead(reason))
+            stream.put(error)
 
     @property
     def death(self) -> str | None:
