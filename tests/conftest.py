@@ -6,7 +6,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from hypothesis import settings
 
-# the same examples in every CI run: what a new one finds belongs in a developer's session, not in somebody's merge
+# the same examples in every CI run: what a new one finds is for whoever runs them by hand, not for somebody's merge
 settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     settings.load_profile("ci")

@@ -70,7 +70,7 @@ def _attend(
 ) -> Tensor:
     """query [n, H, R, D], key and value [n, H, K, ..], mask like [n, H, R, K], sinks [H, R] -> [n, H, R, Dv]."""
     if softcap is None and sinks is None:
-        # torch's fused kernel wants values as wide as keys (MLA's are not); padded, it takes a tenth of the fallback's time
+        # torch's fused kernel wants values as wide as keys (MLA's are not); its fallback takes ten times as long
         narrower = key.shape[-1] - value.shape[-1]
         padded = F.pad(value, (0, narrower)) if narrower > 0 else value
         attended = F.scaled_dot_product_attention(query, key, padded, attn_mask=mask, scale=scale)
