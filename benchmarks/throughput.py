@@ -12,6 +12,7 @@ import asyncio
 import json
 import os
 import re
+import socket
 import statistics
 import subprocess
 import sys
@@ -34,8 +35,7 @@ class Heddle:
     """A real server on a free port."""
 
     def __init__(self, directory: Path) -> None:
-        with socket_on_free_port() as port:
-            self.port = port
+        self.port = free_port()
         command = [sys.executable, "-m", "server", "serve", str(directory / "base"), "--adapters",
                    str(directory / "adapters"), "--model-name", "bench-base", "--port", str(self.port)]  # fmt: skip
         self._process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
@@ -99,17 +99,10 @@ class Peft:
         return len(jobs) * NEW_TOKENS / (time.perf_counter() - start)
 
 
-def socket_on_free_port():  # type: ignore[no-untyped-def]
-    import contextlib
-    import socket
-
-    @contextlib.contextmanager
-    def bound():  # type: ignore[no-untyped-def]
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            yield probe.getsockname()[1]
-
-    return bound()
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def measure(name: str, directory: Path, rounds: int, requests: int) -> dict[str, float]:

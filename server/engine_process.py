@@ -1,7 +1,7 @@
 """The engine process: its composition root, and its main loop.
 
-Started by the front as `python -m server.engine_process ADDRESS`. Needs torch, transformers, safetensors, numpy and
-the message codec; never FastAPI or pydantic.
+Started by the front as `python -m server.engine_process ADDRESS PARENT`. Needs torch, transformers, safetensors, numpy
+and the message codec; never FastAPI or pydantic.
 """
 
 import argparse

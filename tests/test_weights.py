@@ -198,6 +198,18 @@ def test_registering_again_says_where_the_files_are_now(tmp_path: Path) -> None:
     assert generated(request) == reference(merge(make_model("llama"), again), prompts()[1], 5)
 
 
+def test_registering_again_forgives_a_failure_that_nobody_heard_of(tmp_path: Path) -> None:
+    engine = Engine(make_model("llama", attention=PROBE))
+    entry = register(engine, save_lora(tmp_path / "here", make_model("llama"), 1, ("q_proj",)), "name")
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert engine.residency.acquire(entry.ref) is Wait.LOADING
+    deadline = time.monotonic() + 10
+    while engine.residency.is_loading() and time.monotonic() < deadline:
+        engine.residency.poll()
+    again = register(engine, tmp_path / "there", "name")
+    wait_until_resident(engine.residency, again)  # raises if the old failure is still told
+
+
 def test_more_experts_than_a_slot_has_room_for_are_refused(tmp_path: Path) -> None:
     engine = Engine(make_model("qwen3_moe", attention=PROBE), max_experts_per_adapter=2)
     entry = register(engine, save_esft(tmp_path / "esft", make_model("qwen3_moe"), 1, {1: [0, 2, 5]}))

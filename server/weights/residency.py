@@ -57,7 +57,7 @@ class DeviceResidency:
     ) -> None:
         self._pool, self._slabs, self._stacks, self._transfers = pool, slabs, stacks, transfers
         self._adapters: dict[AdapterRef, _Adapter] = {}  # residents in order of last use
-        self._free_slots = list(range(num_slots, 0, -1))  # popped from the end: low slots first keeps stacks short
+        self._free_slots = list(range(num_slots, 0, -1))  # popped from the end, the lowest first
 
     # -- Residency, for the scheduler -----------------------------------------------------------
 
@@ -65,6 +65,8 @@ class DeviceResidency:
         known = self._adapters.setdefault(ref, _Adapter(ref, package))
         known.package = package  # the same weights, perhaps in another place; read when a transfer starts
         known.forgotten = False  # it may have been, while its transfer runs
+        if known.state is State.FAILED:  # what failed was the old place; nobody need hear of it now
+            known.state = State.ABSENT
 
     def forget(self, ref: AdapterRef) -> None:
         adapter = self._adapters[ref]
