@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.expert_route import expert_route
-from kernels.grouped_gemm import combine, grouped_gemm
-from kernels.lora import LoraWeights, Segment, lora
+from kernels.expert_route import Routing, TokenBatch, expert_route
+from kernels.grouped_gemm import Activation, Layout, combine, down, gate_up
+from kernels.lora import LoraSite, LoraWeights, Segment, Segments, lora
 from kernels.paged_attention import AttentionBatch, paged_attention
 from kernels.store_kv import store_kv
 
@@ -109,59 +109,74 @@ def test_paged_attention(kv_heads: int, options: dict[str, object]) -> None:
 
 # -- experts ---
 
+ONE_TILE = 1 << 30
+
+
+def logits_for(chosen: Tensor, experts: int) -> Tensor:
+    """Logits by which each token chooses these experts, the first of them first."""
+    logits = torch.zeros(len(chosen), experts)
+    logits.scatter_(1, chosen, torch.arange(chosen.shape[1], 0, -1).float().expand_as(chosen))
+    return logits
+
 
 def test_expert_route_on_the_papers_example() -> None:
     """ExpertWeave (arXiv 2508.17624), figure 4: M = 64, E_max = 8, adapters that tune 3 and 7 experts."""
     tuned = {1: [3, 14, 47], 2: [5, 13, 14, 27, 35, 57, 59]}
-    expert_map = torch.arange(64).repeat(3, 1)
+    expert_map = torch.arange(64, dtype=torch.int32).repeat(3, 1)
     for adapter, experts in tuned.items():
-        expert_map[adapter, experts] = 64 + (adapter - 1) * 8 + torch.arange(len(experts))
+        expert_map[adapter, experts] = 64 + (adapter - 1) * 8 + torch.arange(len(experts), dtype=torch.int32)
     chosen = torch.tensor([[15, 14, 45, 47, 3, 57], [31, 13, 62, 12, 34, 14], [26, 47, 31, 3, 58, 60],
                            [13, 31, 14, 35, 15, 5], [8, 27, 35, 59, 5, 63], [57, 5, 3, 13, 27, 59]])  # fmt: skip
     adapters = torch.tensor([0, 1, 1, 2, 2, 2])
     expected = [[15, 14, 45, 47, 3, 57], [31, 13, 62, 12, 34, 65], [26, 66, 31, 64, 58, 60],
                 [73, 31, 74, 76, 15, 72], [8, 75, 76, 78, 72, 63], [77, 72, 3, 73, 75, 78]]  # fmt: skip
-    buckets = expert_route(chosen, adapters, expert_map)
-    slots = torch.repeat_interleave(torch.tensor(buckets.slots), torch.tensor(buckets.counts))
-    rerouted = torch.empty(36, dtype=torch.int64)
-    rerouted[buckets.pairs] = slots
-    assert rerouted.view(6, 6).tolist() == expected
-    assert buckets.slots == sorted(set(buckets.slots)) and sum(buckets.counts) == 36
+    routed = expert_route(logits_for(chosen, 64), Routing(6), expert_map, 80, TokenBatch(adapters), ONE_TILE)
+    assert routed.slots.tolist() == expected
+    flat = routed.slots.flatten()
+    assert flat[routed.pairs.long()].tolist() == sorted(flat.tolist())
+    assert routed.tiles[:, 0].tolist() == sorted(set(flat.tolist())) and int(routed.tiles[:, 2].sum()) == 36
 
 
 @pytest.mark.parametrize("popularity", POPULARITIES)
 @pytest.mark.parametrize(("tokens", "width", "inner"), [(1, 8, 12), (7, 5, 9), (64, 16, 8)])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_grouped_gemm(popularity: str, tokens: int, width: int, inner: int, transposed: bool, bias: bool) -> None:
+def test_experts(popularity: str, tokens: int, width: int, inner: int, transposed: bool, bias: bool) -> None:
     experts, choices, slots = 6, 3, 40
     rng = random.Random(2)
-    expert_map = torch.arange(experts).repeat(4, 1)
-    expert_map[1, [0, 4]] = torch.tensor([6, 7])
+    expert_map = torch.arange(experts, dtype=torch.int32).repeat(4, 1)
+    expert_map[1, [0, 4]] = torch.tensor([6, 7], dtype=torch.int32)
     expert_map[3, 2] = 33
-    ids = torch.stack([torch.randperm(experts)[:choices] for _ in range(tokens)])
+    logits = torch.randn(tokens, experts)
     adapters = torch.tensor(pick(popularity, tokens, 4, rng))
-    stack = torch.randn(slots, inner, width)
+    ups, downs = torch.randn(slots, 2 * inner, width), torch.randn(slots, width, inner)
+    ids = logits.topk(choices).indices
     used = torch.unique(expert_map[adapters[:, None], ids])
-    stack[[slot for slot in range(slots) if slot not in used]] = math.nan  # nobody may read an unused slot
-    biases = torch.randn(slots, inner) if bias else None
-    hidden, weights = torch.randn(tokens, width), torch.rand(tokens, choices)
-    buckets = expert_route(ids, adapters, expert_map)
-    stored = stack.transpose(1, 2).contiguous() if transposed else stack
-    rows = grouped_gemm(hidden[buckets.pairs // choices], stored, buckets, biases, transposed)
-    got = combine(rows, buckets, weights)
+    unused = [slot for slot in range(slots) if slot not in used]
+    ups[unused] = downs[unused] = math.nan  # nobody may read an unused slot
+    up_bias, down_bias = (torch.randn(slots, 2 * inner), torch.randn(slots, width)) if bias else (None, None)
+    hidden = torch.randn(tokens, width)
+    layout = Layout(transposed)
+    stored = [stack.transpose(1, 2).contiguous() if transposed else stack for stack in (ups, downs)]
+    routed = expert_route(logits, Routing(choices, renormalise=True), expert_map, slots, TokenBatch(adapters), ONE_TILE)
+    gated = gate_up(hidden, stored[0], routed, Activation(), layout, up_bias)
+    got = combine(down(gated, stored[1], routed, layout, down_bias), routed)
+    weights = logits.softmax(-1).gather(1, ids)
+    weights /= weights.sum(-1, keepdim=True)
     for token in range(tokens):
-        expected = torch.zeros(inner)
+        expected = torch.zeros(width)
         for choice in range(choices):
             slot = expert_map[adapters[token], ids[token, choice]]
-            product = stack[slot] @ hidden[token] + (0 if biases is None else biases[slot])
-            expected += weights[token, choice] * product
-        torch.testing.assert_close(got[token], expected, atol=ATOL, rtol=0)
+            gate, up = (ups[slot] @ hidden[token] + (0 if up_bias is None else up_bias[slot])).chunk(2)
+            product = downs[slot] @ (torch.nn.functional.silu(gate) * up)
+            expected += weights[token, choice] * (product + (0 if down_bias is None else down_bias[slot]))
+        torch.testing.assert_close(got[token], expected, atol=10 * ATOL, rtol=1e-5)
 
 
 def test_base_only_batches_are_not_rerouted() -> None:
-    ids = torch.tensor([[2, 0], [1, 2]])
-    assert expert_route(ids, None, torch.full((1, 3), 99)).slots == [0, 1, 2]
+    logits = logits_for(torch.tensor([[2, 0], [1, 2]]), 3)
+    routed = expert_route(logits, Routing(2), torch.full((1, 3), 99), 3, TokenBatch(None), ONE_TILE)
+    assert routed.tiles[:, 0].tolist() == [0, 1, 2]
 
 
 # -- LoRA ---
@@ -170,20 +185,23 @@ def test_base_only_batches_are_not_rerouted() -> None:
 @pytest.mark.parametrize("popularity", POPULARITIES)
 @pytest.mark.parametrize(("tokens", "width", "inner"), [(1, 16, 16), (13, 7, 33), (100, 24, 5)])
 def test_lora(popularity: str, tokens: int, width: int, inner: int) -> None:
+    """A site of two slices, of which each adapter has weights for one or both."""
     ranks = {1: 1, 2: 5, 4: 8, 5: 16, 6: 64}  # slot 3 has a LoRA, but none on this linear; slot 0 is the base
-    weights = {
-        slot: LoraWeights(torch.randn(rank, width), torch.randn(inner, rank), 0.1 * slot)
-        for slot, rank in ranks.items()
-    }
+    site = LoraSite([inner, 3])
+    for slot, rank in ranks.items():
+        for index, out in enumerate(site.widths):
+            if slot % 3 != index:
+                site.put(slot, index, LoraWeights(torch.randn(rank, width), torch.randn(out, rank), 0.1 * slot))
     slots = sorted(pick(popularity, tokens, 7, random.Random(3)))
-    segments = [
+    spans = [
         Segment(slots.index(slot), len(slots) - slots[::-1].index(slot), slot) for slot in sorted(set(slots)) if slot
     ]
-    x, y = torch.randn(tokens, width), torch.randn(tokens, inner)
+    x, y = torch.randn(tokens, width), torch.randn(tokens, inner + 3)
     got = y.clone()
-    lora(got, x, weights, segments)
+    lora(got, x, site, Segments(spans))
     for token, slot in enumerate(slots):
         expected = y[token].clone()
-        if slot in weights:
-            expected += weights[slot].scale * (weights[slot].b @ (weights[slot].a @ x[token]))
+        for weights, part in zip(site.by_slot.get(slot, []), expected.split([inner, 3]), strict=False):
+            if weights is not None:
+                part += weights.scale * (weights.b @ (weights.a @ x[token]))
         torch.testing.assert_close(got[token], expected, atol=5 * ATOL, rtol=1e-5)

@@ -1,5 +1,26 @@
-"""expert_route: send each token's chosen experts through its adapter's expert map, and bucket the result."""
+"""expert_route: choose each token's experts, reroute them through its adapter's expert map, bucket them by slot."""
 
-from kernels.expert_route.reference import Buckets, expert_route
+from torch import Tensor
 
-__all__ = ["Buckets", "expert_route"]
+from kernels.compiled import takes
+from kernels.expert_route import reference
+from kernels.expert_route.routing import GroupScore, Routed, Routing, Score, TokenBatch
+
+__all__ = ["GroupScore", "Routed", "Routing", "Score", "TokenBatch", "expert_route"]
+
+
+def expert_route(
+    logits: Tensor,
+    routing: Routing,
+    expert_map: Tensor,
+    num_slots: int,
+    batch: TokenBatch,
+    tile_rows: int,
+    bias: Tensor | None = None,
+) -> Routed:
+    """See reference.py for shapes."""
+    if takes(logits):
+        from kernels.expert_route import kernel
+
+        return kernel.expert_route(logits, routing, expert_map, num_slots, batch, tile_rows, bias)
+    return reference.expert_route(logits, routing, expert_map, num_slots, batch, tile_rows, bias)

@@ -1,37 +1,80 @@
 """Reference and CPU path of expert_route: ExpertWeave's batched rerouting (arXiv 2508.17624, section 4.3)."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from kernels.expert_route.routing import GroupScore, Routed, Routing, Score, TokenBatch
 
-@dataclass(frozen=True)
-class Buckets:
-    """(token, choice) pairs sorted by expert slot.
+_NO_SLOT = torch.iinfo(torch.int32).max
 
-    Running example, 2 tokens with 2 choices each, pairs numbered token * 2 + choice:
-        slots of the pairs  [7, 3, 3, 0]
-        pairs   [3, 1, 2, 0]      the pairs in order of slot
-        slots   [0, 3, 7]         slots in use, ascending
-        counts  [1, 2, 1]         pairs of each
+
+def expert_route(
+    logits: Tensor,
+    routing: Routing,
+    expert_map: Tensor,
+    num_slots: int,
+    batch: TokenBatch,
+    tile_rows: int,
+    bias: Tensor | None = None,
+) -> Routed:
+    """Choose each token's experts, replace them by the slots that its adapter has for them, and sort by slot.
+
+    logits [T, M]: the router's, over the base's M experts; weights are untouched by rerouting.
+    expert_map [adapters + 1, M] int32: row 0 is the identity.
+    num_slots: of the expert stack; no slot in the map is larger. tile_rows: the most rows of a tile.
+    bias [M]: added to the scores for choosing only (DeepSeek-V3).
     """
+    weights, ids = choose(logits.float(), routing, bias)
+    if batch.slots is not None:
+        slots = expert_map[batch.slots[:, None], ids].int()
+    else:
+        slots = ids.int()
+    if batch.num_tokens is not None:
+        slots[torch.arange(len(slots), device=slots.device) >= batch.num_tokens] = -1
+    flat = slots.flatten()
+    pairs = torch.where(flat < 0, _NO_SLOT, flat).argsort(stable=True).int()
+    real = flat[pairs[: int((flat >= 0).sum())]]
+    used, counts = torch.unique_consecutive(real, return_counts=True)
+    return Routed(weights, slots, pairs, *_tiles(used, counts, tile_rows), tile_rows)
 
-    pairs: Tensor
-    slots: list[int]
-    counts: list[int]
+
+def choose(logits: Tensor, routing: Routing, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """weights [T, K] float32 and expert ids [T, K] int64; logits [T, M] float32."""
+    match routing.score:
+        case Score.SOFTMAX:
+            scores = logits.softmax(-1)
+        case Score.SIGMOID:
+            scores = logits.sigmoid()
+        case Score.SOFTMAX_OF_CHOSEN:
+            scores = logits
+    ranked = scores if bias is None else scores + bias
+    if routing.num_groups > 1:
+        ranked = _limit_to_groups(ranked, routing)
+    ids = ranked.topk(routing.top_k, dim=-1).indices
+    weights = scores.gather(-1, ids)
+    if routing.score is Score.SOFTMAX_OF_CHOSEN:
+        weights = weights.softmax(-1)
+    elif routing.renormalise:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return weights * routing.scale, ids
 
 
-def expert_route(expert_ids: Tensor, token_slots: Tensor | None, expert_map: Tensor) -> Buckets:
-    """Replace each chosen expert by the slot that its token's adapter has for it, and sort by slot.
+def _limit_to_groups(ranked: Tensor, routing: Routing) -> Tensor:
+    groups = ranked.unflatten(-1, (routing.num_groups, -1))
+    best = groups.topk(2, dim=-1).values.sum(-1) if routing.group_score is GroupScore.TOP2_SUM else groups.amax(-1)
+    chosen = torch.zeros_like(best, dtype=torch.bool).scatter_(-1, best.topk(routing.top_groups, dim=-1).indices, True)
+    return groups.masked_fill(~chosen[..., None], float("-inf")).flatten(-2)
 
-    expert_ids [T, K] int64: the router's choice among the base's M experts; weights are untouched by rerouting.
-    token_slots [T] int64: adapter slot of each token, 0 for the base; None if no token has an expert adapter.
-    expert_map [adapters + 1, M] int64: row 0 is the identity.
-    """
-    if token_slots is not None:
-        expert_ids = expert_map[token_slots[:, None], expert_ids]
-    flat = expert_ids.flatten()
-    pairs = flat.argsort(stable=True)
-    slots, counts = torch.unique_consecutive(flat[pairs], return_counts=True)
-    return Buckets(pairs, slots.tolist(), counts.tolist())
+
+def _tiles(used: Tensor, counts: Tensor, tile_rows: int) -> tuple[Tensor, Tensor]:
+    """Cut each slot's pairs into tiles: [n, 3] int32, and n as a tensor."""
+    starts = counts.cumsum(0) - counts
+    if len(counts) == 0 or tile_rows >= int(counts.max()):  # the CPU's: a slot is one tile
+        tiles = torch.stack([used, starts, counts], dim=-1)
+    else:
+        per_slot = -(-counts // tile_rows)
+        slot_of = torch.arange(len(used), device=used.device).repeat_interleave(per_slot)
+        within = torch.arange(len(slot_of), device=used.device) - (per_slot.cumsum(0) - per_slot)[slot_of]
+        rows = (counts[slot_of] - within * tile_rows).clamp(max=tile_rows)
+        tiles = torch.stack([used[slot_of], starts[slot_of] + within * tile_rows, rows], dim=-1)
+    return tiles.int(), torch.tensor([len(tiles)], dtype=torch.int32, device=used.device)

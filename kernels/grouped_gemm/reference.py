@@ -6,28 +6,78 @@ mapped: no other is ever read.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.expert_route import Buckets
+from kernels.expert_route import Routed
+from kernels.grouped_gemm.layout import Act, Activation, Layout, split_gate_up
 
 
-def grouped_gemm(
-    rows: Tensor, stack: Tensor, buckets: Buckets, bias: Tensor | None = None, transposed: bool = False
+def gate_up(
+    x: Tensor, stack: Tensor, routed: Routed, activation: Activation, layout: Layout, bias: Tensor | None = None
 ) -> Tensor:
-    """out[i] = stack[s] @ rows[i] (+ bias[s]) for the rows i of each bucket s; returns [P, out].
+    """act(gate(x)) * up(x) of each pair, by the matrices of its slot.
 
-    rows [P, in], in bucket order. stack [slots, out, in], or [slots, in, out] if transposed. bias [slots, out].
+    x [T, H]; stack [slots, 2I, H]; bias [slots, 2I]. Returns [P, I]: row i belongs to pair routed.pairs[i], and rows
+    behind the pairs of real tokens are not written.
     """
-    weights = stack if transposed else stack.transpose(-1, -2)  # [slots, in, out]
-    products = [chunk @ weights[slot] for slot, chunk in zip(buckets.slots, rows.split(buckets.counts), strict=True)]
+    tiles = _tiles(routed)
+    rows = x[routed.pairs[: _num_rows(tiles)] // routed.slots.shape[1]]
+    products = _products(rows, stack, tiles, layout, bias)
+    return _behind(activate(products, activation, layout.interleaved), len(routed.pairs))
+
+
+def down(h: Tensor, stack: Tensor, routed: Routed, layout: Layout, bias: Tensor | None = None) -> Tensor:
+    """h [P, I] as gate_up returns it; stack [slots, H, I]; bias [slots, H]. Returns [P, H] in order of pair number."""
+    products = _products(h, stack, _tiles(routed), layout, bias)
+    out = products.new_empty(len(routed.pairs), products.shape[-1])
+    out[routed.pairs[: len(products)]] = products
+    return out
+
+
+def combine(rows: Tensor, routed: Routed) -> Tensor:
+    """Sum each token's K choices in the router's order: rows [T * K, H] in order of pair -> [T, H]; padding gives 0."""
+    choices = rows.view(*routed.weights.shape, -1)
+    padding = routed.slots[..., None] < 0
+    if bool(padding.any()):
+        choices = choices.masked_fill(padding, 0)
+    return torch.einsum("tkh,tk->th", choices, routed.weights.to(rows.dtype))
+
+
+def activate(products: Tensor, activation: Activation, interleaved: bool) -> Tensor:
+    """[.., 2I] -> [.., I]."""
+    gate, up = split_gate_up(products, interleaved)
+    match activation.act:
+        case Act.SILU:
+            return F.silu(gate) * up
+        case Act.GELU_TANH:
+            return F.gelu(gate, approximate="tanh") * up
+        case Act.GELU:
+            return F.gelu(gate) * up
+        case Act.CLAMPED:
+            gate = gate.clamp(max=activation.limit)
+            up = up.clamp(-activation.limit, activation.limit)
+            return (up + 1) * gate * torch.sigmoid(gate * activation.alpha)
+
+
+def _tiles(routed: Routed) -> list[list[int]]:
+    """(slot, first position, rows) of each, in order of position."""
+    return sorted(routed.tiles[: int(routed.num_tiles)].tolist(), key=lambda tile: tile[1])
+
+
+def _num_rows(tiles: list[list[int]]) -> int:
+    return sum(count for _, _, count in tiles)
+
+
+def _products(rows: Tensor, stack: Tensor, tiles: list[list[int]], layout: Layout, bias: Tensor | None) -> Tensor:
+    """Each tile's rows times its slot's matrix, one after another."""
+    weights = stack if layout.transposed else stack.transpose(-1, -2)  # [slots, in, out]
+    products = [rows[start : start + count] @ weights[slot] for slot, start, count in tiles]
     if bias is not None:
-        products = [product + bias[slot] for slot, product in zip(buckets.slots, products, strict=True)]
-    return torch.cat(products)
+        products = [product + bias[slot] for product, (slot, _, _) in zip(products, tiles, strict=True)]
+    return torch.cat(products) if products else rows.new_empty(0, weights.shape[-1])
 
 
-def combine(rows: Tensor, buckets: Buckets, weights: Tensor) -> Tensor:
-    """Undo the sort and sum each token's K choices in the router's order: rows [T * K, H], weights [T, K] -> [T, H]."""
-    unsorted = torch.empty_like(rows)
-    unsorted[buckets.pairs] = rows
-    choices = unsorted.view(*weights.shape, -1)
-    return torch.einsum("tkh,tk->th", choices, weights.to(rows.dtype))
+def _behind(rows: Tensor, count: int) -> Tensor:
+    """`rows` with as many unwritten ones behind as make `count`."""
+    return rows if len(rows) == count else torch.cat([rows, rows.new_empty(count - len(rows), rows.shape[-1])])

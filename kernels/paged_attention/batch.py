@@ -10,6 +10,9 @@ from torch import Tensor
 MAX_GROUP = 4
 MAX_PADDING = 0.25
 
+# of split decodes; one a (sequence, head tile) and only while those are fewer than half of the programs wanted
+NUM_COUNTERS = 1024
+
 
 @dataclass(frozen=True)
 class PrefillChunk:
@@ -37,11 +40,56 @@ class DecodeGroup:
 
 
 @dataclass(frozen=True)
+class DeviceBatch:
+    """What the kernel reads: int32 tensors on its device. All of a captured batch; only their contents change.
+
+    query_starts [S + 1]: rows of sequence s are [query_starts[s], query_starts[s + 1]) of the query.
+    kv_lens [S]: keys after this step, the new tokens last; 0 is padding, whose rows of the output become zero.
+    block_tables [S, W]: columns past a sequence's length are never read.
+    counters [NUM_COUNTERS]: zero before a launch and after it. Launches that may overlap must not share them.
+    max_query_len: the most new tokens of a sequence. 1 says that all are decodes, whose keys may be split.
+
+    A captured batch of n decodes: query_starts = arange(n + 1), max_query_len = 1.
+    """
+
+    query_starts: Tensor
+    kv_lens: Tensor
+    block_tables: Tensor
+    counters: Tensor
+    max_query_len: int
+
+
+@dataclass(frozen=True)
 class _Sequence:
     start: int  # row of its first new token
     query_len: int
     kv_len: int  # keys after this step; the new tokens are the last of them
     block_table: list[int]
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """Who sees whom, beyond causality."""
+
+    window: int | None
+    chunk: int | None
+
+    def first_key(self, position: int) -> int:
+        """The first key that a query at this position sees."""
+        first = 0 if self.window is None else max(0, position - self.window + 1)
+        return first if self.chunk is None else max(first, position // self.chunk * self.chunk)
+
+    def mask(self, query: Tensor, key: Tensor, kv_len: Tensor | int, dtype: torch.dtype) -> Tensor:
+        """0 where a query sees a key, else -inf. Positions that broadcast; key on the last axis."""
+        seen = (key <= query) & (key < kv_len)
+        if self.window is not None:
+            seen &= key > query - self.window
+        if self.chunk is not None:
+            seen &= key // self.chunk == query // self.chunk
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
+
+
+Plan = tuple[list[PrefillChunk], list[DecodeGroup]]
 
 
 class AttentionBatch:
@@ -51,6 +99,8 @@ class AttentionBatch:
         query_lens   [1, 3]          rows of the step: [0] and [1, 2, 3]
         kv_lens      [6, 5]
         block_tables [[9, 2], [4, 7]]
+
+    counters: of the device form (see DeviceBatch), where several steps share them; otherwise made with it.
     """
 
     def __init__(
@@ -60,45 +110,82 @@ class AttentionBatch:
         block_tables: list[list[int]],
         block_size: int,
         dtype: torch.dtype,
+        counters: Tensor | None = None,
     ) -> None:
         self.block_size = block_size
         self._dtype = dtype
+        self._counters = counters
         self._sequences: list[_Sequence] = []
         start = 0
         for query_len, kv_len, block_table in zip(query_lens, kv_lens, block_tables, strict=True):
             self._sequences.append(_Sequence(start, query_len, kv_len, block_table))
             start += query_len
-        self._plans: dict[int | None, tuple[list[PrefillChunk], list[DecodeGroup]]] = {}
+        self._rows = start
+        self._plans: dict[tuple[_Limits, torch.device], Plan] = {}
+        self._device_form: DeviceBatch | None = None
 
-    def plan(self, window: int | None) -> tuple[list[PrefillChunk], list[DecodeGroup]]:
-        """Prefill chunks and decode groups for layers with this sliding window (None: full attention)."""
-        if window not in self._plans:
-            chunks = [self._chunk(sequence, window) for sequence in self._sequences if sequence.query_len > 1]
-            decodes = [sequence for sequence in self._sequences if sequence.query_len == 1]
-            self._plans[window] = chunks, self._groups(decodes, window)
-        return self._plans[window]
+    def device_form(self, device: torch.device) -> DeviceBatch:
+        """What the kernel reads, made at the first call; one copy to the device."""
+        if self._device_form is None:
+            self._device_form = self._on(device)
+        return self._device_form
 
-    def _visible(self, sequence: _Sequence, window: int | None) -> tuple[list[int], int]:
+    def _on(self, device: torch.device) -> DeviceBatch:
+        count = len(self._sequences)
+        width = max((len(sequence.block_table) for sequence in self._sequences), default=0)
+        starts_end = -(-(count + 1) // 4) * 4  # parts begin at multiples of 16 bytes, as their own tensors would
+        lens_end = starts_end + -(-count // 4) * 4
+        flat = [sequence.start for sequence in self._sequences] + [self._rows] + [0] * (starts_end - count - 1)
+        flat += [sequence.kv_len for sequence in self._sequences] + [0] * (lens_end - starts_end - count)
+        for sequence in self._sequences:
+            flat += sequence.block_table + [0] * (width - len(sequence.block_table))
+        on_host = torch.tensor(flat, dtype=torch.int32, pin_memory=device.type == "cuda")
+        there = on_host.to(device, non_blocking=True)
+        counters = self._counters
+        if counters is None:
+            counters = torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=device)
+        return DeviceBatch(
+            query_starts=there[: count + 1],
+            kv_lens=there[starts_end : starts_end + count],
+            block_tables=there[lens_end:].view(count, width),
+            counters=counters,
+            max_query_len=max((sequence.query_len for sequence in self._sequences), default=0),
+        )
+
+    def plan(self, window: int | None, chunk: int | None = None, device: torch.device | str = "cpu") -> Plan:
+        """Prefill chunks and decode groups, on a device, for layers with these limits (None: full attention).
+
+        Sequences without keys are padding and in neither list.
+        """
+        key = _Limits(window, chunk), torch.device(device)
+        if key not in self._plans:
+            present = [sequence for sequence in self._sequences if sequence.kv_len]
+            chunks = [self._chunk(sequence, *key) for sequence in present if sequence.query_len > 1]
+            decodes = [sequence for sequence in present if sequence.query_len == 1]
+            self._plans[key] = chunks, self._groups(decodes, *key)
+        return self._plans[key]
+
+    def _visible(self, sequence: _Sequence, limits: _Limits) -> tuple[list[int], int]:
         """Blocks that hold what the sequence's new tokens may see, and the position of their first key."""
-        first_query = sequence.kv_len - sequence.query_len
-        first_key = max(0, first_query - window + 1) if window is not None else 0
-        skipped = first_key // self.block_size
+        skipped = limits.first_key(sequence.kv_len - sequence.query_len) // self.block_size
         last = -(-sequence.kv_len // self.block_size)
         return sequence.block_table[skipped:last], skipped * self.block_size
 
-    def _chunk(self, sequence: _Sequence, window: int | None) -> PrefillChunk:
-        blocks, first_key = self._visible(sequence, window)
-        num_keys = sequence.kv_len - first_key
-        query = torch.arange(sequence.kv_len - sequence.query_len, sequence.kv_len)[:, None]
-        key = torch.arange(first_key, sequence.kv_len)[None]
-        end = sequence.start + sequence.query_len
+    def _chunk(self, sequence: _Sequence, limits: _Limits, device: torch.device) -> PrefillChunk:
+        blocks, first_key = self._visible(sequence, limits)
+        query = torch.arange(sequence.kv_len - sequence.query_len, sequence.kv_len, device=device)[:, None]
+        key = torch.arange(first_key, sequence.kv_len, device=device)[None]
         return PrefillChunk(
-            sequence.start, end, torch.tensor(blocks), num_keys, self._mask(query, key, window, sequence.kv_len)
+            start=sequence.start,
+            end=sequence.start + sequence.query_len,
+            blocks=torch.tensor(blocks, device=device),
+            num_keys=sequence.kv_len - first_key,
+            mask=limits.mask(query, key, sequence.kv_len, self._dtype),
         )
 
-    def _groups(self, decodes: list[_Sequence], window: int | None) -> list[DecodeGroup]:
+    def _groups(self, decodes: list[_Sequence], limits: _Limits, device: torch.device) -> list[DecodeGroup]:
         seen = sorted(
-            ((self._visible(sequence, window), sequence) for sequence in decodes), key=lambda it: len(it[0][0])
+            ((self._visible(sequence, limits), sequence) for sequence in decodes), key=lambda it: len(it[0][0])
         )
         groups: list[DecodeGroup] = []
         while seen:
@@ -109,23 +196,21 @@ class AttentionBatch:
                 if count == MAX_GROUP or padding > MAX_PADDING * longest * (count + 1):
                     break
                 count, used = count + 1, used + len(blocks)
-            groups.append(self._group(seen[-count:], longest, window))
+            groups.append(self._group(seen[-count:], longest, limits, device))
             del seen[-count:]
         return groups
 
     def _group(
-        self, members: list[tuple[tuple[list[int], int], _Sequence]], width: int, window: int | None
+        self,
+        members: list[tuple[tuple[list[int], int], _Sequence]],
+        width: int,
+        limits: _Limits,
+        device: torch.device,
     ) -> DecodeGroup:
-        rows = torch.tensor([sequence.start for _, sequence in members])
-        blocks = torch.tensor([blocks + blocks[-1:] * (width - len(blocks)) for (blocks, _), _ in members])
-        kv_lens = torch.tensor([[sequence.kv_len] for _, sequence in members])
-        first_keys = torch.tensor([[first_key] for (_, first_key), _ in members])
-        key = first_keys + torch.arange(width * self.block_size)
-        mask = self._mask(kv_lens - 1, key, window, kv_lens)
-        return DecodeGroup(rows, blocks.flatten(), mask[:, None, None])
-
-    def _mask(self, query: Tensor, key: Tensor, window: int | None, kv_len: Tensor | int) -> Tensor:
-        seen = (key <= query) & (key < kv_len)
-        if window is not None:
-            seen &= key > query - window
-        return torch.zeros(seen.shape, dtype=self._dtype).masked_fill_(~seen, float("-inf"))
+        rows = torch.tensor([sequence.start for _, sequence in members], device=device)
+        padded = [blocks + blocks[-1:] * (width - len(blocks)) for (blocks, _), _ in members]
+        kv_lens = torch.tensor([[sequence.kv_len] for _, sequence in members], device=device)
+        first_keys = torch.tensor([[first_key] for (_, first_key), _ in members], device=device)
+        key = first_keys + torch.arange(width * self.block_size, device=device)
+        mask = limits.mask(kv_lens - 1, key, kv_lens, self._dtype)
+        return DecodeGroup(rows, torch.tensor(padded, device=device).flatten(), mask[:, None, None])

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.paged_attention.batch import AttentionBatch
+from kernels.paged_attention.batch import AttentionBatch, PrefillChunk
+
+MAX_SCORES = 32 << 20  # elements of a prefill chunk's scores and mask that exist at once
 
 
 def paged_attention(
@@ -20,30 +22,26 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    chunk: int | None = None,
 ) -> Tensor:
-    """Causal attention of each token over its own sequence; returns [T, Hq, Dv].
+    """Causal attention of each token over its own sequence; returns [T, Hq, Dv], zero for sequences without keys.
 
     query [T, Hq, D]; key_cache [blocks, block_size, Hkv, D], value_cache [.., Dv]: already hold the step's own tokens,
     and nothing of others in the blocks of a sequence (the rest of its last block is read and masked). Hq is a multiple
     of Hkv.
-    window: a token sees itself and window - 1 tokens before it. softcap: scores become softcap * tanh(s / softcap).
+    window: a token sees itself and window - 1 tokens before it. chunk: it sees tokens of its own chunk only, those
+    with the same position // chunk (Llama 4). softcap: scores become softcap * tanh(s / softcap).
     sinks [Hq]: a logit per head that takes part in the softmax and has no value (gpt-oss).
     """
-    heads, kv_heads = query.shape[1], key_cache.shape[2]
-    group = heads // kv_heads
-    out = query.new_empty(*query.shape[:2], value_cache.shape[-1])
+    kv_heads = key_cache.shape[2]
+    group = query.shape[1] // kv_heads
+    out = query.new_zeros(*query.shape[:2], value_cache.shape[-1])
     if sinks is not None:
         sinks = sinks.view(kv_heads, group)
-    chunks, decodes = batch.plan(window)
-    for chunk in chunks:
-        length = chunk.end - chunk.start
-        key = _gather(key_cache, chunk.blocks, 1)[:, :, : chunk.num_keys]
-        value = _gather(value_cache, chunk.blocks, 1)[:, :, : chunk.num_keys]
-        # [q, Hkv, G, D] -> [1, Hkv, G * q, D]
-        folded = query[chunk.start : chunk.end].unflatten(1, (kv_heads, group)).permute(1, 2, 0, 3).flatten(1, 2)[None]
-        chunk_sinks = None if sinks is None else sinks.repeat_interleave(length, 1)
-        attended = _attend(folded, key, value, chunk.mask.repeat(group, 1), scale, softcap, chunk_sinks)
-        out[chunk.start : chunk.end] = attended[0].unflatten(1, (group, length)).permute(2, 0, 1, 3).flatten(1, 2)
+    chunks, decodes = batch.plan(window, chunk, query.device)
+    for prefill in chunks:
+        rows = query[prefill.start : prefill.end]
+        out[prefill.start : prefill.end] = _prefill(rows, key_cache, value_cache, prefill, scale, softcap, sinks)
     for decode in decodes:
         count = len(decode.rows)
         key, value = _gather(key_cache, decode.blocks, count), _gather(value_cache, decode.blocks, count)
@@ -51,6 +49,31 @@ def paged_attention(
         attended = _attend(folded, key, value, decode.mask, scale, softcap, sinks)
         out.index_copy_(0, decode.rows, attended.flatten(1, 2))
     return out
+
+
+def _prefill(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    chunk: PrefillChunk,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """query [q, Hq, D] of one sequence, sinks [Hkv, G] -> [q, Hq, Dv]; a few queries at a time where keys are many."""
+    kv_heads = key_cache.shape[2]
+    group = query.shape[1] // kv_heads
+    key = _gather(key_cache, chunk.blocks, 1)[:, :, : chunk.num_keys]
+    value = _gather(value_cache, chunk.blocks, 1)[:, :, : chunk.num_keys]
+    at_once = max(1, MAX_SCORES // (query.shape[1] * chunk.num_keys))
+    parts: list[Tensor] = []
+    for rows, mask in zip(query.split(at_once), chunk.mask.split(at_once), strict=True):
+        # [q, Hkv, G, D] -> [1, Hkv, G * q, D]
+        folded = rows.unflatten(1, (kv_heads, group)).permute(1, 2, 0, 3).flatten(1, 2)[None]
+        row_sinks = None if sinks is None else sinks.repeat_interleave(len(rows), 1)
+        attended = _attend(folded, key, value, mask.repeat(group, 1), scale, softcap, row_sinks)
+        parts.append(attended[0].unflatten(1, (group, len(rows))).permute(2, 0, 1, 3).flatten(1, 2))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _gather(cache: Tensor, blocks: Tensor, sequences: int) -> Tensor:

@@ -7,8 +7,20 @@ def store_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
     """Write in place.
 
     key [T, Hkv, D], value [T, Hkv, Dv]: one row a token of the step.
-    key_cache [blocks, block_size, Hkv, D], value_cache [blocks, block_size, Hkv, Dv], contiguous.
-    slot_mapping [T] int64: block * block_size + offset of each token; no slot twice.
+    key_cache [blocks, block_size, Hkv, D], value_cache [blocks, block_size, Hkv, Dv]; both may be strided views.
+    slot_mapping [T] integer: block * block_size + offset of each token; no slot twice. Negative is padding: no write.
     """
-    key_cache.view(-1, *key_cache.shape[2:]).index_copy_(0, slot_mapping, key)
-    value_cache.view(-1, *value_cache.shape[2:]).index_copy_(0, slot_mapping, value)
+    if (padding := slot_mapping < 0).any():
+        key, value, slot_mapping = key[~padding], value[~padding], slot_mapping[~padding]
+    block, offset = slot_mapping // key_cache.shape[1], slot_mapping % key_cache.shape[1]
+    key_cache[block, offset] = key
+    value_cache[block, offset] = value
+
+
+def store_latent(latent: Tensor, rope: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
+    """Write the compressed keys and values of MLA in place: a token's latent part and its rotated key, side by side.
+
+    latent [T, L], rope [T, R], cache [blocks, block_size, 1, L + R]; slot_mapping as in store_kv.
+    """
+    split = latent.shape[-1]
+    store_kv(latent[:, None], rope[:, None], cache[..., :split], cache[..., split:], slot_mapping)

@@ -1,0 +1,327 @@
+"""Triton form of grouped_gemm: persistent programs walk the tiles that expert_route opened.
+
+A tile is up to TILE rows of one slot; its rows are gathered on load and scattered on store, so nothing is sorted or
+padded in memory. At decode the weights' bytes are the cost: the only rule for tile sizes is to read each matrix once.
+A stack is addressed by stride (it may be an arena with holes), or through a table of one pointer a slot.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.compiled.kernel import Configuration, dot, stages
+from kernels.expert_route import Routed
+from kernels.grouped_gemm.layout import Act, Activation, Layout
+
+
+class Blocks(NamedTuple):
+    """Sizes of the tiles of one product: columns, depth; and how it is compiled."""
+
+    columns: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+
+# by rows of a tile, for two-byte elements; four-byte ones take a quarter of the depth
+_GATE_UP = {16: Blocks(64, 128, 4, 3), 32: Blocks(64, 64, 4, 3), 64: Blocks(64, 64, 4, 3)}
+_DOWN = {16: Blocks(64, 128, 4, 4), 32: Blocks(64, 128, 4, 3), 64: Blocks(128, 64, 8, 3)}
+_COMBINE_COLUMNS = 1024
+
+
+def tile_rows(num_pairs: int, num_experts: int) -> int:
+    """Twice the mean rows of an expert, as a power of two between 16 (a matrix instruction's) and 64."""
+    return min(64, max(16, triton.next_power_of_2(2 * num_pairs // num_experts)))
+
+
+@triton.jit
+def _gelu_tanh(x):
+    inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+    return 0.5 * x * (2 * tl.sigmoid(2 * inner))  # 1 + tanh(z) = 2 sigmoid(2 z)
+
+
+@triton.jit
+def _act(gate, up, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
+    if ACT == 0:
+        return gate * tl.sigmoid(gate) * up
+    elif ACT == 1:
+        return _gelu_tanh(gate) * up
+    elif ACT == 2:
+        return 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)) * up
+    else:
+        gate = tl.minimum(gate, LIMIT)
+        up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
+        return (up + 1.0) * gate * tl.sigmoid(gate * ALPHA)
+
+
+@triton.jit
+def _matrix(stack, pointers, slot, stride, POINTERS: tl.constexpr):
+    """Address of a slot's matrix."""
+    if POINTERS:
+        return tl.load(pointers + slot).to(tl.pointer_type(stack.dtype.element_ty))
+    else:
+        return stack + slot.to(tl.int64) * stride
+
+
+@triton.jit
+def gate_up_kernel(
+    x, stack, pointers, bias, h, pairs, tiles, num_tiles, stride,
+    H: tl.constexpr, I: tl.constexpr, K: tl.constexpr, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, TRANSPOSED: tl.constexpr, INTERLEAVED: tl.constexpr, POINTERS: tl.constexpr,
+    TILE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """h[position] = act(gate) * up for each position of a tile; x [T, H], stack [slots, 2I, H], h [P, I]."""
+    column_blocks: tl.constexpr = (I + BN - 1) // BN
+    for work in range(tl.program_id(0), tl.load(num_tiles) * column_blocks, tl.num_programs(0)):
+        tile = work // column_blocks
+        slot = tl.load(tiles + tile * 3)
+        start = tl.load(tiles + tile * 3 + 1)
+        m = tl.arange(0, TILE)
+        row_mask = m < tl.load(tiles + tile * 3 + 2)
+        token = tl.load(pairs + start + m, mask=row_mask, other=0) // K
+        n = (work % column_blocks) * BN + tl.arange(0, BN)
+        column_mask = n < I
+        gate_row = n * 2 if INTERLEAVED else n
+        up_row = n * 2 + 1 if INTERLEAVED else n + I
+        k = tl.arange(0, BK)
+        weights = _matrix(stack, pointers, slot, stride, POINTERS)
+        if TRANSPOSED:  # element (row, k) at k * 2I + row
+            gate_at = weights + k[:, None] * (2 * I) + gate_row[None, :]
+            up_at = weights + k[:, None] * (2 * I) + up_row[None, :]
+        else:
+            gate_at = weights + gate_row[None, :] * H + k[:, None]
+            up_at = weights + up_row[None, :] * H + k[:, None]
+        x_at = x + token.to(tl.int64)[:, None] * H + k[None, :]
+        gate = tl.zeros((TILE, BN), tl.float32)
+        up = tl.zeros((TILE, BN), tl.float32)
+        for first in range(0, H, BK):
+            deep = first + k < H
+            rows = tl.load(x_at + first, mask=row_mask[:, None] & deep[None, :], other=0.0)
+            step = first * (2 * I) if TRANSPOSED else first
+            mask = deep[:, None] & column_mask[None, :]
+            gate = dot(rows, tl.load(gate_at + step, mask=mask, other=0.0), gate)
+            up = dot(rows, tl.load(up_at + step, mask=mask, other=0.0), up)
+        if HAS_BIAS:
+            bias_at = bias + slot * (2 * I)
+            gate += tl.load(bias_at + gate_row, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+            up += tl.load(bias_at + up_row, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+        out = _act(gate, up, ACT, ALPHA, LIMIT)
+        h_at = h + (start + m).to(tl.int64)[:, None] * I + n[None, :]
+        tl.store(h_at, out.to(h.dtype.element_ty), mask=row_mask[:, None] & column_mask[None, :])
+
+
+@triton.jit
+def down_kernel(
+    h, stack, pointers, bias, out, pairs, tiles, num_tiles, stride,
+    H: tl.constexpr, I: tl.constexpr, HAS_BIAS: tl.constexpr, TRANSPOSED: tl.constexpr, POINTERS: tl.constexpr,
+    TILE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """out[pair] = stack[slot] @ h[position]; h [P, I], stack [slots, H, I], out [P, H] in order of pair number."""
+    column_blocks: tl.constexpr = (H + BN - 1) // BN
+    for work in range(tl.program_id(0), tl.load(num_tiles) * column_blocks, tl.num_programs(0)):
+        tile = work // column_blocks
+        slot = tl.load(tiles + tile * 3)
+        start = tl.load(tiles + tile * 3 + 1)
+        m = tl.arange(0, TILE)
+        row_mask = m < tl.load(tiles + tile * 3 + 2)
+        pair = tl.load(pairs + start + m, mask=row_mask, other=0)
+        n = (work % column_blocks) * BN + tl.arange(0, BN)
+        column_mask = n < H
+        k = tl.arange(0, BK)
+        weights = _matrix(stack, pointers, slot, stride, POINTERS)
+        if TRANSPOSED:
+            weights_at = weights + k[:, None] * H + n[None, :]
+        else:
+            weights_at = weights + n[None, :] * I + k[:, None]
+        h_at = h + (start + m).to(tl.int64)[:, None] * I + k[None, :]
+        total = tl.zeros((TILE, BN), tl.float32)
+        for first in range(0, I, BK):
+            deep = first + k < I
+            rows = tl.load(h_at + first, mask=row_mask[:, None] & deep[None, :], other=0.0)
+            step = first * H if TRANSPOSED else first
+            total = dot(rows, tl.load(weights_at + step, mask=deep[:, None] & column_mask[None, :], other=0.0), total)
+        if HAS_BIAS:
+            total += tl.load(bias + slot * H + n, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+        out_at = out + pair.to(tl.int64)[:, None] * H + n[None, :]
+        tl.store(out_at, total.to(out.dtype.element_ty), mask=row_mask[:, None] & column_mask[None, :])
+
+
+@triton.jit
+def combine_kernel(rows, weights, slots, out, H: tl.constexpr, K: tl.constexpr, BH: tl.constexpr):
+    """out[t] = sum over k of weights[t, k] * rows[t * K + k], in the order of k whatever the order of work."""
+    t = tl.program_id(0)
+    n = tl.program_id(1) * BH + tl.arange(0, BH)
+    total = tl.zeros((BH,), tl.float32)
+    for k in tl.static_range(K):
+        pair = t * K + k
+        pairs = pair + tl.zeros((BH,), tl.int64)
+        mask = (n < H) & (tl.load(slots + pairs) >= 0)  # a padding token's rows were never written
+        row = tl.load(rows + pairs * H + n, mask=mask, other=0.0).to(tl.float32)
+        total += tl.load(weights + pairs, mask=mask, other=0.0) * row
+    tl.store(out + (t + tl.zeros((BH,), tl.int64)) * H + n, total.to(out.dtype.element_ty), mask=n < H)
+
+
+@torch.library.custom_op("heddle::expert_gate_up", mutates_args=())
+def _gate_up(
+    x: Tensor, stack: Tensor, pointers: Tensor | None, bias: Tensor | None, pairs: Tensor, tiles: Tensor,
+    num_tiles: Tensor, top_k: int, tile: int, act: int, alpha: float, limit: float, transposed: bool,
+    interleaved: bool,
+) -> Tensor:  # fmt: skip
+    hidden = x.shape[1]
+    inner = stack.shape[2 if transposed else 1] // 2
+    h = x.new_empty(pairs.shape[0], inner)
+    blocks = _for_dtype(_GATE_UP[tile], x)
+    gate_up_kernel[(_programs(x, tiles, inner, blocks),)](
+        x, stack, num_tiles if pointers is None else pointers, x if bias is None else bias, h, pairs, tiles, num_tiles,
+        stack.stride(0), H=hidden, I=inner, K=top_k, ACT=act, ALPHA=alpha, LIMIT=limit, HAS_BIAS=bias is not None,
+        TRANSPOSED=transposed, INTERLEAVED=interleaved, POINTERS=pointers is not None, TILE=tile, BN=blocks.columns,
+        BK=blocks.depth, num_warps=blocks.num_warps, num_stages=stages(blocks.num_stages),
+    )  # fmt: skip
+    return h
+
+
+@_gate_up.register_fake
+def _(
+    x: Tensor, stack: Tensor, pointers: Tensor | None, bias: Tensor | None, pairs: Tensor, tiles: Tensor,
+    num_tiles: Tensor, top_k: int, tile: int, act: int, alpha: float, limit: float, transposed: bool,
+    interleaved: bool,
+) -> Tensor:  # fmt: skip
+    return x.new_empty(pairs.shape[0], stack.shape[2 if transposed else 1] // 2)
+
+
+@torch.library.custom_op("heddle::expert_down", mutates_args=())
+def _down(
+    h: Tensor, stack: Tensor, pointers: Tensor | None, bias: Tensor | None, pairs: Tensor, tiles: Tensor,
+    num_tiles: Tensor, tile: int, transposed: bool,
+) -> Tensor:  # fmt: skip
+    hidden = stack.shape[2 if transposed else 1]
+    out = h.new_empty(h.shape[0], hidden)
+    blocks = _for_dtype(_DOWN[tile], h)
+    down_kernel[(_programs(h, tiles, hidden, blocks),)](
+        h, stack, num_tiles if pointers is None else pointers, h if bias is None else bias, out, pairs, tiles,
+        num_tiles, stack.stride(0), H=hidden, I=h.shape[1], HAS_BIAS=bias is not None, TRANSPOSED=transposed,
+        POINTERS=pointers is not None, TILE=tile, BN=blocks.columns, BK=blocks.depth, num_warps=blocks.num_warps,
+        num_stages=stages(blocks.num_stages),
+    )  # fmt: skip
+    return out
+
+
+@_down.register_fake
+def _(
+    h: Tensor, stack: Tensor, pointers: Tensor | None, bias: Tensor | None, pairs: Tensor, tiles: Tensor,
+    num_tiles: Tensor, tile: int, transposed: bool,
+) -> Tensor:  # fmt: skip
+    return h.new_empty(h.shape[0], stack.shape[2 if transposed else 1])
+
+
+@torch.library.custom_op("heddle::expert_combine", mutates_args=())
+def _combine(rows: Tensor, weights: Tensor, slots: Tensor) -> Tensor:
+    tokens, top_k = weights.shape
+    hidden = rows.shape[1]
+    out = rows.new_empty(tokens, hidden)
+    columns = min(_COMBINE_COLUMNS, triton.next_power_of_2(hidden))
+    combine_kernel[(tokens, triton.cdiv(hidden, columns))](rows, weights, slots, out, H=hidden, K=top_k, BH=columns)
+    return out
+
+
+@_combine.register_fake
+def _(rows: Tensor, weights: Tensor, slots: Tensor) -> Tensor:
+    return rows.new_empty(weights.shape[0], rows.shape[1])
+
+
+def gate_up(
+    x: Tensor,
+    stack: Tensor,
+    routed: Routed,
+    activation: Activation,
+    layout: Layout,
+    bias: Tensor | None = None,
+    pointers: Tensor | None = None,
+) -> Tensor:
+    """As in reference.py. pointers [slots] int64: address of each slot's matrix, in place of stride and slot."""
+    return _gate_up(
+        x.contiguous(), stack, pointers, bias, routed.pairs, routed.tiles, routed.num_tiles, routed.slots.shape[1],
+        routed.tile_rows, int(activation.act), activation.alpha, activation.limit, layout.transposed,
+        layout.interleaved,
+    )  # fmt: skip
+
+
+def down(
+    h: Tensor, stack: Tensor, routed: Routed, layout: Layout, bias: Tensor | None = None, pointers: Tensor | None = None
+) -> Tensor:
+    """As in reference.py; pointers as in gate_up."""
+    return _down(
+        h, stack, pointers, bias, routed.pairs, routed.tiles, routed.num_tiles, routed.tile_rows, layout.transposed
+    )
+
+
+def combine(rows: Tensor, routed: Routed) -> Tensor:
+    """As in reference.py."""
+    return _combine(rows, routed.weights, routed.slots)
+
+
+def _for_dtype(blocks: Blocks, x: Tensor) -> Blocks:
+    """Elements of four bytes are multiplied without matrix instructions, which takes registers."""
+    return blocks if x.itemsize < 4 else blocks._replace(depth=blocks.depth // 4)
+
+
+def _programs(x: Tensor, tiles: Tensor, columns: int, blocks: Blocks) -> int:
+    """Two programs a multiprocessor, unless there cannot be so much work."""
+    return min(tiles.shape[0] * triton.cdiv(columns, blocks.columns), 2 * multiprocessors(x))
+
+
+def multiprocessors(x: Tensor) -> int:
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
+
+
+def configurations() -> Iterator[Configuration]:
+    """DeepSeek-V2-Lite in bfloat16 (all tiles; by stride and by pointers) and float32, Qwen3-30B-A3B, gpt-oss."""
+    shapes = {
+        "v2-lite": (2048, 1408, 6, Act.SILU, Layout(), False, "*bf16"),
+        "v2-lite fp32": (2048, 1408, 6, Act.SILU, Layout(), False, "*fp32"),
+        "qwen3": (2048, 768, 8, Act.SILU, Layout(), False, "*bf16"),
+        "gpt-oss": (2880, 2880, 4, Act.CLAMPED, Layout(True, True), True, "*bf16"),
+    }
+    for name, (hidden, inner, top_k, act, layout, has_bias, dtype) in shapes.items():
+        for tile in _GATE_UP:
+            for by_pointers in (False, True) if name == "v2-lite" else (False,):
+                title = f"{name} tile {tile}{' pointers' * by_pointers}"
+                yield _gate_up_configuration(
+                    title, hidden, inner, top_k, act, layout, has_bias, dtype, tile, by_pointers
+                )
+                yield _down_configuration(title, hidden, inner, layout, has_bias, dtype, tile, by_pointers)
+    types = dict(rows="*bf16", weights="*fp32", slots="*i32", out="*bf16")
+    yield Configuration("combine v2-lite", combine_kernel, types, dict(H=2048, K=6, BH=1024), ("rows", "out"))
+
+
+_INDICES = dict(pairs="*i32", tiles="*i32", num_tiles="*i32", stride="i64", pointers="*i64")
+
+
+def _gate_up_configuration(
+    title: str, hidden: int, inner: int, top_k: int, act: Act, layout: Layout, has_bias: bool, dtype: str, tile: int,
+    by_pointers: bool,
+) -> Configuration:  # fmt: skip
+    blocks = _GATE_UP[tile] if dtype == "*bf16" else _GATE_UP[tile]._replace(depth=_GATE_UP[tile].depth // 4)
+    types = {**_INDICES, "x": dtype, "stack": dtype, "bias": dtype, "h": dtype}
+    constants = dict(H=hidden, I=inner, K=top_k, ACT=int(act), ALPHA=1.702, LIMIT=7.0, HAS_BIAS=has_bias,
+                     TRANSPOSED=layout.transposed, INTERLEAVED=layout.interleaved, POINTERS=by_pointers, TILE=tile,
+                     BN=blocks.columns, BK=blocks.depth)  # fmt: skip
+    aligned = ("x", "stack", "h", "stride")
+    return Configuration(
+        f"gate_up {title}", gate_up_kernel, types, constants, aligned, blocks.num_warps, blocks.num_stages
+    )
+
+
+def _down_configuration(
+    title: str, hidden: int, inner: int, layout: Layout, has_bias: bool, dtype: str, tile: int, by_pointers: bool
+) -> Configuration:
+    blocks = _DOWN[tile] if dtype == "*bf16" else _DOWN[tile]._replace(depth=_DOWN[tile].depth // 4)
+    types = {**_INDICES, "h": dtype, "stack": dtype, "bias": dtype, "out": dtype}
+    constants = dict(H=hidden, I=inner, HAS_BIAS=has_bias, TRANSPOSED=layout.transposed, POINTERS=by_pointers,
+                     TILE=tile, BN=blocks.columns, BK=blocks.depth)  # fmt: skip
+    aligned = ("h", "stack", "out", "stride")
+    return Configuration(f"down {title}", down_kernel, types, constants, aligned, blocks.num_warps, blocks.num_stages)

@@ -1,0 +1,278 @@
+"""Triton form of lora: one launch for all slices of a site, all adapters and all ranks of the batch.
+
+Decode is a matter of launches, not of bytes: an adapter of rank 16 adds half a percent to the weights that a step
+streams. Programs take work by ticket: all shrinks (tile, slice, part of the depth) come before all expands (tile,
+slice, columns). An expand loads what it can, then waits for the shrinks of its tile and slice. Those were taken by
+programs that run and never wait, so there is no deadlock however few programs are resident, and no cooperative launch.
+Parts of the depth are kept apart and summed in fixed order, so the result does not depend on timing. Whoever takes the
+last ticket sets the counters back to zero: the launch can be replayed from a graph.
+
+Ranks are true in memory and walked in steps of 16, so nothing is padded to the largest. For prefill the same work is
+done by two plain launches; they are the cross-check as well.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.compiled.kernel import Configuration, dot, stages
+from kernels.lora.site import FEW_ROWS, LoraSite, Segments
+
+_RANKS = 16  # ranks at a time: a matrix instruction's
+_TRITON_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+@triton.jit
+def _entry(table, table_stride, slot, part):
+    """a, b, gain (addresses), rank and scale of an adapter's slice."""
+    row = table + slot.to(tl.int64) * table_stride + part * 4
+    packed = tl.load(row + 3)
+    rank = (packed & 0xFFFFFFFF).to(tl.int32)
+    scale = (packed >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    return tl.load(row), tl.load(row + 1), tl.load(row + 2), rank, scale
+
+
+@triton.jit
+def _shrink(
+    x, z, table, table_stride, tiles, tile, part, split, T, stride_x,
+    K: tl.constexpr, OWN: tl.constexpr, TRANSPOSED: tl.constexpr, RMAX: tl.constexpr, SL: tl.constexpr,
+    SPLITS: tl.constexpr, TILE: tl.constexpr, RB: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr,
+):  # fmt: skip
+    """z[split, part, rows, :rank] = x[rows] @ a^T over this split of the depth; z [SPLITS, SL, T, RMAX] float32."""
+    if OWN:
+        x += part * K
+    slot = tl.load(tiles + tile * 3)
+    start = tl.load(tiles + tile * 3 + 1)
+    m = tl.arange(0, TILE)
+    row_mask = m < tl.load(tiles + tile * 3 + 2)
+    a_address, _, _, rank, _ = _entry(table, table_stride, slot, part)
+    a = a_address.to(tl.pointer_type(DT))
+    depth: tl.constexpr = ((K + SPLITS - 1) // SPLITS + BK - 1) // BK * BK  # of one split, whole blocks
+    rows = (start + m).to(tl.int64)
+    k = tl.arange(0, BK)
+    r = tl.arange(0, RB)
+    for first_rank in range(0, rank, RB):
+        ranks = first_rank + r
+        total = tl.zeros((TILE, RB), tl.float32)
+        for first in range(split * depth, tl.minimum(split * depth + depth, K), BK):
+            deep = first + k
+            seen = tl.load(x + rows[:, None] * stride_x + deep[None, :],
+                           mask=row_mask[:, None] & (deep < K)[None, :], other=0.0)  # fmt: skip
+            weight_at = deep[:, None] * rank + ranks[None, :] if TRANSPOSED else ranks[None, :] * K + deep[:, None]
+            weight = tl.load(a + weight_at, mask=(ranks < rank)[None, :] & (deep < K)[:, None], other=0.0)  # fmt: skip
+            total = dot(seen, weight, total)
+        z_at = z + ((split * SL + part) * T + rows)[:, None] * RMAX + ranks[None, :]
+        tl.store(z_at, total, mask=row_mask[:, None] & (ranks < rank)[None, :])
+
+
+@triton.jit
+def _expand(
+    y, z, bias, table, table_stride, offsets, tiles, counters, tile, part, column_block, T, stride_y,
+    TRANSPOSED: tl.constexpr, RMAX: tl.constexpr, SL: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr,
+    RB: tl.constexpr, BN: tl.constexpr, HAS_BIAS: tl.constexpr, DT: tl.constexpr, WAITS: tl.constexpr,
+):  # fmt: skip
+    """y[rows, columns] += scale * z @ b^T, with z summed over the splits; then the gain, if there is one."""
+    begin = tl.load(offsets + part)
+    width = tl.load(offsets + part + 1) - begin
+    if column_block * BN < width:
+        slot = tl.load(tiles + tile * 3)
+        start = tl.load(tiles + tile * 3 + 1)
+        m = tl.arange(0, TILE)
+        row_mask = m < tl.load(tiles + tile * 3 + 2)
+        _, b_address, gain_address, rank, scale = _entry(table, table_stride, slot, part)
+        if (rank > 0) | (gain_address != 0):
+            b = b_address.to(tl.pointer_type(DT))
+            rows = (start + m).to(tl.int64)
+            n = column_block * BN + tl.arange(0, BN)
+            column_mask = n < width
+            mask = row_mask[:, None] & column_mask[None, :]
+            y_at = y + rows[:, None] * stride_y + (begin + n)[None, :]
+            prior = tl.load(y_at, mask=mask, other=0.0).to(tl.float32)  # under way before the wait
+            if WAITS:
+                if rank > 0:
+                    while tl.atomic_add(counters + 1 + tile * SL + part, 0, sem="acquire", scope="gpu") < SPLITS:
+                        pass
+                    tl.debug_barrier()
+            r = tl.arange(0, RB)
+            total = tl.zeros((TILE, BN), tl.float32)
+            for first_rank in range(0, rank, RB):
+                ranks = first_rank + r
+                z_mask = row_mask[:, None] & (ranks < rank)[None, :]
+                shrunk = tl.zeros((TILE, RB), tl.float32)
+                for split in tl.static_range(SPLITS):  # always in this order
+                    z_at = z + ((split * SL + part) * T + rows)[:, None] * RMAX + ranks[None, :]
+                    shrunk += tl.load(z_at, mask=z_mask, other=0.0, cache_modifier=".cg")
+                wide = n[None, :].to(tl.int64)
+                weight_at = ranks[:, None] * width + wide if TRANSPOSED else wide * rank + ranks[:, None]
+                weight_mask = column_mask[None, :] & (ranks < rank)[:, None]
+                weight = tl.load(b + weight_at, mask=weight_mask, other=0.0)
+                total = dot(shrunk.to(DT), weight, total)
+            out = prior + total * scale
+            if gain_address != 0:
+                gain = tl.load(gain_address.to(tl.pointer_type(tl.float32)) + n, mask=column_mask, other=0.0)[None, :]
+                if HAS_BIAS:
+                    held = tl.load(bias + begin + n, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+                    out = (out - held) * gain + held
+                else:
+                    out = out * gain
+            tl.store(y_at, out.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def lora_kernel(
+    x, y, z, bias, table, table_stride, offsets, tiles, num_tiles, counters, T, stride_x, stride_y, column_blocks,
+    K: tl.constexpr, OWN: tl.constexpr, TRANSPOSED: tl.constexpr, RMAX: tl.constexpr, SL: tl.constexpr,
+    SPLITS: tl.constexpr, TILE: tl.constexpr, RB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, DT: tl.constexpr,
+):  # fmt: skip
+    """The single launch. counters: ticket, then arrivals of each (tile, slice)."""
+    count = tl.load(num_tiles)
+    shrinks = count * SL * SPLITS
+    total = shrinks + count * SL * column_blocks
+    work = tl.atomic_add(counters, 1, sem="relaxed")
+    while work < total:
+        if work < shrinks:
+            part = work // SPLITS % SL
+            tile = work // (SPLITS * SL)
+            _shrink(x, z, table, table_stride, tiles, tile, part, work % SPLITS, T, stride_x, K, OWN, TRANSPOSED,
+                    RMAX, SL, SPLITS, TILE, RB, BK, DT)  # fmt: skip
+            tl.debug_barrier()  # all threads' stores before the one thread's release
+            tl.atomic_add(counters + 1 + tile * SL + part, 1, sem="release", scope="gpu")
+        else:
+            left = work - shrinks
+            _expand(y, z, bias, table, table_stride, offsets, tiles, counters, left // (column_blocks * SL),
+                    left // column_blocks % SL, left % column_blocks, T, stride_y, TRANSPOSED, RMAX, SL, SPLITS,
+                    TILE, RB, BN, HAS_BIAS, DT, True)  # fmt: skip
+        work = tl.atomic_add(counters, 1, sem="relaxed")
+    # every program takes exactly one ticket beyond the work, after all its waits: the last of them resets
+    if work == total + tl.num_programs(0) - 1:
+        i = tl.arange(0, 128)
+        for first in range(0, 1 + count * SL, 128):
+            tl.store(counters + first + i, 0, mask=first + i < 1 + count * SL)
+
+
+@triton.jit
+def shrink_kernel(
+    x, z, table, table_stride, tiles, num_tiles, T, stride_x,
+    K: tl.constexpr, OWN: tl.constexpr, TRANSPOSED: tl.constexpr, RMAX: tl.constexpr, SL: tl.constexpr,
+    SPLITS: tl.constexpr, TILE: tl.constexpr, RB: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr,
+):  # fmt: skip
+    for work in range(tl.program_id(0), tl.load(num_tiles) * SL * SPLITS, tl.num_programs(0)):
+        _shrink(x, z, table, table_stride, tiles, work // (SPLITS * SL), work // SPLITS % SL, work % SPLITS, T,
+                stride_x, K, OWN, TRANSPOSED, RMAX, SL, SPLITS, TILE, RB, BK, DT)  # fmt: skip
+
+
+@triton.jit
+def expand_kernel(
+    y, z, bias, table, table_stride, offsets, tiles, num_tiles, T, stride_y, column_blocks,
+    TRANSPOSED: tl.constexpr, RMAX: tl.constexpr, SL: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr,
+    RB: tl.constexpr, BN: tl.constexpr, HAS_BIAS: tl.constexpr, DT: tl.constexpr,
+):  # fmt: skip
+    for work in range(tl.program_id(0), tl.load(num_tiles) * SL * column_blocks, tl.num_programs(0)):
+        _expand(y, z, bias, table, table_stride, offsets, tiles, num_tiles, work // (column_blocks * SL),
+                work // column_blocks % SL, work % column_blocks, T, stride_y, TRANSPOSED, RMAX, SL, SPLITS, TILE, RB,
+                BN, HAS_BIAS, DT, False)  # fmt: skip
+
+
+@torch.library.custom_op("heddle::lora", mutates_args=("y", "counters"))
+def _lora(
+    y: Tensor, x: Tensor, table: Tensor, offsets: Tensor, bias: Tensor | None, tiles: Tensor, num_tiles: Tensor,
+    counters: Tensor, widest: int, tile_rows: int, max_rank: int, own_inputs: bool, transposed: bool,
+    single_launch: bool,
+) -> None:  # fmt: skip
+    slices = table.shape[1]
+    rows, depth = x.shape[0], x.shape[1] // (slices if own_inputs else 1)
+    column_width, block_depth, expand_warps = _blocks(tile_rows, x.itemsize)
+    splits = _splits(depth, tile_rows)
+    z = torch.empty(splits, slices, rows, max_rank, dtype=torch.float32, device=x.device)
+    column_blocks = triton.cdiv(widest, column_width)
+    shared = dict(TRANSPOSED=transposed, RMAX=max_rank, SL=slices, SPLITS=splits, TILE=tile_rows, RB=_RANKS,
+                  DT=_TRITON_TYPES[x.dtype], num_stages=stages(3))  # fmt: skip
+    expands = dict(BN=column_width, HAS_BIAS=bias is not None)
+    held = y if bias is None else bias  # an argument that is not read still needs a pointer
+    shrinks, expansions = tiles.shape[0] * slices * splits, tiles.shape[0] * slices * column_blocks
+    programs = 2 * _multiprocessors(x)
+    if single_launch:
+        lora_kernel[(min(shrinks + expansions, programs),)](
+            x, y, z, held, table, table.stride(0), offsets, tiles, num_tiles, counters, rows, x.stride(0), y.stride(0),
+            column_blocks, K=depth, OWN=own_inputs, BK=block_depth, **expands, **shared, num_warps=4,
+        )  # fmt: skip
+        return
+    shrink_kernel[(min(shrinks, 4 * programs),)](x, z, table, table.stride(0), tiles, num_tiles, rows, x.stride(0),
+                                                K=depth, OWN=own_inputs, BK=block_depth, **shared,
+                                                num_warps=4)  # fmt: skip
+    expand_kernel[(min(expansions, 4 * programs),)](y, z, held, table, table.stride(0), offsets, tiles, num_tiles, rows,
+                                                   y.stride(0), column_blocks, **expands, **shared,
+                                                   num_warps=expand_warps)  # fmt: skip
+
+
+@_lora.register_fake
+def _(
+    y: Tensor, x: Tensor, table: Tensor, offsets: Tensor, bias: Tensor | None, tiles: Tensor, num_tiles: Tensor,
+    counters: Tensor, widest: int, tile_rows: int, max_rank: int, own_inputs: bool, transposed: bool,
+    single_launch: bool,
+) -> None:  # fmt: skip
+    return None
+
+
+def lora(
+    y: Tensor,
+    x: Tensor,
+    site: LoraSite,
+    segments: Segments,
+    bias: Tensor | None = None,
+    single_launch: bool | None = None,
+) -> None:
+    """As in reference.py. single_launch: None chooses by the number of rows."""
+    assert site.table is not None and site.offsets is not None
+    assert segments.tiles is not None and segments.num_tiles is not None and segments.counters is not None
+    if single_launch is None:
+        single_launch = x.shape[0] <= FEW_ROWS
+    _lora(y, x, site.table, site.offsets, bias, segments.tiles, segments.num_tiles, segments.counters, max(site.widths),
+          segments.tile_rows, segments.max_rank, site.own_inputs, site.transposed, single_launch)  # fmt: skip
+
+
+def _blocks(tile: int, itemsize: int) -> tuple[int, int, int]:
+    """Columns of an expand, depth of a shrink's step, warps of an expand."""
+    return (64, 256 // itemsize, 4) if tile <= 16 else (64, 128 // itemsize, 8)
+
+
+def _splits(depth: int, tile: int) -> int:
+    """Parts of the depth: so many that one adapter's shrinks fill a quarter of the machine; one at prefill."""
+    return min(8, max(1, depth // 512)) if tile <= 16 else 1
+
+
+def _multiprocessors(x: Tensor) -> int:
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
+
+
+def configurations() -> Iterator[Configuration]:
+    """Sites of Llama-3.1-8B and of DeepSeek-V2-Lite's absorbed attention; decode (one launch) and prefill (two)."""
+    for name, depth, slices in (("qkv", 4096, 3), ("gate_up", 4096, 2), ("down", 14336, 1)):
+        for dtype in (tl.bfloat16, tl.float32) if name == "qkv" else (tl.bfloat16,):
+            yield from _configurations(f"{name} {dtype}", depth, slices, dtype)
+    yield from _configurations("v2-lite absorbed query", 128, 16, tl.bfloat16, own_inputs=True)
+
+
+def _configurations(
+    name: str, depth: int, slices: int, dtype: tl.dtype, own_inputs: bool = False
+) -> Iterator[Configuration]:
+    pointer, itemsize = ("*bf16", 2) if dtype == tl.bfloat16 else ("*fp32", 4)
+    types = dict(x=pointer, y=pointer, z="*fp32", bias=pointer, table="*i64", table_stride="i64", offsets="*i32",
+                 tiles="*i32", num_tiles="*i32", counters="*i32", T="i32", stride_x="i32", stride_y="i32",
+                 column_blocks="i32")  # fmt: skip
+    aligned = ("x", "y", "z", "stride_x", "stride_y")
+    for tile, kernels in ((16, (lora_kernel,)), (64, (shrink_kernel, expand_kernel))):
+        columns, block_depth, expand_warps = _blocks(tile, itemsize)
+        constants = dict(K=depth, OWN=own_inputs, TRANSPOSED=own_inputs, RMAX=64, SL=slices,
+                         SPLITS=_splits(depth, tile), TILE=tile, RB=_RANKS, BN=columns,
+                         BK=block_depth, HAS_BIAS=False, DT=dtype)  # fmt: skip
+        for kernel in kernels:
+            used = {key: value for key, value in constants.items() if key in kernel.arg_names}
+            present = tuple(argument for argument in aligned if argument in kernel.arg_names)
+            title = {lora_kernel: "decode", shrink_kernel: "prefill shrink", expand_kernel: "prefill expand"}[kernel]
+            yield Configuration(f"{name} {title}", kernel, types, used, present,
+                                expand_warps if kernel is expand_kernel else 4)  # fmt: skip

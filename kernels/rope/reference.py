@@ -1,0 +1,50 @@
+"""Reference and CPU path of rope: Transformers' rotary embeddings, in its two pairings.
+
+| function there | call here |
+|---|---|
+| `apply_rotary_pos_emb`, cos of D columns (Llama, Qwen, Gemma, ...) | rope(query, key, cos, sin) |
+| `apply_rotary_pos_emb` of gpt-oss, cos of D / 2 columns | the same |
+| `apply_rotary_pos_emb_interleave` (DeepSeek-V3) | rope(query, key, cos, sin, interleaved=True) |
+| `apply_rotary_emb`, complex frequencies (DeepSeek-V2) | rope_complex(query, key, view_as_real(freqs_cis)) |
+
+All give [1, heads, T, D], laid out so that its transpose(1, 2) is contiguous, which is what attention wants.
+"""
+
+import torch
+from torch import Tensor
+
+
+def rope(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> tuple[Tensor, Tensor]:
+    """Rotate every head by its token's angles.
+
+    query [1, Hq, T, D], key [1, Hkv, T, D]; cos, sin [1, T, D] (both halves alike) or [1, T, D / 2].
+    Element i turns with i + D / 2; with `interleaved`, element 2i turns with 2i + 1, and the results go to i and
+    i + D / 2.
+    """
+    half = query.shape[-1] // 2
+    cos, sin = cos[..., :half].unsqueeze(1), sin[..., :half].unsqueeze(1)
+    return _rotate(query, cos, sin, interleaved), _rotate(key, cos, sin, interleaved)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return _by_token(rotated)
+
+
+def rope_complex(query: Tensor, key: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate pairs (2i, 2i + 1) in place of each other, in float32.
+
+    query [1, Hq, T, D], key [1, Hkv, T, D]; frequencies [1, T, D / 2, 2] float32: cosine and sine of each pair, scaled.
+    """
+    turn = torch.view_as_complex(frequencies).unsqueeze(1)
+
+    def rotate(x: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
+        return _by_token(torch.view_as_real(pairs * turn).flatten(3).type_as(x))
+
+    return rotate(query), rotate(key)
+
+
+def _by_token(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).contiguous().transpose(1, 2)

@@ -1,0 +1,160 @@
+"""Reference and CPU path of sampling: what a token is, given logits, parameters and one uniform number a row.
+
+The steps, in order, for each row:
+
+1. Penalties as vLLM and OpenAI define them. A token of the prompt or the output: its logit is divided by `repetition`
+   where positive, else multiplied. A token of the output, there c times: minus `frequency` * c, minus `presence`.
+2. Log-probabilities, where asked, are of these logits: before temperature and before any cut, so that they say what the
+   model thinks and not how it was sampled.
+3. A temperature below GREEDY_BELOW takes the largest logit, the lowest id among equals.
+4. Otherwise probabilities are softmax(logits / temperature) and the tokens kept are, in the order of (logit descending,
+   id ascending): the first `top_k`; of those the ones at least `min_p` times as probable as the first; of those, with
+   their probabilities summing to 1, the first ones up to and including the one that reaches `top_p`. Each cut keeps a
+   prefix of that order, and never less than its first token.
+5. The uniform number inverts the cumulative distribution of the kept tokens in the order of their *ids*, which needs no
+   sort once the cut is known.
+
+A row with NaN or +inf (or nothing above -inf) is not finite: token 0, and NaN for its log-probabilities.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_FEW = 1024  # tokens among which a cut is looked for first; a sort of the whole vocabulary is many times as slow
+GREEDY_BELOW = 1e-5  # a temperature below this is greedy: logits apart by 1e-3 differ by a factor of e^100
+
+
+class Penalties(NamedTuple):
+    """presence, frequency (0 is off), repetition (1 is off): [R] float32.
+
+    history [N] int32: the tokens of all rows one after another, row r's at [history_starts[r], history_starts[r + 1]);
+    its first prompt_lens[r] are the prompt. history_starts [R + 1] int32, prompt_lens [R] int32.
+    """
+
+    presence: Tensor
+    frequency: Tensor
+    repetition: Tensor
+    history: Tensor
+    history_starts: Tensor
+    prompt_lens: Tensor
+
+
+class Logprobs(NamedTuple):
+    """chosen [R] float32 of the token drawn; the n most likely, ids [R, n] int64 and top [R, n] float32, best first."""
+
+    chosen: Tensor
+    ids: Tensor
+    top: Tensor
+
+
+class Sampled(NamedTuple):
+    tokens: Tensor  # [R] int64
+    finite: Tensor  # [R] bool
+    logprobs: Logprobs | None
+
+
+def sample(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    draws: Tensor,
+    penalties: Penalties | None = None,
+    num_logprobs: int | None = None,
+) -> Sampled:
+    """One token a row.
+
+    logits [R, V], float32, bfloat16 or float16, rows contiguous. temperature, top_p (1 is off), min_p (0 is off), draws
+    (in [0, 1]): [R] float32; top_k [R] int32 (0 is off). num_logprobs: how many of the most likely tokens to report,
+    beside the chosen one; None reports nothing.
+    """
+    if penalties is not None:
+        logits = penalized(logits, penalties)
+    tokens, finite, _ = greedy(logits)
+    sampled = finite & (temperature >= GREEDY_BELOW)
+    if sampled.any():  # else it was one pass over the logits
+        cut = ((top_k > 0) & (top_k < logits.shape[-1])) | (top_p < 1) | (min_p > 0)
+        for rows, keep in ((sampled & ~cut, False), (sampled & cut, True)):
+            chosen = rows.nonzero()[:, 0]
+            if len(chosen):
+                parameters = (it[chosen] for it in (temperature, top_k, top_p, min_p, draws))
+                tokens[chosen] = _draw(logits[chosen].float(), *parameters, keep)
+    return Sampled(tokens, finite, None if num_logprobs is None else _logprobs(logits, tokens, finite, num_logprobs))
+
+
+def greedy(logits: Tensor) -> Sampled:
+    """As `sample` with every temperature 0."""
+    largest, tokens = logits.max(-1)  # NaN is larger than anything here, and the first of equals counts
+    finite = largest.isfinite()
+    return Sampled(torch.where(finite, tokens, 0), finite, None)
+
+
+def penalized(logits: Tensor, penalties: Penalties) -> Tensor:
+    """A copy in float32 with the penalties applied."""
+    logits = logits.to(torch.float32, copy=True)
+    starts, prompt_lens = penalties.history_starts.tolist(), penalties.prompt_lens.tolist()
+    for row, prompt_len in enumerate(prompt_lens):
+        history = penalties.history[starts[row] : starts[row + 1]].long()
+        count = torch.bincount(history[prompt_len:], minlength=logits.shape[-1])
+        seen, values = history.unique(), logits[row]
+        repetition = penalties.repetition[row]
+        values[seen] = torch.where(values[seen] > 0, values[seen] / repetition, values[seen] * repetition)
+        values -= penalties.frequency[row] * count
+        values -= penalties.presence[row] * (count > 0)
+    return logits
+
+
+def _draw(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, draws: Tensor, cut: bool
+) -> Tensor:
+    """Token ids [R]. logits [R, V] float32, finite or -inf; the rest [R]. Without `cut` all tokens are kept."""
+    # relative to the largest, so that a small temperature underflows to 0 instead of overflowing to infinity
+    weights = ((logits - logits.amax(-1, keepdim=True)) / temperature[:, None]).exp_()
+    if cut:
+        few = min(_FEW, logits.shape[-1])
+        kept = _kept(logits, weights, temperature, top_k, top_p, min_p, few)
+        if kept is None:
+            kept = _kept(logits, weights, temperature, top_k, top_p, min_p, logits.shape[-1])
+            assert kept is not None
+        weights.masked_fill_(~kept, 0.0)
+    cumulative = weights.cumsum(-1)
+    at = torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True)
+    # a draw of 1, or rounding, may land behind the last token kept: the first place that has the whole sum is that one
+    last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
+    return torch.minimum(at, last)[:, 0]
+
+
+def _kept(
+    logits: Tensor, weights: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, few: int
+) -> Tensor | None:
+    """Which tokens [R, V] are kept, from the `few` largest logits alone; None if those may not be all that are."""
+    top_k = torch.where(top_k > 0, top_k, logits.shape[-1])[:, None]
+    min_p, top_p = min_p[:, None].clamp(max=1.0), top_p[:, None]
+    ordered = (logits.sort(-1, descending=True) if few == logits.shape[-1] else logits.topk(few)).values
+    best = ((ordered - ordered[:, :1]) / temperature[:, None]).exp_()
+    kept = (torch.arange(few, device=logits.device) < top_k) & (best >= min_p)
+    cumulative = best.masked_fill(~kept, 0.0).cumsum(-1)
+    everything = weights.masked_fill(weights < min_p, 0.0).sum(-1, keepdim=True)
+    total = torch.where(top_k < logits.shape[-1], cumulative[:, -1:], everything)
+    kept &= (cumulative - best < top_p * total) | (top_p >= 1)
+    count = kept.sum(-1, keepdim=True).clamp(min=1)
+    if few < logits.shape[-1] and ((count == few) & (top_k != few)).any():
+        return None
+    # the cut as a logit and how many of the tokens that have it, which needs no order among equals
+    least = ordered.gather(-1, count - 1)
+    kept = logits >= least
+    if (kept.sum(-1, keepdim=True) > count).any():
+        equal = logits == least
+        ties = count - (ordered > least).sum(-1, keepdim=True)
+        kept &= ~equal | (equal.cumsum(-1) <= ties)
+    return kept
+
+
+def _logprobs(logits: Tensor, tokens: Tensor, finite: Tensor, count: int) -> Logprobs:
+    logprobs = logits.float().log_softmax(-1).masked_fill_(~finite[:, None], float("nan"))
+    order = logits.sort(dim=-1, descending=True, stable=True).indices[:, :count]
+    ids = order.masked_fill(~finite[:, None], 0)
+    return Logprobs(logprobs.gather(-1, tokens[:, None])[:, 0], ids, logprobs.gather(-1, ids))

@@ -1,0 +1,277 @@
+"""expert_route and grouped_gemm's kernels against their references."""
+
+import math
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.expert_route import GroupScore, Routed, Routing, Score, TokenBatch
+from kernels.expert_route import kernel as route_kernel
+from kernels.expert_route import reference as route_reference
+from kernels.grouped_gemm import Act, Activation, Layout
+from kernels.grouped_gemm import kernel as gemm_kernel
+from kernels.grouped_gemm import reference as gemm_reference
+from tests.kernel_device import DEVICE
+
+# the interpreter's exp reports what a GPU's passes over: a sigmoid far from 0
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
+
+POPULARITIES = ("distinct", "uniform", "zipf", "identical", "skewed")
+ATOL = 1e-5  # float32 weights between 0 and 1, and sums of up to a few hundred products of order 1
+
+ROUTINGS = {
+    "softmax": Routing(3),
+    "softmax, renormalised, scaled": Routing(2, renormalise=True, scale=1.5),
+    "groups by maximum": Routing(3, num_groups=4, top_groups=2, scale=16.0),
+    "sigmoid, groups by two, bias": Routing(3, Score.SIGMOID, True, 2.5, 4, 2, GroupScore.TOP2_SUM),
+    "softmax of chosen": Routing(4, Score.SOFTMAX_OF_CHOSEN),
+}
+
+
+def counters() -> Tensor:
+    return torch.zeros(2, dtype=torch.int32, device=DEVICE)
+
+
+def route(logits: Tensor, routing: Routing, expert_map: Tensor, batch: TokenBatch, tile: int,
+          bias: Tensor | None = None, num_slots: int = 100) -> Routed:  # fmt: skip
+    """Both, compared; returns the kernel's."""
+    got = route_kernel.expert_route(logits, routing, expert_map, num_slots, batch, tile, bias)
+    want = route_reference.expert_route(logits, routing, expert_map, num_slots, batch, tile, bias)
+    assert batch.counters is not None and not batch.counters.any()
+    # torch.topk does not promise an order of choices; within a token compare them by expert
+    order, want_order = got.slots.sort(dim=-1, stable=True), want.slots.sort(dim=-1, stable=True)
+    assert torch.equal(order.values, want_order.values)
+    real = order.values >= 0
+    close = torch.isclose(got.weights.gather(1, order.indices), want.weights.gather(1, want_order.indices), atol=ATOL)
+    assert bool((close | ~real).all())
+    count = int(got.num_tiles)
+    assert sorted(got.tiles[:count].tolist()) == sorted(want.tiles.tolist()) and count == int(want.num_tiles)
+    num_real = int((got.slots >= 0).sum())
+    placed = got.pairs[:num_real].long()
+    assert torch.equal(got.slots.flatten()[placed], want.slots.flatten()[want.pairs[:num_real].long()])
+    keys = got.slots.flatten()[placed].long() * got.pairs.numel() + placed
+    assert torch.equal(keys, keys.sort().values) and len(set(placed.tolist())) == num_real
+    return got
+
+
+def pick(popularity: str, count: int, choices: int, rng: random.Random) -> list[int]:
+    match popularity:
+        case "distinct":
+            return [index % choices for index in range(count)]
+        case "uniform":
+            return [rng.randrange(choices) for _ in range(count)]
+        case "zipf":
+            return rng.choices(range(choices), [1 / (1 + index) ** 1.5 for index in range(choices)], k=count)
+        case "identical":
+            return [choices - 1] * count
+        case _:
+            return [0 if rng.random() < 0.95 else rng.randrange(choices) for _ in range(count)]
+
+
+def expert_maps(experts: int) -> Tensor:
+    """Four adapters: one tunes nothing, the others a few experts; slots behind the base's."""
+    expert_map = torch.arange(experts, dtype=torch.int32).repeat(4, 1)
+    expert_map[1, [0, 4]] = torch.tensor([experts, experts + 1], dtype=torch.int32)
+    expert_map[3, [2, 4, 5]] = torch.tensor([experts + 9, experts + 10, experts + 11], dtype=torch.int32)
+    return expert_map.to(DEVICE)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS.values(), ids=ROUTINGS)
+@pytest.mark.parametrize(("tokens", "tile"), [(1, 16), (5, 2), (21, 4)])
+def test_route(routing: Routing, tokens: int, tile: int) -> None:
+    torch.manual_seed(tokens)
+    rng = random.Random(0)
+    experts = 12
+    logits = torch.randn(tokens, experts, device=DEVICE) * 2
+    slots = torch.tensor(pick("uniform", tokens, 4, rng), dtype=torch.int32, device=DEVICE)
+    bias = torch.randn(experts, device=DEVICE) if routing.score is Score.SIGMOID else None
+    route(logits, routing, expert_maps(experts), TokenBatch(slots, None, counters()), tile, bias=bias)
+
+
+@pytest.mark.parametrize("popularity", POPULARITIES)
+def test_route_popularities(popularity: str) -> None:
+    torch.manual_seed(0)
+    slots = torch.tensor(pick(popularity, 19, 4, random.Random(1)), dtype=torch.int32, device=DEVICE)
+    logits = torch.randn(19, 8, device=DEVICE)
+    if popularity == "identical":
+        logits = logits[:1].repeat(19, 1)  # all tokens choose the same experts
+    route(logits, Routing(2), expert_maps(8), TokenBatch(slots, None, counters()), 4, num_slots=24)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 3, 8])
+def test_padding_is_routed_nowhere(num_tokens: int) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(8, 8, device=DEVICE)
+    logits[num_tokens:] = math.nan
+    batch = TokenBatch(torch.zeros(8, dtype=torch.int32, device=DEVICE),
+                       torch.tensor([num_tokens], dtype=torch.int32, device=DEVICE), counters())  # fmt: skip
+    got = route(logits, Routing(2), expert_maps(8), batch, 4)
+    assert bool((got.slots[num_tokens:] == -1).all()) and bool((got.slots[:num_tokens] >= 0).all())
+
+
+def test_base_only_batches_are_not_rerouted() -> None:
+    logits = torch.randn(6, 8, device=DEVICE)
+    wrong = torch.full((1, 8), 99, dtype=torch.int32, device=DEVICE)
+    assert int(route(logits, Routing(2), wrong, TokenBatch(None, None, counters()), 4).slots.max()) < 8
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_not_finite_stay_inside_the_map(value: float) -> None:
+    """An adapter that overflows may not make the kernel read outside, nor disturb other tokens."""
+    logits = torch.randn(4, 6, device=DEVICE)
+    clean = route(logits, Routing(3), expert_maps(6), TokenBatch(None, None, counters()), 4)
+    logits[2] = value
+    got = route_kernel.expert_route(logits, Routing(3), expert_maps(6), 20, TokenBatch(None, None, counters()), 4)
+    assert bool(((got.slots >= 0) & (got.slots < 6)).all())
+    others = [0, 1, 3]
+    assert torch.equal(got.slots[others], clean.slots[others])
+    assert torch.equal(got.weights[others], clean.weights[others])
+
+
+@pytest.mark.parametrize("num_tokens", [None, 17])
+def test_counting_sort(num_tokens: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(route_kernel, "_QUADRATIC", 0)
+    torch.manual_seed(3)
+    slots = torch.tensor(pick("zipf", 37, 4, random.Random(2)), dtype=torch.int32, device=DEVICE)
+    padding = None if num_tokens is None else torch.tensor([num_tokens], dtype=torch.int32, device=DEVICE)
+    for _ in range(2):  # counters are left zero
+        batch = TokenBatch(slots, padding, counters())
+        route(torch.randn(37, 12, device=DEVICE), Routing(3), expert_maps(12), batch, 4, num_slots=70)
+
+
+def test_a_second_launch_finds_the_counters_zero() -> None:
+    shared = counters()
+    for seed in range(2):
+        torch.manual_seed(seed)
+        route(torch.randn(9, 8, device=DEVICE), Routing(2), expert_maps(8), TokenBatch(None, None, shared), 2)
+
+
+def test_the_op_is_registered_rightly() -> None:
+    arguments = (
+        torch.randn(5, 8, device=DEVICE),
+        expert_maps(8),
+        None,
+        None,
+        None,
+        counters(),
+        20,
+        4,
+        2,
+        0,
+        False,
+        1.0,
+        1,
+        1,
+        0,
+    )
+    torch.library.opcheck(
+        torch.ops.heddle.expert_route.default, arguments, test_utils=("test_schema", "test_faketensor")
+    )
+
+
+# -- grouped_gemm ---
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes that the interpreter gets through, with more than one block in every direction."""
+    blocks = gemm_kernel.Blocks(16, 16, 4, 2)
+    monkeypatch.setattr(gemm_kernel, "_GATE_UP", {4: blocks})
+    monkeypatch.setattr(gemm_kernel, "_DOWN", {4: blocks})
+    monkeypatch.setattr(gemm_kernel, "_for_dtype", lambda blocks, _: blocks)
+    monkeypatch.setattr(gemm_kernel, "_COMBINE_COLUMNS", 16)
+
+
+def experts_case(
+    popularity: str, tokens: int, hidden: int, inner: int, layout: Layout, has_bias: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, TokenBatch, Tensor]:
+    """x, gate_up and down stacks, biases, batch, logits; slots that nobody uses are NaN."""
+    torch.manual_seed(5)
+    experts, slots = 6, 20
+    x = torch.randn(tokens, hidden, device=DEVICE)
+    gate_up = torch.randn(slots, 2 * inner, hidden, device=DEVICE)
+    down = torch.randn(slots, hidden, inner, device=DEVICE)
+    expert_map = expert_maps(experts)
+    unused = [slot for slot in range(slots) if slot not in expert_map.unique().tolist()]
+    gate_up[unused] = down[unused] = math.nan
+    if layout.transposed:
+        gate_up, down = gate_up.transpose(1, 2).contiguous(), down.transpose(1, 2).contiguous()
+    biases = [torch.randn(slots, size, device=DEVICE) if has_bias else None for size in (2 * inner, hidden)]
+    adapters = torch.tensor(pick(popularity, tokens, 4, random.Random(4)), dtype=torch.int32, device=DEVICE)
+    batch = TokenBatch(adapters, None, counters())
+    return x, gate_up, down, biases[0], biases[1], batch, torch.randn(tokens, experts, device=DEVICE)
+
+
+CLAMPED = Activation(Act.CLAMPED, 1.702, 2.0)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize(("layout", "activation", "has_bias"), [
+    (Layout(), Activation(), False), (Layout(True, True), CLAMPED, True),
+    (Layout(True, False), Activation(Act.GELU), True), (Layout(False, True), Activation(Act.GELU_TANH), False),
+])  # fmt: skip
+@pytest.mark.parametrize("by_pointers", [False, True])
+def test_experts(layout: Layout, activation: Activation, has_bias: bool, by_pointers: bool) -> None:
+    run_experts("uniform", 7, 40, 24, layout, activation, has_bias, by_pointers)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("popularity", POPULARITIES)
+@pytest.mark.parametrize("tokens", [1, 13])
+def test_experts_popularities(popularity: str, tokens: int) -> None:
+    run_experts(popularity, tokens, 17, 9, Layout(), Activation(), False, False)
+
+
+def run_experts(popularity: str, tokens: int, hidden: int, inner: int, layout: Layout, activation: Activation,
+                has_bias: bool, by_pointers: bool) -> None:  # fmt: skip
+    x, gate_up, down, gate_bias, down_bias, batch, logits = experts_case(
+        popularity, tokens, hidden, inner, layout, has_bias
+    )
+    routed = route(logits, Routing(3), expert_maps(6), batch, 4)
+    tables = [
+        torch.tensor([matrix.data_ptr() for matrix in stack], device=DEVICE) if by_pointers else None
+        for stack in (gate_up, down)
+    ]
+    if by_pointers:  # nothing may be found by stride
+        stacks = torch.full_like(gate_up[:1], math.nan), torch.full_like(down[:1], math.nan)
+    else:
+        stacks = gate_up, down
+    h = gemm_kernel.gate_up(x, stacks[0], routed, activation, layout, gate_bias, tables[0])
+    want = gemm_reference.gate_up(x, gate_up, routed, activation, layout, gate_bias)
+    torch.testing.assert_close(h, want, atol=2e-4, rtol=1e-5)
+    rows = gemm_kernel.down(h, stacks[1], routed, layout, down_bias, tables[1])
+    torch.testing.assert_close(rows, gemm_reference.down(h, down, routed, layout, down_bias), atol=2e-3, rtol=1e-5)
+    torch.testing.assert_close(
+        gemm_kernel.combine(rows, routed), gemm_reference.combine(rows, routed), atol=1e-3, rtol=1e-5
+    )
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_padding_comes_out_as_zero() -> None:
+    x, gate_up, down, *_, batch, logits = experts_case("uniform", 8, 16, 8, Layout(), False)
+    x[5:] = math.nan
+    batch = batch._replace(num_tokens=torch.tensor([5], dtype=torch.int32, device=DEVICE))
+    routed = route(logits, Routing(2), expert_maps(6), batch, 4)
+    h = gemm_kernel.gate_up(x, gate_up, routed, Activation(), Layout())
+    got = gemm_kernel.combine(gemm_kernel.down(h, down, routed, Layout()), routed)
+    assert bool(got[:5].isfinite().all()) and not got[5:].any()
+    rows = gemm_reference.gate_up(x, gate_up, routed, Activation(), Layout())
+    want = gemm_reference.combine(gemm_reference.down(rows, down, routed, Layout()), routed)
+    torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("op", ["expert_gate_up", "expert_down", "expert_combine"])
+@pytest.mark.usefixtures("small_tiles")
+def test_the_ops_are_registered_rightly(op: str) -> None:
+    x, gate_up, down, *_, batch, logits = experts_case("uniform", 3, 16, 8, Layout(), False)
+    routed = route(logits, Routing(2), expert_maps(6), batch, 4)
+    indices = (routed.pairs, routed.tiles, routed.num_tiles)
+    arguments = {
+        "expert_gate_up": (x, gate_up, None, None, *indices, 2, 4, 0, 1.0, 0.0, False, False),
+        "expert_down": (torch.randn(6, 8, device=DEVICE), down, None, None, *indices, 4, False),
+        "expert_combine": (torch.randn(6, 16, device=DEVICE), routed.weights, routed.slots),
+    }[op]
+    overload = getattr(torch.ops.heddle, op).default
+    torch.library.opcheck(overload, arguments, test_utils=("test_schema", "test_faketensor"))
