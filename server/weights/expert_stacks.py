@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from adapters_store.parts import ExpertReplacement, TensorRef
-from server.weights.arena import ArenaError, HostArena
+from server.weights.arena import ArenaError, Arenas
 from server.weights.page_pool import PagePool
+from server.weights.tables import to_device
 
 
 class _Stack:
@@ -17,13 +18,13 @@ class _Stack:
     so an adapter leaves at most the rest of its last page unused.
     """
 
-    def __init__(self, base: Tensor, num_slots: int, e_max: int) -> None:
+    def __init__(self, base: Tensor, num_slots: int, e_max: int, arenas: Arenas, pool: PagePool) -> None:
         self._num_base, self._e_max = len(base), e_max
         total = len(base) + num_slots * e_max
         self._expert_bytes = base[0].numel() * base.itemsize
-        self._begin = -len(base) * self._expert_bytes % HostArena.page_bytes
-        self.arena = HostArena(self._begin + total * self._expert_bytes)
+        self._begin = -len(base) * self._expert_bytes % arenas.page_bytes
         self.base_range = (self._begin, len(base) * self._expert_bytes)
+        self.arena = arenas.stack(self._begin + total * self._expert_bytes, sum(self.base_range), pool)
         self.arena.map(*self.base_range)
         self.tensor = self.arena.tensor(self._begin, (total, *base.shape[1:]), base.dtype)
         self.tensor[: len(base)].copy_(base)
@@ -41,7 +42,9 @@ class _Layer:
     def __init__(self, gate_up: _Stack, down: _Stack, num_base: int, num_slots: int) -> None:
         self.stacks = (gate_up, down)
         self.gate_up, self.down = gate_up, down
-        self.map = torch.arange(num_base).repeat(num_slots + 1, 1)  # [slots + 1, M]; every row starts as the identity
+        self.num_base = num_base
+        identity = torch.arange(num_base, dtype=torch.int32, device=gate_up.tensor.device)
+        self.map = identity.repeat(num_slots + 1, 1)  # [slots + 1, M]
 
 
 class ExpertStacks:
@@ -51,20 +54,24 @@ class ExpertStacks:
     occupies its tuned experts and less than a page a tensor.
     """
 
-    def __init__(self, num_slots: int, e_max: int, pool: PagePool) -> None:
-        self._num_slots, self.e_max, self._pool = num_slots, e_max, pool
+    def __init__(self, num_slots: int, e_max: int, pool: PagePool, arenas: Arenas) -> None:
+        self._num_slots, self.e_max, self._pool, self._arenas = num_slots, e_max, pool, arenas
         self._layers: dict[int, _Layer] = {}
         self._tuned: dict[int, dict[int, list[int]]] = {}  # slot -> layer -> expert ids, ascending
 
-    def add_layer(self, layer: int, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-        """Take over the base's experts of a layer; returns the stacks that replace them."""
+    def add_layer(self, layer: int, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Take over the base's experts of a layer; returns the stacks that replace them, and the expert map.
+
+        The map [slots + 1, M] int32 says which expert a slot uses instead of each of the base's; row 0 is the identity.
+        """
         self.e_max = self.e_max or len(gate_up)
         # addresses cost nothing, so a slot's range is rounded up until every slot begins on a page
-        aligned = lcm(*(_experts_to_a_page_boundary(stack) for stack in (gate_up, down)))
+        aligned = lcm(*(_experts_to_a_page_boundary(stack, self._arenas.page_bytes) for stack in (gate_up, down)))
         places = -(-self.e_max // aligned) * aligned
-        stacks = _Stack(gate_up, self._num_slots, places), _Stack(down, self._num_slots, places)
-        self._layers[layer] = _Layer(*stacks, len(gate_up), self._num_slots)
-        return stacks[0].tensor, stacks[1].tensor
+        first = _Stack(gate_up, self._num_slots, places, self._arenas, self._pool)
+        second = _Stack(down, self._num_slots, places, self._arenas, self._pool)
+        self._layers[layer] = _Layer(first, second, len(gate_up), self._num_slots)
+        return first.tensor, second.tensor, self._layers[layer].map
 
     def refusal(self, parts: list[ExpertReplacement]) -> str | None:
         """Why these can never be placed, if so: beyond E_max lie the next slot's experts."""
@@ -106,7 +113,10 @@ class ExpertStacks:
         """Let routing see the slot: its bytes are in place."""
         for layer_id, experts in self._tuned[slot].items():
             layer = self._layers[layer_id]
-            layer.map[slot, experts] = torch.arange(len(experts)) + layer.gate_up.first(slot)
+            row = list(range(layer.num_base))
+            for place, expert in enumerate(experts, start=layer.gate_up.first(slot)):
+                row[expert] = place
+            to_device(layer.map[slot], row)
 
     def unmap(self, slot: int) -> None:
         for layer_id, experts in self._tuned.pop(slot).items():
@@ -114,10 +124,6 @@ class ExpertStacks:
             layer.map[slot] = layer.map[0]
             for stack in layer.stacks:
                 self._pool.give_back(stack.arena.unmap(*stack.range_of(slot, len(experts))))
-
-    def map_of(self, layer: int) -> Tensor:
-        """[slots + 1, M] int64: the expert that a slot uses instead of each of the base's; row 0 is the identity."""
-        return self._layers[layer].map
 
     def has(self, slot: int) -> bool:
         return slot in self._tuned
@@ -131,7 +137,7 @@ class ExpertStacks:
                     if layer_id in tuned
                 ]
                 stack.arena.check([stack.base_range, *mine])
-            assert torch.equal(layer.map[0], torch.arange(layer.map.shape[1]))
+            assert layer.map[0].tolist() == list(range(layer.num_base))
 
     @property
     def num_mapped_pages(self) -> int:
@@ -143,9 +149,9 @@ class ExpertStacks:
         )
 
 
-def _experts_to_a_page_boundary(stack: Tensor) -> int:
+def _experts_to_a_page_boundary(stack: Tensor, page_bytes: int) -> int:
     """After how many experts of this size the addresses are a multiple of a page again."""
-    return HostArena.page_bytes // gcd(HostArena.page_bytes, stack[0].numel() * stack.itemsize)
+    return page_bytes // gcd(page_bytes, stack[0].numel() * stack.itemsize)
 
 
 def _by_layer(parts: list[ExpertReplacement]) -> dict[int, list[int]]:

@@ -1,16 +1,21 @@
-"""LoRA adapters on the device: one contiguous slab each, at its true rank, and the table that kernels read."""
+"""LoRA adapters on the device: one contiguous slab each, at its true rank, and the tables that kernels read."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from adapters_store.parts import LowRank, TensorRef
-from kernels.lora import LoraWeights
-from server.weights.arena import HostArena
+from kernels.lora import LoraSite, LoraWeights
+from server.weights.arena import Arenas
 from server.weights.page_pool import PagePool
+from server.weights.tables import to_device
 
 _ALIGN = 64  # bytes: a cache line, and what vector loads like
+_RANK_STEP = 64  # captured graphs are made for ranks up to a multiple of this
+
+# what an adapter has for one linear -> (slice, weights) at a site
+Split = Callable[[LoraWeights], Sequence[tuple[int, LoraWeights]]]
 
 
 class LoraSlabs:
@@ -19,13 +24,29 @@ class LoraSlabs:
     A fixed range per slot means no allocator and no fragmentation: addresses cost nothing.
     """
 
-    def __init__(self, num_slots: int, pool: PagePool, dtype: torch.dtype) -> None:
-        self._pool = pool
-        self._dtype = dtype
+    def __init__(self, num_slots: int, pool: PagePool, dtype: torch.dtype, arenas: Arenas) -> None:
+        self._num_slots, self._pool, self._dtype = num_slots, pool, dtype
         self._stride = pool.num_pages * pool.page_bytes  # no adapter can be larger than the budget
-        self._arena = HostArena(num_slots * self._stride)
+        self._arena = arenas.slabs(num_slots * self._stride)
         self._sizes: dict[int, int] = {}  # bytes mapped, by slot
-        self._table: dict[str, dict[int, LoraWeights]] = {}  # module -> slot -> weights
+        self._bindings: dict[str, list[tuple[LoraSite, Split]]] = {}  # by module
+        self.sites: list[LoraSite] = []
+        self._table: Tensor | None = None
+        self.max_rank = _RANK_STEP
+
+    def bind(self, module: str, sites: Iterable[tuple[LoraSite, Split]]) -> None:
+        """Say where the weights for one of the base's linears act."""
+        self._bindings[module] = list(sites)
+        self.sites += [site for site, _ in self._bindings[module] if site not in self.sites]
+
+    def make_table(self, device: torch.device) -> None:
+        """Keep the sites' tables for kernels too, all in one: [slots + 1, slices of all sites, 4] int64."""
+        ends = [0]
+        for site in self.sites:
+            ends.append(ends[-1] + len(site.widths))
+        self._table = torch.zeros(self._num_slots + 1, ends[-1], 4, dtype=torch.int64, device=device)
+        for site, start, end in zip(self.sites, ends, ends[1:], strict=False):
+            site.attach(self._table[:, start:end])
 
     def pages_for(self, parts: list[LowRank]) -> int:
         return -(-self._layout(parts)[1] // self._arena.page_bytes)
@@ -50,22 +71,30 @@ class LoraSlabs:
                 self._arena.tensor(self._start(slot) + offsets[tensor.key], tensor.shape, self._dtype)
                 for tensor in (part.a, part.b)
             )
-            self._table.setdefault(part.module, {})[slot] = LoraWeights(a, b, part.scale)
+            for site, split in self._bindings[part.module]:
+                for index, weights in split(LoraWeights(a, b, part.scale)):
+                    site.put(slot, index, weights)
+            self.max_rank = max(self.max_rank, -(-a.shape[0] // _RANK_STEP) * _RANK_STEP)
+        if self._table is not None:
+            to_device(self._table[slot], [row for site in self.sites for row in site.rows(slot)])
 
     def unmap(self, slot: int) -> None:
-        for by_slot in self._table.values():
-            by_slot.pop(slot, None)
+        for site in self.sites:
+            site.remove(slot)
+        if self._table is not None:
+            self._table[slot].zero_()
         self._pool.give_back(self._arena.unmap(self._start(slot), self._sizes.pop(slot)))
-
-    def weights(self, module: str) -> Mapping[int, LoraWeights]:
-        return self._table.get(module, {})
 
     def has(self, slot: int) -> bool:
         return slot in self._sizes
 
+    @property
+    def num_sites_used(self) -> int:
+        return sum(site.is_used for site in self.sites)
+
     def check(self) -> None:
         self._arena.check([(self._start(slot), size) for slot, size in self._sizes.items()])
-        assert all(slot in self._sizes for by_slot in self._table.values() for slot in by_slot)
+        assert all(slot in self._sizes for site in self.sites for slot in site.by_slot)
 
     @property
     def num_mapped_pages(self) -> int:

@@ -10,6 +10,7 @@ class PagePool:
     def __init__(self, budget_bytes: int, page_bytes: int) -> None:
         self.page_bytes = page_bytes
         self.num_pages = budget_bytes // page_bytes
+        self.num_withdrawn = 0
         self._used = 0
 
     @property
@@ -28,3 +29,9 @@ class PagePool:
     def give_back(self, count: int) -> None:
         assert 0 <= count <= self._used
         self._used -= count
+
+    def withdraw(self, count: int) -> None:
+        """Make the budget smaller for good, for what has taken its pages before any adapter came (padded_arena.py)."""
+        assert 0 <= count <= self.num_free
+        self.num_pages -= count
+        self.num_withdrawn += count

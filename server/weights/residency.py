@@ -1,21 +1,19 @@
 """Which adapters are on the device: pins, least-recently-used eviction, transfers under way."""
 
 import enum
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
 from adapters_store.parts import AdapterPackage, ExpertReplacement, LowRank
 from adapters_store.ref import AdapterRef
-from kernels.lora import LoraWeights
+from kernels.lora import LoraSite
 from server.engine.messages import AdapterOnDevice
 from server.engine.residency import AdapterFailed, Slot, Wait
-from server.weights.arena import ArenaError
+from server.weights.arena import ArenaError, Arenas
 from server.weights.expert_stacks import ExpertStacks
 from server.weights.lora_slabs import LoraSlabs
 from server.weights.page_pool import PagePool
+from server.weights.staging import Copier
 from server.weights.transfer import Transfer, TransferThread
 
 
@@ -50,12 +48,24 @@ class _Adapter:
 
 
 class DeviceResidency:
-    """Implements the engine's Residency protocol, and the model's AdapterTables."""
+    """Implements the engine's Residency protocol, and the model's AdapterTables.
+
+    Pages are counted here and at once; the transfer thread maps and unmaps them, in the order in which they were
+    counted: an eviction's before those of the transfer that it makes room for.
+    """
 
     def __init__(
-        self, num_slots: int, pool: PagePool, slabs: LoraSlabs, stacks: ExpertStacks, transfers: TransferThread
+        self,
+        num_slots: int,
+        pool: PagePool,
+        slabs: LoraSlabs,
+        stacks: ExpertStacks,
+        arenas: Arenas,
+        transfers: TransferThread,
+        copier: Copier,
     ) -> None:
-        self._pool, self._slabs, self._stacks, self._transfers = pool, slabs, stacks, transfers
+        self._pool, self._slabs, self._stacks = pool, slabs, stacks
+        self._arenas, self._transfers, self._copier = arenas, transfers, copier
         self._adapters: dict[AdapterRef, _Adapter] = {}  # residents in order of last use
         self._free_slots = list(range(num_slots, 0, -1))  # popped from the end, the lowest first
 
@@ -122,17 +132,23 @@ class DeviceResidency:
 
     # -- AdapterTables, for the model -----------------------------------------------------------
 
-    def lora_weights(self, module: str) -> Mapping[int, LoraWeights]:
-        return self._slabs.weights(module)
-
-    def expert_map(self, layer: int) -> Tensor:
-        return self._stacks.map_of(layer)
-
     def has_lora(self, slot: int) -> bool:
         return self._slabs.has(slot)
 
     def has_experts(self, slot: int) -> bool:
         return self._stacks.has(slot)
+
+    @property
+    def sites(self) -> list[LoraSite]:
+        return self._slabs.sites
+
+    @property
+    def max_rank(self) -> int:
+        return self._slabs.max_rank
+
+    @property
+    def num_sites_used(self) -> int:
+        return self._slabs.num_sites_used
 
     # -- transfers -----------------------------------------------------------
 
@@ -147,13 +163,15 @@ class DeviceResidency:
         used = self._pool.num_used
         try:
             # an adapter is of one kind, so what fails here has mapped nothing that it did not undo itself
-            places = self._slabs.map(slot, adapter.low_rank) if adapter.low_rank else []
-            places += self._stacks.map(slot, adapter.experts) if adapter.experts else []
+            with self._arenas.deferred() as pages:
+                places = self._slabs.map(slot, adapter.low_rank) if adapter.low_rank else []
+                places += self._stacks.map(slot, adapter.experts) if adapter.experts else []
         except ArenaError as error:
             self._give_back(slot)
             raise AdapterFailed(f"the adapter {adapter.ref.name!r} cannot be loaded: {error}") from None
         adapter.slot, adapter.pages, adapter.state = slot, self._pool.num_used - used, State.LOADING
-        adapter.transfer = Transfer(Path(adapter.package.path), adapter.package.files, places)
+        directory, files = Path(adapter.package.path), adapter.package.files
+        adapter.transfer = Transfer(directory, files, places, pages, self._copier.begin())
         self._transfers.start(adapter.transfer)
         return True
 
@@ -185,8 +203,11 @@ class DeviceResidency:
         return pages + (self._stacks.pages_for(slot, adapter.experts) if adapter.experts else 0)
 
     def _too_large(self, pages: int) -> str:
-        needed, budget = pages * self._pool.page_bytes, self._pool.num_pages * self._pool.page_bytes
-        return f"it needs {needed:,} bytes; all adapters together may use {budget:,} (adapter_bytes)"
+        needed, budget, fixed = (
+            count * self._pool.page_bytes for count in (pages, self._pool.num_pages, self._pool.num_withdrawn)
+        )
+        less = f" less {fixed:,} that expert slots take, used or not" if fixed else ""
+        return f"it needs {needed:,} bytes; all adapters together may use {budget:,} (adapter_bytes{less})"
 
     def _finish_transfer(self, adapter: _Adapter, transfer: Transfer) -> None:
         adapter.transfer = None
@@ -198,6 +219,7 @@ class DeviceResidency:
             if adapter.forgotten:
                 del self._adapters[adapter.ref]
             return
+        transfer.join()
         if adapter.low_rank:
             self._slabs.install(adapter.slot, adapter.low_rank)
         if adapter.experts:
@@ -205,9 +227,11 @@ class DeviceResidency:
 
     def _evict(self, adapter: _Adapter) -> None:
         assert adapter.state is State.RESIDENT and adapter.pins == 0
-        if adapter.low_rank:
-            self._slabs.unmap(adapter.slot)
-        if adapter.experts:
-            self._stacks.unmap(adapter.slot)
+        with self._arenas.deferred() as pages:
+            if adapter.low_rank:
+                self._slabs.unmap(adapter.slot)
+            if adapter.experts:
+                self._stacks.unmap(adapter.slot)
+        self._transfers.start(pages)
         self._give_back(adapter.slot)
         adapter.state, adapter.slot, adapter.pages = State.ABSENT, 0, 0

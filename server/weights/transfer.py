@@ -5,43 +5,66 @@ import os
 import queue
 import threading
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import torch
 from torch import Tensor
 
 from adapters_store.parts import SourceFile, TensorRef
+from server.weights.arena import PageWork, log
+from server.weights.staging import CopyRun, read_exactly
 
 Places = Sequence[tuple[TensorRef, Tensor]]
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class TransferError(Exception):
-    """The adapter's files could not be read as they were verified."""
+    """The adapter's files are not as they were verified."""
+
+
+class Job(Protocol):
+    """What the transfer thread does, one after another: transfers, and the page work of evictions."""
+
+    def run(self) -> None: ...
 
 
 class Transfer:
     """One adapter's copy. `done` turns true when it is over; `error` says why it failed, if it did.
 
-    Files are read, not mapped: a file that is cut short while mapped would kill the process with SIGBUS.
+    Its pages are mapped first, by the thread that runs it. Files are read, not mapped: a file that is cut short while
+    mapped would kill the process with SIGBUS.
     """
 
-    def __init__(self, directory: Path, files: Sequence[SourceFile], places: Places) -> None:
+    def __init__(
+        self, directory: Path, files: Sequence[SourceFile], places: Places, pages: PageWork, copies: CopyRun
+    ) -> None:
         self._directory = directory
         self._files = files
         self._places = places
+        self._pages = pages
+        self._copies = copies
         self._over = threading.Event()
         self.error: str | None = None
 
     @property
     def done(self) -> bool:
-        return self._over.is_set()
+        """Whether nothing is read, mapped or copied any more: only then may its room be used or given back."""
+        return self._over.is_set() and self._copies.is_complete()
+
+    def join(self) -> None:
+        """Let kernels that are launched from now on read what was copied. Call it when `done`."""
+        self._copies.join()
 
     def run(self) -> None:
         try:
-            for file in self._files:
-                self._copy_from(file)
+            try:
+                self._pages.run()
+                for file in self._files:
+                    self._copy_from(file)
+            finally:
+                self._copies.end()
         except OSError as error:  # its text would show the path
             self.error = error.strerror or "it cannot be read"
         except BaseException as error:  # whatever else goes wrong is this adapter's failure, not the engine's
@@ -57,20 +80,19 @@ class Transfer:
             for tensor, place in self._places:
                 if tensor.file == source.file:
                     start, end = header[tensor.key]["data_offsets"]
-                    raw = _read(file, begin + start, end - start)
-                    place.copy_(torch.frombuffer(raw, dtype=_DTYPES[tensor.dtype]).view(tensor.shape))
+                    read = partial(_read_at, file, begin + start)
+                    self._copies.put(read, end - start, _DTYPES[tensor.dtype], place)
             _require_unchanged(file, source)
+
+
+def _read_at(file: BinaryIO, start: int, into: memoryview, offset: int) -> None:
+    read_exactly(file.fileno(), start + offset, into)
 
 
 def _read(file: BinaryIO, offset: int, size: int) -> bytearray:
     """Exactly `size` bytes at `offset`."""
     raw = bytearray(size)
-    view = memoryview(raw)
-    while view:
-        count = os.preadv(file.fileno(), [view], offset)
-        if count == 0:
-            raise TransferError("it ends before its data")
-        view, offset = view[count:], offset + count
+    read_exactly(file.fileno(), offset, memoryview(raw))
     return raw
 
 
@@ -81,16 +103,22 @@ def _require_unchanged(file: BinaryIO, source: SourceFile) -> None:
 
 
 class TransferThread:
-    """Runs transfers one after another, in order; the step loop only looks whether they are done."""
+    """Runs jobs one after another, in order; the step loop only looks whether transfers are done.
+
+    The order is what makes reuse safe: pages are given back before they are mapped for the next adapter.
+    """
 
     def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[Transfer] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Job] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="adapter-transfer", daemon=True)
         self._thread.start()
 
-    def start(self, transfer: Transfer) -> None:
-        self._queue.put(transfer)
+    def start(self, job: Job) -> None:
+        self._queue.put(job)
 
     def _run(self) -> None:
         while True:
-            self._queue.get().run()
+            try:
+                self._queue.get().run()
+            except Exception:  # a transfer keeps its own errors; the others must not wait for ever for one job's
+                log.exception("a job of the transfer thread failed")

@@ -1,0 +1,156 @@
+"""How bytes get from a file to their place on the device."""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+Read = Callable[[memoryview, int], None]  # fill the view with the tensor's bytes from this offset on
+
+BUFFER_BYTES = 32 << 20
+_ALIGN = 64  # bytes between tensors in a buffer: any dtype may begin there
+
+
+class CopyRun(Protocol):
+    """One adapter's copies."""
+
+    def put(self, read: Read, num_bytes: int, dtype: torch.dtype, place: Tensor) -> None:
+        """Copy a tensor of `num_bytes` to its place, which may be of another dtype. On the transfer thread."""
+
+    def end(self) -> None:
+        """No more is coming. On the transfer thread; also after a failure, since copies may be under way."""
+
+    def is_complete(self) -> bool:
+        """After `end`: whether all bytes are in place. Does not wait."""
+
+    def join(self) -> None:
+        """Whatever is launched from now on may read them. On the thread that launches kernels."""
+
+
+class Copier(Protocol):
+    def begin(self) -> CopyRun:
+        """On the thread that launches kernels. What it launched so far may still read what was in these places."""
+
+
+class HostCopy:
+    """The host writes the bytes itself; each call is over when it returns."""
+
+    def begin(self) -> "HostCopy":
+        return self
+
+    def put(self, read: Read, num_bytes: int, dtype: torch.dtype, place: Tensor) -> None:
+        raw = bytearray(num_bytes)
+        read(memoryview(raw), 0)
+        place.copy_(torch.frombuffer(raw, dtype=dtype).view(place.shape))
+
+    def end(self) -> None:
+        pass
+
+    def is_complete(self) -> bool:
+        return True
+
+    def join(self) -> None:
+        pass
+
+
+class _Buffer:
+    def __init__(self, memory: Tensor, event: Any) -> None:
+        self.memory, self.bytes = memory, memoryview(memory.numpy())
+        self.copied = event  # recorded behind the last copy out of it; one never recorded is over
+        self.used = 0
+
+
+class PinnedCopy:
+    """Files are read straight into page-locked buffers, and copied from there on a stream of their own.
+
+    While the device copies out of one buffer the next is filled; a buffer is filled again when the copies out of it
+    are over. Small tensors share a buffer, large ones go through in pieces. Other dtypes are converted on the device,
+    by way of `scratch`. `buffers` and `scratch` are uint8 and of one size, a multiple of 64.
+    """
+
+    def __init__(
+        self, buffers: Sequence[Tensor], scratch: Tensor, device: torch.device, cuda: Any = torch.cuda
+    ) -> None:
+        assert all(len(buffer) == len(scratch) and len(buffer) % _ALIGN == 0 for buffer in buffers)
+        self._cuda, self._device = cuda, device
+        self._stream = cuda.Stream(device)
+        self._buffers = [_Buffer(buffer, cuda.Event(blocking=True)) for buffer in buffers]  # the first is being filled
+        self._scratch = scratch
+
+    def begin(self) -> "_PinnedRun":
+        self._stream.wait_stream(self._cuda.current_stream(self._device))
+        return _PinnedRun(self, self._cuda.Event())
+
+    def put(self, read: Read, num_bytes: int, dtype: torch.dtype, place: Tensor) -> None:
+        assert place.numel() * dtype.itemsize == num_bytes
+        elements = place.view(-1)
+        done = 0
+        while done < num_bytes:
+            buffer = self._buffer()
+            begin = buffer.used
+            count = min(num_bytes - done, len(buffer.bytes) - begin)
+            read(buffer.bytes[begin : begin + count], done)
+            piece = buffer.memory[begin : begin + count].view(dtype)
+            first = done // dtype.itemsize
+            self._copy(piece, elements[first : first + len(piece)])
+            buffer.used += -(-count // _ALIGN) * _ALIGN
+            done += count
+
+    def record(self, event: Any) -> None:
+        event.record(self._stream)
+
+    def make_compute_wait(self, event: Any) -> None:
+        self._cuda.current_stream(self._device).wait_event(event)
+
+    def _buffer(self) -> _Buffer:
+        """The one that is being filled, which has room."""
+        buffer = self._buffers[0]
+        if buffer.used == len(buffer.bytes):
+            self.record(buffer.copied)
+            self._buffers = [*self._buffers[1:], buffer]
+            buffer = self._buffers[0]
+            buffer.copied.synchronize()
+            buffer.used = 0
+        return buffer
+
+    def _copy(self, source: Tensor, target: Tensor) -> None:
+        with self._cuda.stream(self._stream):
+            if source.dtype is not target.dtype:  # torch would convert on the host and copy from pageable memory
+                staged = self._scratch[: source.nbytes].view(source.dtype)
+                staged.copy_(source, non_blocking=True)
+                source = staged
+            target.copy_(source, non_blocking=True)
+
+
+class _PinnedRun:
+    def __init__(self, copy: PinnedCopy, landed: Any) -> None:
+        self._copy, self._landed = copy, landed
+
+    def put(self, read: Read, num_bytes: int, dtype: torch.dtype, place: Tensor) -> None:
+        self._copy.put(read, num_bytes, dtype, place)
+
+    def end(self) -> None:
+        self._copy.record(self._landed)
+
+    def is_complete(self) -> bool:
+        return bool(self._landed.query())
+
+    def join(self) -> None:
+        self._copy.make_compute_wait(self._landed)
+
+
+def pinned_copy(device: torch.device, buffer_bytes: int = BUFFER_BYTES) -> PinnedCopy:
+    """For a GPU: two buffers of `buffer_bytes` page-locked on the host, and as many bytes again on the device."""
+    buffers = [torch.empty(buffer_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+    return PinnedCopy(buffers, torch.empty(buffer_bytes, dtype=torch.uint8, device=device), device)
+
+
+def read_exactly(file: int, offset: int, into: memoryview) -> None:
+    """Fill `into` from a file descriptor. Raises EOFError where the file ends too soon."""
+    while into:
+        count = os.preadv(file, [into], offset)
+        if count == 0:
+            raise EOFError("it ends before its data")
+        into, offset = into[count:], offset + count
