@@ -17,28 +17,31 @@ from torch import nn
 
 from adapters_store.base_spec import BaseSpec, ExpertStack
 from server.config import EngineConfig
+from server.device import CPU, choose_device, choose_dtype, num_kv_blocks, require_room
 from server.engine.core import EngineCore
 from server.engine.kv_cache import KVCache
 from server.engine.link import EngineLink
 from server.engine.messages import Configure, EngineInfo, Progress, Ready, StartFailed, ToFront
 from server.engine.scheduler import SchedulerLimits
 from server.errors import ConfigError
-from server.memory import available_bytes
-from server.model.attention import install_paged_attention, probe_kv_shapes
-from server.model.experts import RoutedExperts
+from server.model.attention import CachedLayer, PagedLayer, cache_bytes, install
+from server.model.cuda_graphs import GraphedForward
+from server.model.device_inputs import Capacity, DeviceInputs
+from server.model.experts import Stacks
 from server.model.families import UnsupportedModelError, layer_windows, max_model_len, pin_rope, stop_token_ids
+from server.model.forward import Forward, HostForward, KernelForward, Model
 from server.model.inputs import CurrentStep
-from server.model.loader import OnProgress, inject, load_model
-from server.model.lora_linear import LoraLinear
+from server.model.loader import Injected, OnProgress, inject, load_model
+from server.model.mla import LatentLayer, latent_shape
+from server.model.probe import KVShape, Probed, probe
 from server.model.runner import ModelRunner
-from server.weights.arena import ArenaError, HostArena
+from server.weights.arena import ArenaError
+from server.weights.choice import choose_arenas, choose_copier
 from server.weights.expert_stacks import ExpertStacks
 from server.weights.lora_slabs import LoraSlabs
 from server.weights.page_pool import PagePool
 from server.weights.residency import DeviceResidency
 from server.weights.transfer import TransferThread
-
-DEFAULT_KV_BYTES = 4 << 30
 
 
 @dataclass(frozen=True)
@@ -54,46 +57,60 @@ class Assembly:
 
 def build(config: EngineConfig, on_progress: OnProgress) -> Assembly:
     """Load the model that `config` names and build the engine around it."""
-    if config.device == "cuda":
-        raise ConfigError("device 'cuda' is not served yet; use cpu")
+    device = choose_device(config.device)
     torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
-    dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-    model, generation = load_model(Path(config.model_dir), dtype, on_progress)
-    return assemble(model, config, stop_token_ids(model.config, generation), on_progress)
+    model, generation = load_model(Path(config.model_dir), choose_dtype(config.dtype, device), on_progress)
+    return assemble(model, config, stop_token_ids(model.config, generation), on_progress, device)
 
 
 def assemble(
-    model: nn.Module, config: EngineConfig, stops: frozenset[int], on_progress: OnProgress = lambda *_: None
+    model: nn.Module,
+    config: EngineConfig,
+    stops: frozenset[int],
+    on_progress: OnProgress = lambda *_: None,
+    device: torch.device = CPU,
+    by_kernels: bool | None = None,
 ) -> Assembly:
-    """Inject our parts into a loaded model and size its caches."""
+    """Inject our parts into a loaded model, wherever it is, move it to `device` and size its caches.
+
+    by_kernels: None is the device's own way; True sends a CPU's model through Triton's interpreter.
+    """
+    if by_kernels is None:
+        by_kernels = device.type == "cuda"
     dtype = next(model.parameters()).dtype
     length = max_model_len(model.config, config.max_model_len)
     pin_rope(model, model.config, length)
-    pool = PagePool(config.adapter_bytes, HostArena.page_bytes)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    stacks = ExpertStacks(config.adapter_slots, config.max_experts_per_adapter, pool)
-    slabs = LoraSlabs(config.adapter_slots, pool, dtype)
-    residency = DeviceResidency(config.adapter_slots, pool, slabs, stacks, TransferThread())
+    require_room(device, num_parameters * dtype.itemsize, config.adapter_bytes)
+    arenas = choose_arenas(device)
+    pool = PagePool(config.adapter_bytes, arenas.page_bytes)
+    stacks = ExpertStacks(config.adapter_slots, config.max_experts_per_adapter, pool, arenas)
+    slabs = LoraSlabs(config.adapter_slots, pool, dtype, arenas)
     step = CurrentStep()
-    shapes = probe_kv_shapes(model)  # before injection: the probe runs the model as Transformers made it
-    inject(model, step, stacks.add_layer)
-    bytes_per_block = sum(shape.elements for shape in shapes) * dtype.itemsize * config.block_size
-    num_blocks = (config.kv_cache_bytes or _default_kv_bytes()) // bytes_per_block
-    if num_blocks == 0:
-        raise ConfigError(
-            f"kv_cache_bytes {config.kv_cache_bytes:,} is less than one block ({bytes_per_block:,} bytes)"
-        )
-    # at most what all running requests can hold at once: prefixes of earlier ones live in what those leave free
-    num_blocks = min(num_blocks, config.max_running * -(-length // config.block_size))
-    windows = layer_windows(model.config)
-    install_paged_attention(model, shapes, windows, num_blocks, config.block_size, step, dtype)
+    probed = probe(model)  # before injection: the probe runs the model as Transformers made it
+    injected = inject(model, probed, step, lambda *layer: Stacks(*stacks.add_layer(*layer)), by_kernels)
+    model.to(device)
+    for target in injected.targets:
+        slabs.bind(target.name, target.sites)
+    if by_kernels:
+        slabs.make_table(device)
+    residency = DeviceResidency(
+        config.adapter_slots, pool, slabs, stacks, arenas, TransferThread(), choose_copier(device)
+    )
+    shapes = [
+        latent_shape(attention) if attention in injected.absorbed else shape for attention, shape in probed.attention
+    ]
+    bytes_per_block = cache_bytes(shapes, config.block_size, dtype)
+    num_blocks = num_kv_blocks(config, length, bytes_per_block, device)
+    install_caches(model, probed, injected, shapes, num_blocks, config.block_size, step)
+    forward = make_forward(model, step, residency, config, num_blocks, length, dtype, device, by_kernels)
     on_progress("Building the engine", 1, 1)
     info = EngineInfo(
-        base=base_spec(model),
+        base=base_spec(model.config.model_type, injected),
         model_type=model.config.model_type,
         num_parameters=num_parameters,
         weight_bytes=num_parameters * dtype.itemsize,
-        device="cpu",
+        device=str(device),
         dtype=str(dtype).removeprefix("torch."),
         max_model_len=min(length, num_blocks * config.block_size),
         vocab_size=model.config.vocab_size,
@@ -106,29 +123,51 @@ def assemble(
     )
     return Assembly(
         KVCache(num_blocks, config.block_size),
-        ModelRunner(model, step, residency, config.block_size),
+        ModelRunner(forward, residency, config.block_size),
         residency,
         info,
         SchedulerLimits(config.tokens_per_step, config.max_running, config.max_waiting, config.max_skips),
     )
 
 
-def base_spec(model: nn.Module) -> BaseSpec:
-    """What adapters are checked against, read off the injected model."""
-    linears = {
-        name: (module.out_features, module.in_features)
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLinear)
-    }
-    experts = {
-        module.layer: ExpertStack(*module.spec) for module in model.modules() if isinstance(module, RoutedExperts)
-    }
-    return BaseSpec(model.config.model_type, linears, experts)
+def install_caches(
+    model: nn.Module, probed: Probed, injected: Injected, shapes: list[KVShape], num_blocks: int, block_size: int,
+    step: CurrentStep,
+) -> None:  # fmt: skip
+    """Give every layer the cache of its kind."""
+    like = next(model.parameters())
+    layers: list[tuple[nn.Module, CachedLayer]] = []
+    for (attention, _), shape, window in zip(probed.attention, shapes, layer_windows(model.config), strict=True):
+        projection = injected.absorbed.get(attention)
+        if projection is None:
+            layers.append((attention, PagedLayer(shape, num_blocks, block_size, window, step, like)))
+        else:
+            assert window is None
+            layers.append((attention, LatentLayer(projection, shape, num_blocks, block_size, step, like)))
+    install(model, layers)
 
 
-def _default_kv_bytes() -> int:
-    """A quarter of the memory that is available now, at most 4 GiB."""
-    return min(DEFAULT_KV_BYTES, available_bytes() // 4)
+def make_forward(
+    model: nn.Module, step: CurrentStep, residency: DeviceResidency, config: EngineConfig, num_blocks: int, length: int,
+    dtype: torch.dtype, device: torch.device, by_kernels: bool,
+) -> Forward:  # fmt: skip
+    """References on the host; kernels, and graphs where there are any."""
+    function = Model(model, step)
+    if not by_kernels:
+        return HostForward(function, config.block_size, dtype)
+    blocks = min(num_blocks, -(-length // config.block_size))
+    most_slices = max((len(site.widths) for site in residency.sites), default=1)
+    capacity = Capacity(config.tokens_per_step, config.max_running, blocks, most_slices)
+    inputs = DeviceInputs(capacity, device)
+    if device.type == "cuda":
+        return GraphedForward(function, inputs, residency, config.max_running)
+    return KernelForward(function, inputs, residency)
+
+
+def base_spec(model_type: str, injected: Injected) -> BaseSpec:
+    """What adapters are checked against."""
+    linears = {target.name: target.shape for target in injected.targets}
+    return BaseSpec(model_type, linears, {it.layer: ExpertStack(*it.spec) for it in injected.experts})
 
 
 def main() -> int:

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from server.model.attention import PROBE
 from server.model.families import FAMILIES, UnsupportedModelError, check_family, max_model_len
 from server.model.loader import load_model
+from server.model.probe import PROBE
 from tests.engine_harness import Engine, generated, prompts
 from tests.tiny_models import MODELS, make_config, make_model, save_model
 

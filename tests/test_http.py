@@ -14,9 +14,7 @@ import pytest
 from torch import nn
 
 from adapters_store.catalog import Catalog
-from server.engine_process import base_spec
-from server.model.inputs import CurrentStep
-from server.model.loader import inject
+from tests.engine_harness import Engine
 from tests.live_server import LiveServer, write_tokenizer
 from tests.test_families import reference
 from tests.tiny_adapters import merge, save_esft, save_lora
@@ -69,9 +67,7 @@ def client(server: LiveServer) -> Iterator[openai.OpenAI]:
 @pytest.fixture(scope="module")
 def expected(root: Path) -> Callable[[str, int], list[int]]:
     """Greedy tokens of PROMPT through each merged model."""
-    shapes = tiny()
-    inject(shapes, CurrentStep(), lambda _, gate_up, down: (gate_up, down))
-    catalog = Catalog("tiny", base_spec(shapes), (root / "adapters", root / "more"))
+    catalog = Catalog("tiny", Engine(tiny()).assembly.info.base, (root / "adapters", root / "more"))
 
     def tokens(name: str, count: int) -> list[int]:
         model = tiny()

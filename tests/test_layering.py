@@ -24,8 +24,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "server/model": ("server.model", "kernels", "server.kernels_name"),
     "server/api": ("server.api", "server.engine.client", "server.engine.messages", "server.engine.request",
                    "adapters_store", "server.errors", "server.config", "server.metrics", "server.version"),
+    "server/device.py": ("server.config", "server.errors", "server.memory"),
     "server/engine_process.py": ("server.engine", "server.model", "server.weights", "server.config", "server.errors",
-                                 "server.memory", "adapters_store"),
+                                 "server.device", "adapters_store"),
     "server/engine_child.py": ("server.engine", "server.config", "server.errors"),
     "server/front.py": ("server", "adapters_store"),
     "server/cli.py": ("server", "adapters_store"),
@@ -94,6 +95,12 @@ def test_triton_only_in_kernel_files() -> None:
     for file in SOURCES:
         if any(within(name, ("triton",)) for name in imports_of(file)):
             assert file.name == "kernel.py", file
+
+
+def test_cuda_bindings_only_in_the_driver_file() -> None:
+    for file in SOURCES:
+        if any(within(name, ("cuda",)) for name in imports_of(file)):
+            assert file == ROOT / "server" / "weights" / "cuda_driver.py"
 
 
 def test_the_kernels_package_is_empty_at_its_top() -> None:

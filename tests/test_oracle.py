@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from adapters_store.catalog import CatalogEntry
 from server.engine.request import FinishReason, Request, Sampling
-from server.model.attention import PROBE
+from server.model.probe import PROBE
 from tests.engine_harness import GREEDY, Engine, generated, prompts
 from tests.test_families import reference
 from tests.tiny_adapters import ALL_LINEARS, ATTENTION, merge, register, save_esft, save_lora, write_lora

@@ -1,39 +1,60 @@
 """Routed experts over a stack with room for adapters' own."""
 
+from dataclasses import dataclass
+
 from torch import Tensor, nn
 
 from kernels.expert_route import expert_route
-from kernels.grouped_gemm import combine, grouped_gemm
+from kernels.grouped_gemm import Act, Activation, Layout, combine, down, gate_up, tile_rows
+from server.model.families import UnsupportedModelError
 from server.model.inputs import CurrentStep
+from server.model.routers import Router
+
+_ACTS = {"SiLU": Act.SILU, "SiLUActivation": Act.SILU, "GELUTanh": Act.GELU_TANH, "PytorchGELUTanh": Act.GELU_TANH,
+         "GELUActivation": Act.GELU}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stacks:
+    """`gate_up` [slots, 2I, H] and `down` [slots, H, I] begin with the base's M experts; behind them lie the slots of
+    adapters (transposed where the family stores them so). expert_map [adapter slots + 1, M] int32 says which."""
+
+    gate_up: Tensor
+    down: Tensor
+    expert_map: Tensor
 
 
 class RoutedExperts(nn.Module):
-    """Takes the place of a Transformers experts module: same forward, experts chosen per adapter.
+    """Takes the place of a Transformers experts module: experts chosen from the router's logits, per adapter."""
 
-    `gate_up` [slots, 2I, H] and `down` [slots, H, I] begin with the base's M experts; behind them lie the slots of
-    adapters (transposed where the family stores them so). The activation stays the family's own.
-    """
-
-    def __init__(self, original: nn.Module, gate_up: Tensor, down: Tensor, layer: int, step: CurrentStep) -> None:
+    def __init__(self, original: nn.Module, router: Router, stacks: Stacks, layer: int, step: CurrentStep) -> None:
         super().__init__()
-        self._gate_up, self._down = gate_up, down
-        self._gate_up_bias = original.gate_up_proj_bias if original.has_bias else None
-        self._down_bias = original.down_proj_bias if original.has_bias else None
-        self._transposed: bool = original.is_transposed
+        self._router, self._stacks, self._step = router, stacks, step
+        biases = (original.gate_up_proj_bias, original.down_proj_bias) if original.has_bias else (None, None)
+        self.gate_up_bias, self.down_bias = biases
+        self._layout = Layout(original.is_transposed, not original.is_concatenated)
+        self._activation = _activation(original)
         is_gated = original.has_gate and original.is_concatenated and not (original.has_bias or original.is_transposed)
         # what adapters are checked against: experts, hidden size, intermediate size, layout
         num_experts, *matrix = original.down_proj.shape
         hidden, intermediate = reversed(matrix) if original.is_transposed else matrix
         self.spec = (num_experts, hidden, intermediate, "gated" if is_gated else "other")
         self.layer = layer
-        original.gate_up_proj = original.down_proj = None  # the stacks hold them now
-        self._apply_gate = original._apply_gate
-        self._step = step
 
-    def forward(self, hidden: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
-        """hidden [T, H]; expert_ids [T, K] among the base's experts; weights [T, K] -> [T, H]."""
-        inputs = self._step.inputs
-        buckets = expert_route(expert_ids, inputs.token_slots, inputs.tables.expert_map(self.layer))
-        rows = hidden[buckets.pairs // expert_ids.shape[1]]
-        gated = self._apply_gate(grouped_gemm(rows, self._gate_up, buckets, self._gate_up_bias, self._transposed))
-        return combine(grouped_gemm(gated, self._down, buckets, self._down_bias, self._transposed), buckets, weights)
+    def forward(self, hidden: Tensor, logits: Tensor, _: Tensor) -> Tensor:
+        """hidden [T, H]; logits [T, M] float32 (see Router) -> [T, H]."""
+        tokens, stacks, routing = self._step.inputs.tokens, self._stacks, self._router.routing
+        rows = tile_rows(hidden, routing.top_k, self.spec[0])
+        routed = expert_route(logits, routing, stacks.expert_map, len(stacks.gate_up), tokens, rows,
+                              self._router.correction)  # fmt: skip
+        gated = gate_up(hidden, stacks.gate_up, routed, self._activation, self._layout, self.gate_up_bias)
+        return combine(down(gated, stacks.down, routed, self._layout, self.down_bias), routed)
+
+
+def _activation(experts: nn.Module) -> Activation:
+    if not experts.is_concatenated:  # gpt-oss
+        return Activation(Act.CLAMPED, experts.alpha, experts.limit)
+    name = type(experts.act_fn).__name__
+    if name not in _ACTS:
+        raise UnsupportedModelError(f"experts with the activation {name} are not served; these are: {', '.join(_ACTS)}")
+    return Activation(_ACTS[name])

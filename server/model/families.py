@@ -5,6 +5,9 @@ equal Transformers' own `generate`. Everything else is refused by name: an archi
 do not know (recurrent layers, convolutions, other masks) would give wrong answers in silence.
 """
 
+import inspect
+import types
+
 import torch
 from torch import nn
 
@@ -86,21 +89,26 @@ def max_model_len(config: object, asked: int) -> int:
 
 
 def pin_rope(model: nn.Module, config: object, length: int) -> None:
-    """Fix long rope to one set of frequencies, so that no request changes another's.
+    """Fix dynamic and long rope to one set of frequencies, so that no request changes another's.
 
-    Up to the original length Transformers always picks the short set and nothing is to do. Beyond it, every request
-    gets the long set, as the longest allowed one would.
+    Transformers chooses the set anew in each forward, by the longest position of the batch; that is also a read-back
+    from the device, which a captured graph cannot have. Up to the original length both start with the right set. Beyond
+    it, every request gets the long set, as the longest allowed one would.
     """
     rope = _rope(config)
-    if rope["rope_type"] != "longrope" or length <= int(rope["original_max_position_embeddings"]):
+    if rope["rope_type"] not in ("dynamic", "longrope"):
         return
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
+    is_long = rope["rope_type"] == "longrope" and length > int(rope["original_max_position_embeddings"])
     for module in model.modules():
         if hasattr(module, "original_inv_freq"):
-            long, _ = ROPE_INIT_FUNCTIONS["longrope"](config, None, seq_len=length)
-            with torch.no_grad():
-                module.original_inv_freq.copy_(long)
+            if is_long:
+                from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+                long, _ = ROPE_INIT_FUNCTIONS["longrope"](config, None, seq_len=length)
+                with torch.no_grad():
+                    module.inv_freq.copy_(long)
+            unchanging = torch.no_grad()(inspect.unwrap(type(module).forward))
+            module.forward = types.MethodType(unchanging, module)  # type: ignore[method-assign]
 
 
 def _rope(config: object) -> dict[str, object]:

@@ -1,6 +1,6 @@
-"""One step as tensors. Long-lived objects own memory; this one owns indices."""
+"""One step: first as lists on the host, then as tensors. Long-lived objects own memory; these own indices."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -8,8 +8,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kernels.lora import LoraWeights, Segment
-from kernels.paged_attention import AttentionBatch
+from kernels.expert_route import TokenBatch
+from kernels.lora import Segment, Segments
+from kernels.paged_attention import AttentionBatch, DeviceBatch
 
 
 class SamplingLike(Protocol):
@@ -51,39 +52,92 @@ class ScheduledLike(Protocol):
 
 
 class AdapterTables(Protocol):
-    """Where adapters on the device are, as kernels read it. Slot 0 is the base and has no entry."""
-
-    def lora_weights(self, module: str) -> Mapping[int, LoraWeights]:
-        """By slot, for one linear."""
-
-    def expert_map(self, layer: int) -> Tensor:
-        """[slots + 1, M] int64."""
+    """Which adapters are on the device. What kernels read of them was given to the injected modules at start."""
 
     def has_lora(self, slot: int) -> bool: ...
 
     def has_experts(self, slot: int) -> bool: ...
 
+    @property
+    def max_rank(self) -> int:
+        """No LoRA that was on the device so far has a higher rank."""
+
+    @property
+    def num_sites_used(self) -> int:
+        """At how many places of the model any adapter so far has acted; a place once used stays so."""
+
 
 @dataclass(frozen=True)
-class StepInputs:
+class HostStep:
     """Tokens of all requests, flattened; requests in order of adapter slot, so that each adapter is one segment.
 
     Running example: request a (slot 2) decodes its 6th token, b (base) prefills 3 tokens.
-        token_ids   [b b b a]    positions [2 3 4 5]
-        segments    [(3, 4, 2)]  sample_segments [(1, 2, 2)]   (of the sampled rows b, a)
-        token_slots [0 0 0 2]    or None if no expert adapter takes part
+        token_ids   [b b b a]    positions [2 3 4 5]    token_slots [0 0 0 2]
+        query_lens  [3 1]        kv_lens   [5 6]        sample_rows [2 3]
+        spans       [(3, 4, 2)]  sample_spans [(1, 2, 2)]   (of the sampled rows b, a)
     """
 
-    token_ids: Tensor  # [T] int64
-    positions: Tensor  # [T] int64
-    slot_mapping: Tensor  # [T] int64: where each token's key and value go
-    fresh_blocks: Tensor  # int64: KV blocks that come into use with this step
-    attention: AttentionBatch
-    sample_rows: Tensor  # [R] int64: rows whose logits are wanted
-    segments: Sequence[Segment]  # rows of LoRA adapters
-    sample_segments: Sequence[Segment]  # the same for the rows of the logits
-    token_slots: Tensor | None  # [T] int64
-    tables: AdapterTables
+    token_ids: list[int]
+    positions: list[int]
+    slot_mapping: list[int]  # where each token's key and value go: block * block_size + offset
+    token_slots: list[int]
+    query_lens: list[int]
+    kv_lens: list[int]
+    block_tables: list[list[int]]
+    sample_rows: list[int]
+    spans: list[Segment]  # rows of LoRA adapters
+    sample_spans: list[Segment]  # the same for the rows of the logits
+    has_experts: bool  # some token has an expert adapter
+
+    @property
+    def is_decode(self) -> bool:
+        """Every sequence computes one token and samples."""
+        return len(self.token_ids) == len(self.sample_rows) == len(self.query_lens)
+
+
+def lay_out(plan: Sequence[ScheduledLike], tables: AdapterTables, block_size: int) -> HostStep:
+    """`plan` is in order of adapter slot."""
+    step = HostStep([], [], [], [], [], [], [], [], [], [], any(tables.has_experts(it.request.slot) for it in plan))
+    for scheduled in plan:
+        request, start, end = scheduled.request, scheduled.start, scheduled.start + scheduled.num_tokens
+        table = request.block_table
+        _extend(step.spans, request.slot, len(step.token_ids), scheduled.num_tokens, tables)
+        step.token_ids.extend(request.tokens[start:end])
+        step.positions.extend(range(start, end))
+        step.slot_mapping.extend(table[p // block_size] * block_size + p % block_size for p in range(start, end))
+        step.token_slots.extend([request.slot] * scheduled.num_tokens)
+        step.query_lens.append(scheduled.num_tokens)
+        step.kv_lens.append(end)
+        step.block_tables.append(table)
+        if scheduled.samples:
+            _extend(step.sample_spans, request.slot, len(step.sample_rows), 1, tables)
+            step.sample_rows.append(len(step.token_ids) - 1)
+    return step
+
+
+def _extend(spans: list[Segment], slot: int, row: int, count: int, tables: AdapterTables) -> None:
+    """Add rows [row, row + count) of `slot`, merged with a neighbour's of the same; none without a LoRA adapter."""
+    if not tables.has_lora(slot):
+        return
+    if spans and spans[-1].slot == slot and spans[-1].end == row:
+        spans[-1] = Segment(spans[-1].start, row + count, slot)
+    else:
+        spans.append(Segment(row, row + count, slot))
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """A step as tensors, for the host's path or for kernels. Integers are int64 there and int32 here."""
+
+    token_ids: Tensor  # [T]
+    positions: Tensor  # [T]
+    slot_mapping: Tensor  # [T]; -1: a token that only pads the batch
+    fresh_blocks: Tensor | None  # KV blocks that come into use with this step; None: nobody reads past an end
+    attention: AttentionBatch | DeviceBatch
+    sample_rows: Tensor  # [R]: rows whose logits are wanted
+    segments: Segments
+    sample_segments: Segments
+    tokens: TokenBatch
 
 
 class CurrentStep:
@@ -107,60 +161,18 @@ class CurrentStep:
             self._inputs = None
 
 
-def build_inputs(
-    plan: Sequence[ScheduledLike], tables: AdapterTables, block_size: int, dtype: torch.dtype
-) -> StepInputs:
-    """`plan` is in order of adapter slot. `dtype` is that of attention scores' masks."""
-    token_ids: list[int] = []
-    positions: list[int] = []
-    slot_mapping: list[int] = []
-    sample_rows: list[int] = []
-    row_slots: list[tuple[int, int]] = []  # (adapter slot, rows) in order
-    sample_slots: list[tuple[int, int]] = []
-    for scheduled in plan:
-        request, start, end = scheduled.request, scheduled.start, scheduled.start + scheduled.num_tokens
-        token_ids += request.tokens[start:end]
-        positions += range(start, end)
-        table = request.block_table
-        slot_mapping += [table[p // block_size] * block_size + p % block_size for p in range(start, end)]
-        row_slots.append((request.slot, scheduled.num_tokens))
-        if scheduled.samples:
-            sample_rows.append(len(token_ids) - 1)
-            sample_slots.append((request.slot, 1))
-    attention = AttentionBatch(
-        [scheduled.num_tokens for scheduled in plan],
-        [scheduled.start + scheduled.num_tokens for scheduled in plan],
-        [scheduled.request.block_table for scheduled in plan],
-        block_size,
-        dtype,
-    )
-    token_slots = None
-    if any(tables.has_experts(slot) for slot, _ in row_slots):
-        adapter_slots, counts = zip(*row_slots, strict=True)
-        token_slots = torch.tensor(adapter_slots).repeat_interleave(torch.tensor(counts))
-    slots = torch.tensor(slot_mapping)
+def host_inputs(step: HostStep, block_size: int, dtype: torch.dtype) -> StepInputs:
+    """For the reference path. `dtype` is that of attention scores' masks."""
+    slot_mapping = torch.tensor(step.slot_mapping)
     return StepInputs(
-        token_ids=torch.tensor(token_ids),
-        positions=torch.tensor(positions),
-        slot_mapping=slots,
-        fresh_blocks=slots[slots % block_size == 0] // block_size,  # a block is taken for the token that begins it
-        attention=attention,
-        sample_rows=torch.tensor(sample_rows, dtype=torch.int64),
-        segments=_segments(row_slots, tables),
-        sample_segments=_segments(sample_slots, tables),
-        token_slots=token_slots,
-        tables=tables,
+        token_ids=torch.tensor(step.token_ids),
+        positions=torch.tensor(step.positions),
+        slot_mapping=slot_mapping,
+        # a block is taken for the token that begins it
+        fresh_blocks=slot_mapping[slot_mapping % block_size == 0] // block_size,
+        attention=AttentionBatch(step.query_lens, step.kv_lens, step.block_tables, block_size, dtype),
+        sample_rows=torch.tensor(step.sample_rows, dtype=torch.int64),
+        segments=Segments(step.spans),
+        sample_segments=Segments(step.sample_spans),
+        tokens=TokenBatch(torch.tensor(step.token_slots) if step.has_experts else None),
     )
-
-
-def _segments(row_slots: list[tuple[int, int]], tables: AdapterTables) -> list[Segment]:
-    """Merge neighbours of one slot; drop rows without a LoRA adapter."""
-    segments: list[Segment] = []
-    row = 0
-    for slot, count in row_slots:
-        if segments and segments[-1].slot == slot and segments[-1].end == row:
-            segments[-1] = Segment(segments[-1].start, row + count, slot)
-        elif tables.has_lora(slot):
-            segments.append(Segment(row, row + count, slot))
-        row += count
-    return segments

@@ -1,7 +1,8 @@
 """Load a base model and inject what is ours: attention, experts, LoRA. This file is the list of it."""
 
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,39 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from server.model.attention import PROBE
-from server.model.experts import RoutedExperts
+from kernels.lora import LoraSite, LoraWeights
+from server.model.experts import RoutedExperts, Stacks
 from server.model.families import UnsupportedModelError, check_family
+from server.model.fused_ops import RmsNorm, fuse_rope, is_rms_norm
 from server.model.inputs import CurrentStep
-from server.model.lora_linear import LoraLinear
+from server.model.lora_linear import LinearSlice, LoraLinear, SharedInput
+from server.model.mla import AbsorbedProjection, is_latent, keep_latents
+from server.model.probe import PROBE, Probed
+from server.model.routers import RULES, Router
 
 OnProgress = Callable[[str, int, int], None]  # stage, done, total
 # (layer, gate_up, down) of the base -> stacks that begin with the same experts and have room for adapters'
-MakeStacks = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
+MakeStacks = Callable[[int, Tensor, Tensor], Stacks]
+# what an adapter has for one linear -> (slice, weights) at a site
+Split = Callable[[LoraWeights], Sequence[tuple[int, LoraWeights]]]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A linear that LoRA may adapt, by its name in the base. One of absorbed attention acts at two sites."""
+
+    name: str
+    shape: tuple[int, int]  # out, in
+    sites: list[tuple[LoraSite, Split]]
+
+
+@dataclass
+class Injected:
+    """What was put into a model."""
+
+    targets: list[Target] = field(default_factory=list)
+    experts: list[RoutedExperts] = field(default_factory=list)
+    absorbed: dict[nn.Module, AbsorbedProjection] = field(default_factory=dict)  # by attention module
 
 
 def load_model(
@@ -76,16 +101,62 @@ def _reported(items: Collection[Any], stage: str, on_progress: OnProgress) -> It
         on_progress(stage, done, len(items))
 
 
-def inject(model: nn.Module, step: CurrentStep, make_stacks: MakeStacks) -> None:
-    """Replace experts and linears in place. Attention follows once the size of the KV cache is known."""
+def inject(model: nn.Module, probed: Probed, step: CurrentStep, make_stacks: MakeStacks, by_kernels: bool) -> Injected:
+    """Replace experts, routers, norms and linears in place. Caches follow once their size is known."""
+    injected = Injected()
     for name, module in list(model.named_modules()):
         if hasattr(module, "gate_up_proj") and hasattr(module, "_apply_gate"):
-            layer = layer_of(name)
-            gate_up, down = make_stacks(layer, module.gate_up_proj.data, module.down_proj.data)
-            _replace(model, name, RoutedExperts(module, gate_up, down, layer, step))
-    for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear:
-            _replace(model, name, LoraLinear(module, name, step))
+            _inject_experts(model, name, module, step, make_stacks, injected)
+        elif is_rms_norm(module):
+            _replace(model, name, RmsNorm(module))
+    for attention, _ in probed.attention:
+        if is_latent(attention):
+            keep_latents(attention)
+            injected.absorbed[attention] = AbsorbedProjection(attention)
+        if by_kernels:
+            fuse_rope(attention)
+    for siblings in probed.siblings:
+        _inject_linears(model, siblings, step, injected)
+    return injected
+
+
+def _inject_experts(
+    model: nn.Module, name: str, experts: nn.Module, step: CurrentStep, make_stacks: MakeStacks, injected: Injected
+) -> None:
+    block = model.get_submodule(name.rpartition(".")[0])
+    found = [(leaf, child) for leaf, child in block.named_children() if type(child).__name__ in RULES]
+    if len(found) != 1:
+        raise UnsupportedModelError(f"{name}: no router of a known kind stands beside these experts")
+    leaf, original = found[0]
+    router = Router(original)
+    setattr(block, leaf, router)
+    layer = layer_of(name)
+    stacks = make_stacks(layer, experts.gate_up_proj.data, experts.down_proj.data)
+    routed = RoutedExperts(experts, router, stacks, layer, step)
+    experts.gate_up_proj = experts.down_proj = None  # the stacks hold them now
+    _replace(model, name, routed)
+    injected.experts.append(routed)
+
+
+def _inject_linears(model: nn.Module, names: list[str], step: CurrentStep, injected: Injected) -> None:
+    """One linear, or several that read the same input."""
+    linears = [model.get_submodule(name) for name in names]
+    attention = model.get_submodule(names[0].rpartition(".")[0])
+    if attention in injected.absorbed and names[0].endswith("kv_b_proj"):  # never called: attention goes around it
+        it = injected.absorbed[attention]
+        sites = [(it.query_site, it.split_for_queries), (it.value_site, it.split_for_values)]
+        injected.targets.append(Target(names[0], (it.out_features, it.latent), sites))
+        return
+    fused = LoraLinear(linears, names[0] == "lm_head", step)
+    shared = SharedInput(fused)
+    for index, (name, linear) in enumerate(zip(names, linears, strict=True)):
+        _replace(model, name, fused if len(names) == 1 else LinearSlice(fused, shared, index))
+        shape = (linear.out_features, linear.in_features)
+        injected.targets.append(Target(name, shape, [(fused.site, _at(index))]))
+
+
+def _at(index: int) -> Split:
+    return lambda weights: [(index, weights)]
 
 
 def layer_of(name: str) -> int:

@@ -5,10 +5,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+import kernels.sampling
+from kernels.sampling import GREEDY_BELOW, Sampled
 from server.model.inputs import SamplingLike
 
+__all__ = ["GREEDY_BELOW", "sample", "uniform"]
+
 _MASK64 = (1 << 64) - 1
-GREEDY_BELOW = 1e-5  # a temperature below this is greedy: logits apart by 1e-3 differ by a factor of e^100
+_LARGEST_DRAW = 1 - 2**-24  # below 1 in float32 too
+_LARGEST_TOP_K = 2**31 - 1
 
 
 def uniform(seed: int, index: int) -> float:
@@ -26,38 +31,29 @@ def uniform(seed: int, index: int) -> float:
     return (z >> 11) / (1 << 53)
 
 
-def sample(logits: Tensor, samplings: Sequence[SamplingLike], indices: Sequence[int]) -> list[int]:
-    """One token a row. logits [R, V], finite; indices: how many tokens each request has generated before."""
-    tokens: list[int] = logits.argmax(-1).tolist()
-    rows = [row for row, sampling in enumerate(samplings) if sampling.temperature >= GREEDY_BELOW]
-    if rows:
-        chosen = [samplings[row] for row in rows]
-        draws = torch.tensor([uniform(samplings[row].seed, indices[row]) for row in rows])
-        for row, token in zip(rows, _draw(logits[rows].float(), chosen, draws), strict=True):
-            tokens[row] = token
-    return tokens
+def sample(logits: Tensor, samplings: Sequence[SamplingLike], indices: Sequence[int]) -> list[int | None]:
+    """One token a row, or None for a row whose logits are not finite.
 
-
-def _draw(logits: Tensor, samplings: Sequence[SamplingLike], draws: Tensor) -> list[int]:
-    """Invert the cumulative distribution of the tokens that top-k and top-p leave, most likely first.
-
-    The most likely token is always left, whatever rounding does to tiny parameters.
+    logits [R, V]; indices: how many tokens each request has generated before.
     """
-    temperature = torch.tensor([sampling.temperature for sampling in samplings])[:, None]
-    ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
-    # relative to the largest, so that a small temperature underflows to 0 instead of overflowing to infinity
-    probabilities = ((ordered - ordered[:, :1]) / temperature).softmax(-1)
-    vocab = logits.shape[-1]
-    rank = torch.arange(vocab)
-    top_k = torch.tensor([sampling.top_k or vocab for sampling in samplings])[:, None]
-    top_p = torch.tensor([sampling.top_p for sampling in samplings])[:, None]
-    probabilities = probabilities.masked_fill(rank >= top_k, 0.0)
-    # top-p on what top-k left; the token that crosses p is still in
-    probabilities /= probabilities.sum(-1, keepdim=True)
-    before = probabilities.cumsum(-1) - probabilities
-    probabilities = probabilities.masked_fill((before >= top_p) & (top_p < 1) & (rank > 0), 0.0)
-    cumulative = probabilities.cumsum(-1)
-    at = (cumulative <= draws[:, None] * cumulative[:, -1:]).sum(-1)
-    # rounding may place the draw behind the last token left; take that one
-    last = (probabilities > 0).sum(-1) - 1
-    return ids.gather(-1, torch.minimum(at, last)[:, None])[:, 0].tolist()
+    sampled = launch(logits, samplings, indices)
+    return [token if ok else None for token, ok in zip(sampled.tokens.tolist(), sampled.finite.tolist(), strict=True)]
+
+
+def launch(logits: Tensor, samplings: Sequence[SamplingLike], indices: Sequence[int]) -> Sampled:
+    """What `sample` reads back, still on the logits' device."""
+    if all(it.temperature < GREEDY_BELOW for it in samplings):
+        return kernels.sampling.greedy(logits)
+    draws = [
+        min(uniform(it.seed, index), _LARGEST_DRAW) if it.temperature >= GREEDY_BELOW else 0.0
+        for it, index in zip(samplings, indices, strict=True)
+    ]
+    parameters = torch.tensor(
+        [[it.temperature for it in samplings], [it.top_p for it in samplings], [0.0] * len(draws), draws],
+        dtype=torch.float32,
+    ).to(logits.device, non_blocking=True)
+    top_k = torch.tensor([min(it.top_k, _LARGEST_TOP_K) for it in samplings], dtype=torch.int32)
+    temperature, top_p, min_p, uniforms = parameters
+    return kernels.sampling.sample(
+        logits, temperature, top_k.to(logits.device, non_blocking=True), top_p, min_p, uniforms
+    )

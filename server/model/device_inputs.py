@@ -1,0 +1,152 @@
+"""Steps for kernels: one buffer of integers, filled on the host and copied to the device in one piece.
+
+The device's side never moves, so a captured graph finds each step's indices where it found those of the step that it
+was captured with.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.expert_route import TokenBatch
+from kernels.lora import Segments, cut, tile_rows
+from kernels.paged_attention import NUM_COUNTERS, DeviceBatch
+from server.model.inputs import HostStep, StepInputs
+
+_ALIGN = 4  # integers: 16 bytes, so that kernels may load vectors
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """The most that a step can hold."""
+
+    tokens: int
+    sequences: int
+    blocks: int  # of one sequence
+    slices: int  # of one LoRA site
+
+
+def _most_tiles(sequences: int, rows: int) -> int:
+    """LoRA tiles: every sequence may have an adapter of its own, and there are tiles that are full besides."""
+    return sequences + rows // tile_rows(rows)
+
+
+class DeviceInputs:
+    """The buffer, and views of it."""
+
+    def __init__(self, capacity: Capacity, device: torch.device) -> None:
+        self.capacity = capacity
+        tiles = capacity.sequences + capacity.tokens // tile_rows(1)
+        sizes = {
+            "counts": 3,  # tokens, LoRA tiles, LoRA tiles of the sampled rows
+            "token_ids": capacity.tokens,
+            "positions": capacity.tokens,
+            "slot_mapping": capacity.tokens,
+            "token_slots": capacity.tokens,
+            "sample_rows": capacity.sequences,
+            "query_starts": capacity.sequences + 1,
+            "kv_lens": capacity.sequences,
+            "tiles": 3 * tiles,
+            "sample_tiles": 3 * capacity.sequences,
+            "block_tables": capacity.sequences * capacity.blocks,  # last, since most of it is seldom used
+        }
+        total = 0
+        self._ranges: dict[str, tuple[int, int]] = {}
+        for name, size in sizes.items():
+            self._ranges[name] = (total, total + size)
+            total += -(-size // _ALIGN) * _ALIGN
+        self._host = torch.zeros(total, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._staged = self._host.numpy()
+        self._device = torch.zeros(total, dtype=torch.int32, device=device)
+        self._attention_counters = torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=device)
+        self._route_counters = torch.zeros(2, dtype=torch.int32, device=device)
+        self._lora_counters = torch.zeros(1 + tiles * capacity.slices, dtype=torch.int32, device=device)
+
+    def fill(self, step: HostStep, rows: int, max_rank: int, with_lora: bool, with_experts: bool) -> StepInputs:
+        """Copy `step`, padded to `rows` tokens. A padded step is a decode, and padded with as many sequences.
+
+        with_lora and with_experts: take those paths, whether or not this step has such adapters.
+        """
+        num_sequences = len(step.query_lens) + rows - len(step.token_ids)
+        tile = tile_rows(rows)
+        tiles, sample_tiles = cut(step.spans, tile), cut(step.sample_spans, tile)
+        self._stage("counts", [len(step.token_ids), len(tiles), len(sample_tiles)])
+        self._stage("token_ids", step.token_ids, rows, 0)
+        self._stage("positions", step.positions, rows, 0)
+        self._stage("slot_mapping", step.slot_mapping, rows, -1)
+        if with_experts:
+            self._stage("token_slots", step.token_slots, rows, 0)
+        padding = range(len(step.token_ids), rows)
+        self._stage("sample_rows", [*step.sample_rows, *padding])
+        self._stage("query_starts", [*_starts(step.query_lens), *(row + 1 for row in padding)])
+        self._stage("kv_lens", step.kv_lens, num_sequences, 0)
+        self._stage("tiles", [number for tile in tiles for number in tile])
+        self._stage("sample_tiles", [number for tile in sample_tiles for number in tile])
+        begin = self._ranges["block_tables"][0]
+        for index, table in enumerate(step.block_tables):
+            first = begin + index * self.capacity.blocks
+            self._staged[first : first + len(table)] = table
+        used = begin + len(step.block_tables) * self.capacity.blocks
+        self._device[:used].copy_(self._host[:used], non_blocking=True)
+        return self.views(rows, num_sequences, len(step.sample_rows) + len(padding), max(step.query_lens), max_rank,
+                          with_lora, with_experts)  # fmt: skip
+
+    def views(
+        self, rows: int, num_sequences: int, num_samples: int, max_query_len: int, max_rank: int, with_lora: bool,
+        with_experts: bool,
+    ) -> StepInputs:  # fmt: skip
+        """What the device holds of a step of these sizes; always at the same addresses."""
+        tile = tile_rows(rows)
+        counts = self._view("counts", 3)
+        tables = self._view("block_tables", num_sequences * self.capacity.blocks)
+        tiles = _most_tiles(num_sequences, rows)
+        return StepInputs(
+            token_ids=self._view("token_ids", rows),
+            positions=self._view("positions", rows),
+            slot_mapping=self._view("slot_mapping", rows),
+            fresh_blocks=None,
+            attention=DeviceBatch(
+                query_starts=self._view("query_starts", num_sequences + 1),
+                kv_lens=self._view("kv_lens", num_sequences),
+                block_tables=tables.view(num_sequences, self.capacity.blocks),
+                counters=self._attention_counters,
+                max_query_len=max_query_len,
+            ),
+            sample_rows=self._view("sample_rows", num_samples),
+            segments=self._segments("tiles", tiles, counts[1:2], tile, max_rank, with_lora),
+            sample_segments=self._segments("sample_tiles", num_samples, counts[2:3], tile, max_rank, with_lora),
+            tokens=TokenBatch(
+                self._view("token_slots", rows) if with_experts else None, counts[:1], self._route_counters
+            ),
+        )
+
+    def _segments(self, name: str, most: int, count: Tensor, tile: int, max_rank: int, with_lora: bool) -> Segments:
+        if not with_lora:
+            return Segments(())
+        return Segments((), self._view(name, 3 * most).view(most, 3), count, tile, max_rank, self._lora_counters)
+
+    def _stage(self, name: str, values: Sequence[int], count: int | None = None, filler: int = 0) -> None:
+        """Write `values`, and `filler` behind them up to `count`."""
+        begin = self._ranges[name][0]
+        self._staged[begin : begin + len(values)] = values
+        if count is not None:
+            self._staged[begin + len(values) : begin + count] = filler
+
+    def _view(self, name: str, size: int) -> Tensor:
+        begin, end = self._ranges[name]
+        assert begin + size <= end, (name, size, end - begin)
+        return self._device[begin : begin + size]
+
+
+def _starts(lengths: list[int]) -> list[int]:
+    starts = [0]
+    for length in lengths:
+        starts.append(starts[-1] + length)
+    return starts
+
+
+def padding_step() -> HostStep:
+    """A decode of padding only: what a graph is captured with. It writes no key, and reads none."""
+    return HostStep([0], [0], [-1], [0], [1], [0], [[]], [0], [], [], False)

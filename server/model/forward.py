@@ -1,0 +1,52 @@
+"""From a step to logits: on the host by the references, on a GPU by kernels and captured graphs."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from server.model.device_inputs import DeviceInputs
+from server.model.inputs import AdapterTables, CurrentStep, HostStep, StepInputs, host_inputs
+
+
+class Forward(Protocol):
+    def logits(self, step: HostStep) -> Tensor:
+        """[sampled rows, V]; valid until the next step."""
+
+
+class Model:
+    """The injected model, as a function of a step's tensors."""
+
+    def __init__(self, model: nn.Module, step: CurrentStep) -> None:
+        self._model, self._step = model, step
+
+    def __call__(self, inputs: StepInputs) -> Tensor:
+        with self._step.of(inputs):
+            return self._model(
+                input_ids=inputs.token_ids[None],
+                position_ids=inputs.positions[None],
+                use_cache=False,
+                logits_to_keep=inputs.sample_rows,
+            ).logits[0]
+
+
+class HostForward:
+    """By the references."""
+
+    def __init__(self, model: Model, block_size: int, dtype: torch.dtype) -> None:
+        self._model, self._block_size, self._dtype = model, block_size, dtype
+
+    def logits(self, step: HostStep) -> Tensor:
+        return self._model(host_inputs(step, self._block_size, self._dtype))
+
+
+class KernelForward:
+    """By kernels, each launched in turn."""
+
+    def __init__(self, model: Model, inputs: DeviceInputs, tables: AdapterTables) -> None:
+        self._model, self._inputs, self._tables = model, inputs, tables
+
+    def logits(self, step: HostStep) -> Tensor:
+        return self._model(
+            self._inputs.fill(step, len(step.token_ids), self._tables.max_rank, bool(step.spans), step.has_experts)
+        )

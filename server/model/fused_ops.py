@@ -1,0 +1,67 @@
+"""Norms and rotary embeddings in one launch each, in place of the several that Transformers' take."""
+
+import inspect
+import types
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from kernels.rms_norm import rms_norm
+from kernels.rope import rope, rope_complex
+
+
+class RmsNorm(nn.Module):
+    """Takes the place of a family's norm, with its rounding (kernels/rms_norm/reference.py)."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.weight = original.weight
+        name = type(original).__name__
+        self._eps: float = original.eps if name == "Gemma2RMSNorm" else original.variance_epsilon
+        self._offset = 1.0 if name == "Gemma2RMSNorm" else 0.0
+        self._cast_first = name not in ("Gemma2RMSNorm", "GptOssRMSNorm")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self._eps, self._offset, self._cast_first)
+
+
+def is_rms_norm(module: nn.Module) -> bool:
+    """One of the served families' norms: all have one weight, and one of two names for epsilon."""
+    return type(module).__name__.endswith("RMSNorm") and (hasattr(module, "variance_epsilon") or hasattr(module, "eps"))
+
+
+def _rope(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return rope(query, key, cos, sin)
+
+
+def _rope_interleaved(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return rope(query, key, cos, sin, interleaved=True)
+
+
+def _rope_complex(query: Tensor, key: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    return rope_complex(query, key, torch.view_as_real(frequencies))
+
+
+_ROPES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "apply_rotary_pos_emb": _rope,
+    "apply_rotary_pos_emb_interleave": _rope_interleaved,
+    "apply_rotary_emb": _rope_complex,
+}
+
+
+def fuse_rope(attention: nn.Module) -> None:
+    """Let this module call our rope where its family's file calls its own.
+
+    The function is a global of that file, and other models of the process use it too. So the module gets a copy of its
+    forward whose globals differ in that name. Phi-3 is left as it is: it rotates a part of the head only.
+    """
+    forward = inspect.unwrap(type(attention).forward)
+    ours = {name: function for name, function in _ROPES.items() if name in forward.__code__.co_names}
+    if not ours or "partial_rotary_factor" in inspect.getsource(forward) or type(attention).__name__ == "Phi3Attention":
+        return
+    copied = types.FunctionType(
+        forward.__code__, {**forward.__globals__, **ours}, forward.__name__, forward.__defaults__, forward.__closure__
+    )
+    copied.__kwdefaults__ = forward.__kwdefaults__
+    attention.forward = types.MethodType(copied, attention)  # type: ignore[method-assign]

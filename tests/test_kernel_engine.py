@@ -1,0 +1,59 @@
+"""The whole step by kernels equals the whole step by references: on a GPU, else in Triton's interpreter."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from server.engine.request import Sampling
+from server.model.probe import PROBE
+from tests.engine_harness import Engine, generated
+from tests.kernel_device import DEVICE
+from tests.tiny_adapters import register, save_esft, write_lora
+from tests.tiny_models import make_model
+
+OPS = ("expert_route", "grouped_gemm", "lora", "paged_attention", "rms_norm", "rope", "sampling", "store_kv")
+SMALL = dict(num_hidden_layers=2, hidden_size=32, intermediate_size=40, vocab_size=97)
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),
+]
+
+
+@pytest.fixture
+def by_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, object]]:
+    """Settings of an engine whose ops are all taken by kernels."""
+    for op in OPS:
+        monkeypatch.setattr(f"kernels.{op}.takes", lambda tensor: True)
+    yield dict(by_kernels=True, device=torch.device(DEVICE))
+
+
+def run(engine: Engine, adapters: list[Path], sampling: Sampling) -> list[list[int]]:
+    """A prompt for the base and one for each adapter, together: prefill in chunks, then decodes."""
+    entries = [register(engine, path) for path in adapters]
+    for length, entry in enumerate([None, *entries], start=4):
+        engine.add([5 + 7 * i % 90 for i in range(length)], 3, entry.ref if entry else None, sampling)
+    engine.run()
+    return [generated(request) for request in engine.requests]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "deepseek_v2", "deepseek_v3", "qwen3_moe"])
+def test_a_step_by_kernels(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    overrides = {**SMALL, "first_k_dense_replace": 1} if name.startswith("deepseek") else SMALL
+    plain = make_model(name, **overrides)
+    adapters = [
+        write_lora(tmp_path / "lora-1", plain, 1, re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\.\w+"), 4, 8.0),
+        write_lora(
+            tmp_path / "lora-2", plain, 2, re.compile(r"model\.layers\.1\.self_attn\.(q|kv_b|v)_proj|lm_head"), 9, 9.0
+        ),
+    ]  # fmt: skip
+    if name in ("deepseek_v2", "qwen3_moe"):
+        adapters.append(save_esft(tmp_path / "esft", plain, 3, {1: [0, 2, 5]}))
+    expected = run(Engine(make_model(name, attention=PROBE, **overrides)), adapters, Sampling(temperature=0.0))
+    settings = request.getfixturevalue("by_kernels")
+    engine = Engine(make_model(name, attention=PROBE, **overrides), **settings)
+    assert run(engine, adapters, Sampling(temperature=0.0)) == expected
+    assert len({tuple(tokens) for tokens in expected}) > 1, "the adapters make no difference"
