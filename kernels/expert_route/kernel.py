@@ -145,7 +145,7 @@ def _place_block(block, slots, pairs, tiles, num_tiles, P, TILE: tl.constexpr, B
     tl.store(tiles + tile * 3 + 2, tl.minimum(same - before, TILE), mask=opens)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def route_kernel(
     logits, bias, token_slots, expert_map, num_tokens, out_weights, out_slots, pairs, tiles, num_tiles, counters, T,
     M: tl.constexpr, MP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BT: tl.constexpr, SCORE: tl.constexpr,
@@ -177,7 +177,7 @@ def route_kernel(
         tl.store(counters + 1, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "V"])
 def count_kernel(
     logits, bias, token_slots, expert_map, num_tokens, out_weights, out_slots, within, counts, T, V,
     M: tl.constexpr, MP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BT: tl.constexpr, SCORE: tl.constexpr,
@@ -207,7 +207,7 @@ def count_kernel(
     tl.store(counts + block * V + mine, same, mask=real & (before == 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["BLOCKS", "V"])
 def scan_kernel(
     counts, starts, first_tiles, num_tiles, counters, BLOCKS, V, TILE: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
@@ -239,7 +239,7 @@ def scan_kernel(
         tl.store(counters, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "V", "LAST_BLOCK"])
 def place_kernel(
     slots, within, counts, starts, first_tiles, pairs, tiles, T, V, LAST_BLOCK,
     K: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr, TILE: tl.constexpr,

@@ -121,7 +121,7 @@ def _expand(
             tl.store(y_at, out.to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "column_blocks"])
 def lora_kernel(
     x, y, z, bias, table, table_stride, offsets, tiles, num_tiles, counters, T, stride_x, stride_y, column_blocks,
     K: tl.constexpr, OWN: tl.constexpr, TRANSPOSED: tl.constexpr, RMAX: tl.constexpr, SL: tl.constexpr,
@@ -154,7 +154,7 @@ def lora_kernel(
             tl.store(counters + first + i, 0, mask=first + i < 1 + count * SL)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def shrink_kernel(
     x, z, table, table_stride, tiles, num_tiles, T, stride_x,
     K: tl.constexpr, OWN: tl.constexpr, TRANSPOSED: tl.constexpr, RMAX: tl.constexpr, SL: tl.constexpr,
@@ -165,7 +165,7 @@ def shrink_kernel(
                 stride_x, K, OWN, TRANSPOSED, RMAX, SL, SPLITS, TILE, RB, BK, DT)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "column_blocks"])
 def expand_kernel(
     y, z, bias, table, table_stride, offsets, tiles, num_tiles, T, stride_y, column_blocks,
     TRANSPOSED: tl.constexpr, RMAX: tl.constexpr, SL: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr,

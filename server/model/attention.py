@@ -4,8 +4,10 @@ A model calls the attention function named in its configuration with the module 
 that module. No mask is registered under our name, so Transformers builds none.
 """
 
+from math import prod
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -34,9 +36,8 @@ class PagedLayer:
     def __init__(self, shape: KVShape, num_blocks: int, block_size: int, window: LayerWindow, step: CurrentStep,
                  like: Tensor) -> None:  # fmt: skip
         """`like` has the caches' dtype and device."""
-        # the host hands out zero pages lazily, so an unused cache costs no memory there
-        self._key = like.new_zeros(num_blocks, block_size, shape.kv_heads, shape.key_dim)
-        self._value = like.new_zeros(num_blocks, block_size, shape.kv_heads, shape.value_dim)
+        self._key = new_cache(like, num_blocks, block_size, shape.kv_heads, shape.key_dim)
+        self._value = new_cache(like, num_blocks, block_size, shape.kv_heads, shape.value_dim)
         self._window = window
         self._step = step
 
@@ -48,6 +49,14 @@ class PagedLayer:
         clear(self._value, inputs.fresh_blocks)
         store_kv(key, value, self._key, self._value, inputs.slot_mapping)
         return paged_attention(query, self._key, self._value, inputs.attention, scale, self._window, softcap, sinks)
+
+
+def new_cache(like: Tensor, *shape: int) -> Tensor:
+    """Zeros. The host's come from numpy, which takes pages that are not there before they are touched; torch writes all
+    of them, so that a cache that nobody uses would fill the memory."""
+    if like.device.type != "cpu":
+        return like.new_zeros(shape)
+    return torch.from_numpy(np.zeros(prod(shape) * like.itemsize, np.uint8)).view(like.dtype).view(shape)
 
 
 def clear(cache: Tensor, fresh_blocks: Tensor | None) -> None:

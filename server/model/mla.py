@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kernels.lora import LoraSite, LoraWeights, lora
 from kernels.paged_attention import paged_attention
 from kernels.store_kv import store_latent
-from server.model.attention import clear
+from server.model.attention import clear, new_cache
 from server.model.inputs import CurrentStep
 from server.model.probe import KVShape
 
@@ -77,7 +77,7 @@ class LatentLayer:
         self, projection: AbsorbedProjection, shape: KVShape, num_blocks: int, block_size: int, step: CurrentStep,
         like: Tensor,
     ) -> None:  # fmt: skip
-        self._cache = like.new_zeros(num_blocks, block_size, 1, shape.key_dim)
+        self._cache = new_cache(like, num_blocks, block_size, 1, shape.key_dim)
         self._projection, self._step = projection, step
 
     def attend(

@@ -1,0 +1,144 @@
+"""Compile every shipped kernel configuration ahead of time, without a GPU, and record what it needs.
+
+    python -m benchmarks.aot            compare with the committed table; exit 1 on a difference, a spill, a limit
+    python -m benchmarks.aot --write    rewrite the table (benchmarks/results/kernels_aot.md)
+
+Registers, stack and local memory are read from the compiled object by the cuobjdump that Triton brings; a spill shows
+as stack or local memory. TRITON_INTERPRET must be unset: the decorator decides at import.
+"""
+
+import argparse
+import importlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as in every released Triton so far; unset, it warns
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kernels.compiled.kernel import AMD_STAGES, Configuration
+
+OPS = ("expert_route", "grouped_gemm", "lora", "paged_attention", "store_kv", "rms_norm", "rope", "sampling")
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
+TABLE = Path(__file__).parent / "results" / "kernels_aot.md"
+_CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What one configuration needs on one target. registers is a thread's; spilled and shared are bytes."""
+
+    op: str
+    name: str
+    target: str
+    registers: int
+    shared: int
+    spilled: int
+    num_warps: int
+
+    @property
+    def problem(self) -> str | None:
+        if self.spilled:
+            return f"spills {self.spilled} bytes a thread"
+        if self.shared > SHARED_LIMIT[self.target]:
+            return f"needs {self.shared:,} bytes of shared memory; there are {SHARED_LIMIT[self.target]:,}"
+        return None
+
+
+def configurations(ops: tuple[str, ...] = OPS) -> Iterator[tuple[str, Configuration]]:
+    for op in ops:
+        for configuration in importlib.import_module(f"kernels.{op}.kernel").configurations():
+            yield op, configuration
+
+
+def compile_for(op: str, it: Configuration, target: str) -> Compiled:
+    names = it.kernel.arg_names
+    source = ASTSource(
+        fn=it.kernel,
+        signature={name: "constexpr" if name in it.constants else it.types[name] for name in names},
+        constexprs={(names.index(name),): value for name, value in it.constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in it.aligned},
+    )
+    num_stages = min(it.num_stages, AMD_STAGES) if target == "gfx942" else it.num_stages
+    options = {"num_warps": it.num_warps, "num_stages": num_stages}
+    compiled = triton.compile(source, target=TARGETS[target], options=options)
+    registers, spilled = _amd_usage(compiled.asm["amdgcn"]) if target == "gfx942" else _usage(compiled.asm["cubin"])
+    return Compiled(op, it.name, target, registers, compiled.metadata.shared, spilled, it.num_warps)
+
+
+def _usage(cubin: bytes) -> tuple[int, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([_CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
+    if usage is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage: {text[:200]!r}")
+    return int(usage[1]), int(usage[2]) + int(usage[3])
+
+
+def _amd_usage(assembly: str) -> tuple[int, int]:
+    """Vector registers and scratch bytes, from the assembly's metadata."""
+    registers = re.search(r"\.vgpr_count:\s+(\d+)", assembly)
+    scratch = re.search(r"\.private_segment_fixed_size:\s+(\d+)", assembly)
+    if registers is None or scratch is None:
+        raise RuntimeError("the assembly has no kernel metadata")
+    return int(registers[1]), int(scratch[1])
+
+
+def as_table(rows: list[Compiled]) -> str:
+    """One line a configuration: registers a thread and kilobytes of shared memory on each target."""
+    by_name: dict[tuple[str, str], dict[str, Compiled]] = {}
+    for row in rows:
+        by_name.setdefault((row.op, row.name), {})[row.target] = row
+    targets = [target for target in TARGETS if any(target in found for found in by_name.values())]
+    lines = [f"Triton {triton.__version__}: registers a thread / KB of shared memory a program. None spills.", "",
+             f"| op | configuration | {' | '.join(targets)} |", f"|---|---|{'---:|' * len(targets)}"]  # fmt: skip
+    for (op, name), found in by_name.items():
+        cells = [f"{found[it].registers} / {found[it].shared / 1024:.1f}" if it in found else "" for it in targets]
+        lines.append(f"| {op} | {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="rewrite the committed table")
+    parser.add_argument("--ops", nargs="+", default=OPS, choices=OPS)
+    parser.add_argument("--targets", nargs="+", default=tuple(TARGETS), choices=tuple(TARGETS))
+    options = parser.parse_args()
+    rows = [
+        compile_for(op, it, target)
+        for op, it in configurations(tuple(options.ops))
+        for target in options.targets
+        if target in it.targets
+    ]
+    table = as_table(rows)
+    print(table)
+    problems = [f"{row.op} {row.name} on {row.target} {row.problem}" for row in rows if row.problem]
+    print("\n".join(problems) or f"{len(rows)} compiled, none spills or passes a limit")
+    if problems:
+        return 1
+    if options.write:
+        TABLE.write_text(table)
+    elif set(options.ops) == set(OPS) and set(options.targets) == set(TARGETS) and TABLE.read_text() != table:
+        print(f"{TABLE.name} is out of date: run with --write")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
