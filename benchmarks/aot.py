@@ -14,8 +14,9 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)
@@ -59,10 +60,13 @@ class Compiled:
         return None
 
 
-def configurations(ops: tuple[str, ...] = OPS) -> Iterator[tuple[str, Configuration]]:
-    for op in ops:
-        for configuration in importlib.import_module(f"kernels.{op}.kernel").configurations():
-            yield op, configuration
+def configurations(op: str) -> list[Configuration]:
+    return list(importlib.import_module(f"kernels.{op}.kernel").configurations())
+
+
+def _compile(op: str, index: int, target: str) -> Compiled:
+    """A kernel does not travel between processes, its place in the list does."""
+    return compile_for(op, configurations(op)[index], target)
 
 
 def compile_for(op: str, it: Configuration, target: str) -> Compiled:
@@ -120,12 +124,15 @@ def main() -> int:
     parser.add_argument("--ops", nargs="+", default=OPS, choices=OPS)
     parser.add_argument("--targets", nargs="+", default=tuple(TARGETS), choices=tuple(TARGETS))
     options = parser.parse_args()
-    rows = [
-        compile_for(op, it, target)
-        for op, it in configurations(tuple(options.ops))
+    work = [
+        (op, index, target)
+        for op in options.ops
+        for index, it in enumerate(configurations(op))
         for target in options.targets
         if target in it.targets
     ]
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        rows = list(pool.map(_compile, *zip(*work, strict=True), chunksize=8))
     table = as_table(rows)
     print(table)
     problems = [f"{row.op} {row.name} on {row.target} {row.problem}" for row in rows if row.problem]

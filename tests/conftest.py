@@ -4,8 +4,13 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import math
+from collections.abc import Iterator
+
+import pytest
 import torch
 from hypothesis import settings
+from torch import Tensor
 
 # without a GPU kernels run in Triton's interpreter; its decorator decides when a kernel's module is imported
 if not torch.cuda.is_available():
@@ -15,3 +20,20 @@ if not torch.cuda.is_available():
 settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     settings.load_profile("ci")
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What torch.empty hands out reads as NaN, or as an index far outside: what is not written shows."""
+    empty, empty_like, new_empty = torch.empty, torch.empty_like, Tensor.new_empty
+
+    def poison(tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point():
+            return tensor.fill_(math.nan)
+        return tensor.fill_(1 << 30) if tensor.dtype in (torch.int32, torch.int64) else tensor
+
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poison(empty(*args, **kwargs)))
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: poison(empty_like(*args, **kwargs)))
+    monkeypatch.setattr(Tensor, "new_empty", lambda self, *args, **kwargs: poison(new_empty(self, *args, **kwargs)))
+    torch.manual_seed(0)
+    yield

@@ -2,7 +2,6 @@
 
 import math
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -17,6 +16,8 @@ from kernels.store_kv import reference as store_reference
 from kernels.store_kv.kernel import _store_kv, _store_latent, store_kv, store_latent
 from tests.kernel_device import DEVICE
 
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("poisoned_memory")]
+
 ATOL = 2e-5  # float32 sums of up to a few hundred products of order 1
 GARBAGE = NO_LIMIT  # a block number that faults, or is far outside, if it is ever looked up
 MIXED = [(5, 5), (3, 11), (1, 1), (1, 9), (1, 4), (4, 4)]  # (new tokens, keys): prefills, a chunk, decodes
@@ -24,20 +25,6 @@ OPTIONS: list[dict[str, object]] = [
     {}, {"window": 5}, {"window": 1}, {"chunk": 4}, {"chunk": 3, "window": 2}, {"softcap": 3.0}, {"sinks": True},
     {"window": 6, "chunk": 8, "softcap": 2.0, "sinks": True},
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What torch.empty hands out reads as NaN, so scratch that is read before it is written shows."""
-    empty, new_empty = torch.empty, Tensor.new_empty
-
-    def poison(tensor: Tensor) -> Tensor:
-        return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poison(empty(*args, **kwargs)))
-    monkeypatch.setattr(Tensor, "new_empty", lambda self, *args, **kwargs: poison(new_empty(self, *args, **kwargs)))
-    torch.manual_seed(0)
-    yield
 
 
 @dataclass

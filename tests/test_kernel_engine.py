@@ -35,7 +35,7 @@ def run(engine: Engine, adapters: list[Path], sampling: Sampling) -> list[list[i
     """A prompt for the base and one for each adapter, together: prefill in chunks, then decodes."""
     entries = [register(engine, path) for path in adapters]
     for length, entry in enumerate([None, *entries], start=4):
-        engine.add([5 + 7 * i % 90 for i in range(length)], 3, entry.ref if entry else None, sampling)
+        engine.add([5 + 7 * i % 90 for i in range(length)], 2, entry.ref if entry else None, sampling)
     engine.run()
     return [generated(request) for request in engine.requests]
 

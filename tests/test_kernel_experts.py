@@ -14,11 +14,15 @@ from kernels.grouped_gemm import Act, Activation, Layout
 from kernels.grouped_gemm import kernel as gemm_kernel
 from kernels.grouped_gemm import reference as gemm_reference
 from tests.kernel_device import DEVICE
+from tests.test_ops import POPULARITIES, pick
 
 # the interpreter's exp reports what a GPU's passes over: a sigmoid far from 0
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),
+]
 
-POPULARITIES = ("distinct", "uniform", "zipf", "identical", "skewed")
 ATOL = 1e-5  # float32 weights between 0 and 1, and sums of up to a few hundred products of order 1
 
 ROUTINGS = {
@@ -54,20 +58,6 @@ def route(logits: Tensor, routing: Routing, expert_map: Tensor, batch: TokenBatc
     keys = got.slots.flatten()[placed].long() * got.pairs.numel() + placed
     assert torch.equal(keys, keys.sort().values) and len(set(placed.tolist())) == num_real
     return got
-
-
-def pick(popularity: str, count: int, choices: int, rng: random.Random) -> list[int]:
-    match popularity:
-        case "distinct":
-            return [index % choices for index in range(count)]
-        case "uniform":
-            return [rng.randrange(choices) for _ in range(count)]
-        case "zipf":
-            return rng.choices(range(choices), [1 / (1 + index) ** 1.5 for index in range(choices)], k=count)
-        case "identical":
-            return [choices - 1] * count
-        case _:
-            return [0 if rng.random() < 0.95 else rng.randrange(choices) for _ in range(count)]
 
 
 def expert_maps(experts: int) -> Tensor:

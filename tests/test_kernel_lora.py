@@ -11,6 +11,9 @@ from kernels.lora import LoraSite, LoraWeights, Segment, Segments, cut, table_ro
 from kernels.lora import kernel as lora_kernel
 from kernels.lora import reference as lora_reference
 from tests.kernel_device import DEVICE
+from tests.test_ops import POPULARITIES, pick
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("poisoned_memory")]
 
 ATOL = 2e-4  # float32 sums of a few hundred products of order 1, of magnitude up to 100
 RANKS = {1: 1, 2: 5, 4: 8, 5: 16, 6: 64}  # slot 3 has a LoRA, but none here; slot 0 is the base
@@ -48,16 +51,7 @@ def make_segments(slots: list[int], slices: int, tile: int, max_rank: int = 64, 
 
 
 def batch(popularity: str, count: int) -> list[int]:
-    rng = random.Random(3)
-    weights = {"zipf": [1 / (1 + slot) ** 1.5 for slot in range(SLOTS)], "skewed": [20, 1, 1, 1, 1, 1, 1]}
-    match popularity:
-        case "distinct":
-            slots = [index % SLOTS for index in range(count)]
-        case "identical":
-            slots = [6] * count
-        case _:
-            slots = rng.choices(range(SLOTS), weights.get(popularity), k=count)
-    return sorted(slots)
+    return sorted(pick(popularity, count, SLOTS, random.Random(3)))
 
 
 @pytest.fixture
@@ -84,7 +78,7 @@ def check(depth: int, widths: tuple[int, ...], slots: list[int], single_launch: 
 
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("single_launch", [True, False], ids=["one launch", "two launches"])
-@pytest.mark.parametrize("popularity", ["distinct", "uniform", "zipf", "identical", "skewed"])
+@pytest.mark.parametrize("popularity", POPULARITIES)
 @pytest.mark.parametrize(("depth", "widths"), [(40, (33,)), (33, (17, 5, 20))])
 def test_lora(single_launch: bool, popularity: str, depth: int, widths: tuple[int, ...]) -> None:
     check(depth, widths, batch(popularity, 11), single_launch, gains=False)

@@ -1,7 +1,7 @@
 """rms_norm and rope: references against Transformers' modules, bit for bit, and kernels against references."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,6 +19,8 @@ from kernels.rope import kernel as rope_kernel
 from kernels.rope import reference as rope_reference
 from tests.kernel_device import DEVICE
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 ATOL = 2e-6  # float32, values of order 1, sums of up to a few hundred of them
 BF16_ATOL = 2**-5  # an ulp of values below 8; the interpreter truncates where others round, in up to two roundings
 
@@ -28,16 +30,6 @@ NORMS: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
     "gpt_oss": (modeling_gpt_oss.GptOssRMSNorm, {"cast_first": False}),
     "gemma2": (Gemma2RMSNorm, {"cast_first": False, "offset": 1.0}),
 }
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What torch.empty hands out reads as NaN, so an output that is not written shows."""
-    empty, empty_like = torch.empty, torch.empty_like
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(math.nan))
-    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: empty_like(*args, **kwargs).fill_(math.nan))
-    torch.manual_seed(0)
-    yield
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -1,7 +1,6 @@
 """The sampling kernel against its reference, and the reference against what it says of itself."""
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,23 +10,16 @@ from torch import Tensor
 from kernels.sampling import Penalties, Sampled, kernel, reference
 from tests.kernel_device import DEVICE
 
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("poisoned_memory")]
+
 VOCABS = (37, 199, 1000)  # one block and part of one; several, the last one short
 ATOL = 1e-5  # log-probabilities: float32 sums of a thousand terms, and logits of order 10
 
 
 @pytest.fixture(autouse=True)
-def short_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Rows span several blocks, and what torch.empty hands out is poisoned."""
+def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows span several blocks."""
     monkeypatch.setattr(kernel, "BLOCK", 128)
-    empty = torch.empty
-
-    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
-        tensor: Tensor = empty(*args, **kwargs)
-        return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor.fill_(1)
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-    torch.manual_seed(0)
-    yield
 
 
 def rows(

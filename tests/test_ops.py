@@ -2,7 +2,6 @@
 
 import math
 import random
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,23 +13,10 @@ from kernels.lora import LoraSite, LoraWeights, Segment, Segments, lora
 from kernels.paged_attention import AttentionBatch, paged_attention
 from kernels.store_kv import store_kv
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 ATOL = 2e-5  # float32 sums of up to a few hundred products of order 1
 POPULARITIES = ("distinct", "uniform", "zipf", "identical", "skewed")
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What torch.empty hands out reads as NaN, so an output that is not written shows."""
-    empty, empty_like, new_empty = torch.empty, torch.empty_like, Tensor.new_empty
-
-    def poison(tensor: Tensor) -> Tensor:
-        return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poison(empty(*args, **kwargs)))
-    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: poison(empty_like(*args, **kwargs)))
-    monkeypatch.setattr(Tensor, "new_empty", lambda self, *args, **kwargs: poison(new_empty(self, *args, **kwargs)))
-    torch.manual_seed(0)
-    yield
 
 
 def pick(popularity: str, count: int, choices: int, rng: random.Random) -> list[int]:

@@ -39,7 +39,7 @@ class GraphedForward:
     """Captured graphs for decodes, plain launches for the rest."""
 
     def __init__(self, model: Model, inputs: DeviceInputs, tables: AdapterTables, largest_batch: int) -> None:
-        self._eager = KernelForward(model, inputs, tables)
+        self.eager = KernelForward(model, inputs, tables)
         self._model, self._inputs, self._tables = model, inputs, tables
         self._sizes = batch_sizes(largest_batch)
         self._graphs: dict[GraphKey, _Captured] = {}
@@ -47,7 +47,7 @@ class GraphedForward:
 
     def logits(self, step: HostStep) -> Tensor:
         if not step.is_decode or len(step.token_ids) > self._sizes[-1]:
-            return self._eager.logits(step)
+            return self.eager.logits(step)
         rows = self._sizes[bisect_left(self._sizes, len(step.token_ids))]
         key = self._key(rows, bool(step.spans), step.has_experts)
         captured = self._graphs.get(key) or self._capture(key)

@@ -29,7 +29,7 @@ class RoutedExperts(nn.Module):
 
     def __init__(self, original: nn.Module, router: Router, stacks: Stacks, layer: int, step: CurrentStep) -> None:
         super().__init__()
-        self._router, self._stacks, self._step = router, stacks, step
+        self._router, self.stacks, self._step = router, stacks, step
         biases = (original.gate_up_proj_bias, original.down_proj_bias) if original.has_bias else (None, None)
         self.gate_up_bias, self.down_bias = biases
         self._layout = Layout(original.is_transposed, not original.is_concatenated)
@@ -43,7 +43,7 @@ class RoutedExperts(nn.Module):
 
     def forward(self, hidden: Tensor, logits: Tensor, _: Tensor) -> Tensor:
         """hidden [T, H]; logits [T, M] float32 (see Router) -> [T, H]."""
-        tokens, stacks, routing = self._step.inputs.tokens, self._stacks, self._router.routing
+        tokens, stacks, routing = self._step.inputs.tokens, self.stacks, self._router.routing
         rows = tile_rows(hidden, routing.top_k, self.spec[0])
         routed = expert_route(logits, routing, stacks.expert_map, len(stacks.gate_up), tokens, rows,
                               self._router.correction)  # fmt: skip

@@ -11,14 +11,14 @@ from server.model.sampler import sample
 
 class ModelRunner:
     def __init__(self, forward: Forward, tables: AdapterTables, block_size: int) -> None:
-        self._forward, self._tables, self._block_size = forward, tables, block_size
+        self.forward, self._tables, self._block_size = forward, tables, block_size
 
     @torch.inference_mode()
     def run(self, plan: Sequence[ScheduledLike]) -> dict[int, int | None]:
         """Compute the scheduled tokens. By id of each request that samples: its token, or None if its logits are not
         finite (weights of an adapter can be finite and still overflow)."""
         ordered = sorted(plan, key=lambda scheduled: scheduled.request.slot)
-        logits = self._forward.logits(lay_out(ordered, self._tables, self._block_size))
+        logits = self.forward.logits(lay_out(ordered, self._tables, self._block_size))
         requests = [scheduled.request for scheduled in ordered if scheduled.samples]
         if not requests:
             return {}

@@ -1,0 +1,79 @@
+"""What requests that decode notice while adapters are loaded from disk beside them."""
+
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from adapters_store.catalog import Catalog
+from adapters_store.ref import AdapterRef
+from benchmarks.gpu.measure import Clock, Scale
+from benchmarks.gpu.serving import Serving
+from server.engine.residency import Wait
+
+
+def swap_under_load(scale: Scale, clock: Clock) -> list[dict[str, Any]]:
+    """Time between tokens of 32 base requests: alone, and while ESFT adapters are read, mapped, copied and evicted."""
+    size = scale.size
+    serving = Serving("DeepSeek-V2-Lite", scale, clock, kv_cache_bytes=size(4 << 30, 1 << 22),
+                      adapter_bytes=size(3 << 30, 1 << 24), adapter_slots=2, max_experts_per_adapter=size(8, 2),
+                      max_running=size(32, 4), tokens_per_step=size(512, 16), max_model_len=size(2048, 64))  # fmt: skip
+    plan = serving.decodes(size(32, 2), size(1024, 9), 0)
+    serving.assembly.runner.run(plan)
+    with tempfile.TemporaryDirectory() as folder:
+        refs = [_register(serving, Path(folder) / f"adapter-{index}", size(3, 2)) for index in range(3)]
+        alone = _step_times(serving, plan, size(100, 2))
+        loading: list[float] = []
+        loads: list[float] = []
+        for ref in refs:  # the third evicts the first: there are two slots
+            start = time.perf_counter()
+            while isinstance(serving.residency.acquire(ref), Wait):
+                loading += _step_times(serving, plan, 1)
+            serving.residency.release(ref)
+            loads.append(time.perf_counter() - start)
+    adapter_bytes = serving.residency.report()[-1].bytes
+    return [
+        {"case": "decoding alone", **_spread(alone)},
+        {"case": "while adapters load", **_spread(loading)},
+        {"case": "one load", "bytes": adapter_bytes, "ms": statistics.median(loads) * 1e3,
+         "GB/s": adapter_bytes / statistics.median(loads) / 1e9},
+    ]  # fmt: skip
+
+
+def _step_times(serving: Serving, plan: list[Any], steps: int) -> list[float]:
+    times = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        serving.residency.poll()
+        serving.assembly.runner.run(plan)
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def _spread(times: list[float]) -> dict[str, float]:
+    ordered = sorted(times)
+    at = {"median ms": 0.5, "p99 ms": 0.99, "largest ms": 1.0}
+    return {"steps": float(len(ordered))} | {
+        name: ordered[min(len(ordered) - 1, int(share * len(ordered)))] * 1e3 for name, share in at.items()
+    }
+
+
+def _register(serving: Serving, directory: Path, experts: int) -> AdapterRef:
+    """An ESFT adapter on disk, verified and made known as the server would."""
+    directory.mkdir()
+    tensors: dict[str, torch.Tensor] = {}
+    for module in serving.experts:
+        _, hidden, inner, _ = module.spec
+        for expert in range(experts):
+            prefix = f"model.layers.{module.layer}.mlp.experts.{expert}"
+            for name, shape in (("gate", (inner, hidden)), ("up", (inner, hidden)), ("down", (hidden, inner))):
+                tensors[f"{prefix}.{name}_proj.weight"] = torch.randn(shape, dtype=torch.bfloat16) * 0.02
+    save_file(tensors, directory / "model.safetensors")
+    catalog = Catalog("base", serving.info.base, (directory.parent,))
+    entry = catalog.read(directory.name, str(directory))
+    serving.residency.register(entry.ref, entry.package)
+    return entry.ref

@@ -1,0 +1,34 @@
+"""Two commands that nobody runs by hand often enough: every kernel compiled, and the GPU check at toy size."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(module: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, "-m", module, *arguments], cwd=ROOT, env=inherited | environment,
+                          capture_output=True, text=True, timeout=480)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+def test_every_configuration_compiles_without_a_spill() -> None:
+    """For sm_80, sm_90 and gfx942; the committed table says what each needs."""
+    done = run("benchmarks.aot")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_gpu_check_runs_at_toy_size() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU: run it at full size")
+    done = run("benchmarks.gpu_check", "--toy", TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
