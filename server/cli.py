@@ -62,7 +62,10 @@ def _parser() -> argparse.ArgumentParser:
                       help="/health turns unhealthy when the engine has said nothing for so long")  # fmt: skip
     engine, defaults = serve.add_argument_group("engine"), EngineConfig(model_dir="")
     engine.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute; cuda is not served yet"
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where to compute; auto: a GPU if there is one",
     )
     engine.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
                         help="of weights and cache; auto is float32 on a CPU")  # fmt: skip

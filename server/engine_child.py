@@ -53,6 +53,7 @@ class EngineChild:
         root = str(Path(__file__).resolve().parent.parent)
         environment = {
             "GOMP_SPINCOUNT": SPIN_COUNT,
+            "TRITON_DEFAULT_FP_FUSION": "1",  # as in every released Triton so far; unset, it warns
             **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
         }

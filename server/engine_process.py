@@ -25,7 +25,7 @@ from server.engine.messages import Configure, EngineInfo, Progress, Ready, Start
 from server.engine.scheduler import SchedulerLimits
 from server.errors import ConfigError
 from server.model.attention import CachedLayer, PagedLayer, cache_bytes, install
-from server.model.cuda_graphs import GraphedForward
+from server.model.cuda_graphs import CudaCapture, GraphedForward
 from server.model.device_inputs import Capacity, DeviceInputs
 from server.model.experts import Stacks
 from server.model.families import UnsupportedModelError, layer_windows, max_model_len, pin_rope, stop_token_ids
@@ -104,6 +104,8 @@ def assemble(
     num_blocks = num_kv_blocks(config, length, bytes_per_block, device)
     install_caches(model, probed, injected, shapes, num_blocks, config.block_size, step)
     forward = make_forward(model, step, residency, config, num_blocks, length, dtype, device, by_kernels)
+    if isinstance(forward, GraphedForward):
+        forward.warm_up(config.block_size, bool(injected.experts), on_progress)
     on_progress("Building the engine", 1, 1)
     info = EngineInfo(
         base=base_spec(model.config.model_type, injected),
@@ -160,7 +162,7 @@ def make_forward(
     capacity = Capacity(config.tokens_per_step, config.max_running, blocks, most_slices)
     inputs = DeviceInputs(capacity, device)
     if device.type == "cuda":
-        return GraphedForward(function, inputs, residency, config.max_running)
+        return GraphedForward(function, inputs, residency, config.max_running, CudaCapture())
     return KernelForward(function, inputs, residency)
 
 

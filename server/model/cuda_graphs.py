@@ -7,7 +7,8 @@ part at all (a batch of base requests does no adapter work), the places where Lo
 """
 
 from bisect import bisect_left
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,9 +25,44 @@ class GraphKey(NamedTuple):
     with_experts: bool
 
 
-class _Captured(NamedTuple):
-    graph: torch.cuda.CUDAGraph
-    logits: Tensor  # the graph's own memory
+class Captured(Protocol):
+    """A computation that can be run again on the same memory."""
+
+    output: Tensor
+
+    def replay(self) -> None: ...
+
+
+class Capture(Protocol):
+    def __call__(self, compute: Callable[[], Tensor]) -> Captured: ...
+
+
+class _Graph:
+    def __init__(self, graph: torch.cuda.CUDAGraph, output: Tensor) -> None:
+        self._graph, self.output = graph, output  # the output lies in the graph's own memory
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
+class CudaCapture:
+    """Captures into graphs that share one pool of memory: their outputs are read before the next is replayed."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, compute: Callable[[], Tensor]) -> _Graph:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # compiles what is not compiled yet, and lets libraries set themselves up
+            for _ in range(2):
+                compute()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # thread-local: the transfer thread maps memory and copies meanwhile
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            output = compute()
+        return _Graph(graph, output)
 
 
 def batch_sizes(largest: int) -> list[int]:
@@ -38,12 +74,14 @@ def batch_sizes(largest: int) -> list[int]:
 class GraphedForward:
     """Captured graphs for decodes, plain launches for the rest."""
 
-    def __init__(self, model: Model, inputs: DeviceInputs, tables: AdapterTables, largest_batch: int) -> None:
+    def __init__(
+        self, model: Model, inputs: DeviceInputs, tables: AdapterTables, largest_batch: int, capture: Capture
+    ) -> None:
         self.eager = KernelForward(model, inputs, tables)
         self._model, self._inputs, self._tables = model, inputs, tables
         self._sizes = batch_sizes(largest_batch)
-        self._graphs: dict[GraphKey, _Captured] = {}
-        self._pool = torch.cuda.graph_pool_handle()
+        self._graphs: dict[GraphKey, Captured] = {}
+        self._capture_one = capture
 
     def logits(self, step: HostStep) -> Tensor:
         if not step.is_decode or len(step.token_ids) > self._sizes[-1]:
@@ -52,16 +90,30 @@ class GraphedForward:
         key = self._key(rows, bool(step.spans), step.has_experts)
         captured = self._graphs.get(key) or self._capture(key)
         self._fill(step, key)
-        captured.graph.replay()
-        return captured.logits[: len(step.token_ids)]
+        captured.replay()
+        return captured.output[: len(step.token_ids)]
 
-    def capture_all(self, with_lora: bool = False, with_experts: bool = False) -> int:
-        """Capture every batch size ahead, the largest first: the others fit into its memory. Returns how many."""
-        for rows in reversed(self._sizes):
-            key = self._key(rows, with_lora, with_experts)
-            if key not in self._graphs:
-                self._capture(key)
-        return len(self._sizes)
+    @torch.inference_mode()
+    def warm_up(self, block_size: int, has_experts: bool, on_progress: Callable[[str, int, int], None]) -> None:
+        """Compile what a prefill needs, and capture every batch size of base and expert decodes.
+
+        The largest come first: the others fit into their memory, and what does not fit at all fails now. Graphs with
+        LoRA wait until one is used, since they depend on the places where it acts.
+        """
+        longest = min(self._inputs.capacity.tokens, self._inputs.capacity.blocks * block_size)
+        prefills = [longest, min(64, longest)]
+        keys = [self._key(rows, False, experts) for experts in {False, has_experts} for rows in reversed(self._sizes)]
+        total = len(prefills) + len(keys)
+        for done, tokens in enumerate(prefills, start=1):
+            self.eager.logits(padding_step(tokens, block_size))
+            on_progress("Compiling kernels", done, total)
+        for done, key in enumerate(keys, start=len(prefills) + 1):
+            self._capture(key)
+            on_progress("Capturing graphs", done, total)
+
+    @property
+    def num_captured(self) -> int:
+        return len(self._graphs)
 
     def _key(self, rows: int, with_lora: bool, with_experts: bool) -> GraphKey:
         tables = self._tables
@@ -72,21 +124,10 @@ class GraphedForward:
     def _fill(self, step: HostStep, key: GraphKey) -> object:
         return self._inputs.fill(step, key.rows, key.max_rank, key.max_rank > 0, key.with_experts)
 
-    def _capture(self, key: GraphKey) -> _Captured:
-        for old in [
-            it for it in self._graphs if it[0] == key[0] and it[3] == key[3] and 0 < it.num_sites < key.num_sites
-        ]:
-            del self._graphs[old]  # sites are only ever added
+    def _capture(self, key: GraphKey) -> Captured:
+        for old in list(self._graphs):
+            if old.rows == key.rows and old.with_experts == key.with_experts and 0 < old.num_sites < key.num_sites:
+                del self._graphs[old]  # sites are only ever added
         inputs = self._inputs.fill(padding_step(), key.rows, key.max_rank, key.max_rank > 0, key.with_experts)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # compiles what is not compiled yet, and lets libraries set themselves up
-            for _ in range(2):
-                self._model(inputs)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # thread-local: the transfer thread maps memory and copies meanwhile
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            logits = self._model(inputs)
-        captured = self._graphs[key] = _Captured(graph, logits)
+        captured = self._graphs[key] = self._capture_one(lambda: self._model(inputs))
         return captured

@@ -147,6 +147,9 @@ def _starts(lengths: list[int]) -> list[int]:
     return starts
 
 
-def padding_step() -> HostStep:
-    """A decode of padding only: what a graph is captured with. It writes no key, and reads none."""
-    return HostStep([0], [0], [-1], [0], [1], [0], [[]], [0], [], [], False)
+def padding_step(tokens: int = 1, block_size: int = 1) -> HostStep:
+    """One sequence that writes no key: a decode to capture a graph with, or a prefill to compile kernels with."""
+    blocks = [0] * -(-tokens // block_size) if tokens > 1 else []
+    kv_len = tokens if tokens > 1 else 0
+    return HostStep([0] * tokens, list(range(tokens)), [-1] * tokens, [0] * tokens, [tokens], [kv_len], [blocks],
+                    [tokens - 1], [], [], False)  # fmt: skip

@@ -44,9 +44,9 @@ class KernelForward:
     """By kernels, each launched in turn."""
 
     def __init__(self, model: Model, inputs: DeviceInputs, tables: AdapterTables) -> None:
-        self._model, self._inputs, self._tables = model, inputs, tables
+        self.model, self.inputs, self._tables = model, inputs, tables
 
     def logits(self, step: HostStep) -> Tensor:
-        return self._model(
-            self._inputs.fill(step, len(step.token_ids), self._tables.max_rank, bool(step.spans), step.has_experts)
+        return self.model(
+            self.inputs.fill(step, len(step.token_ids), self._tables.max_rank, bool(step.spans), step.has_experts)
         )

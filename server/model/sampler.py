@@ -37,7 +37,8 @@ def sample(logits: Tensor, samplings: Sequence[SamplingLike], indices: Sequence[
     logits [R, V]; indices: how many tokens each request has generated before.
     """
     sampled = launch(logits, samplings, indices)
-    return [token if ok else None for token, ok in zip(sampled.tokens.tolist(), sampled.finite.tolist(), strict=True)]
+    read: list[int] = torch.where(sampled.finite, sampled.tokens, -1).tolist()  # one wait for the device
+    return [token if token >= 0 else None for token in read]
 
 
 def launch(logits: Tensor, samplings: Sequence[SamplingLike], indices: Sequence[int]) -> Sampled:
@@ -51,8 +52,10 @@ def launch(logits: Tensor, samplings: Sequence[SamplingLike], indices: Sequence[
     parameters = torch.tensor(
         [[it.temperature for it in samplings], [it.top_p for it in samplings], [0.0] * len(draws), draws],
         dtype=torch.float32,
+        pin_memory=logits.is_cuda,
     ).to(logits.device, non_blocking=True)
-    top_k = torch.tensor([min(it.top_k, _LARGEST_TOP_K) for it in samplings], dtype=torch.int32)
+    limits = [min(it.top_k, _LARGEST_TOP_K) for it in samplings]
+    top_k = torch.tensor(limits, dtype=torch.int32, pin_memory=logits.is_cuda)
     temperature, top_p, min_p, uniforms = parameters
     return kernels.sampling.sample(
         logits, temperature, top_k.to(logits.device, non_blocking=True), top_p, min_p, uniforms
