@@ -26,8 +26,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     threads: int = 0  # 0: the machine's cores
     max_model_len: int = 0  # 0: the model's own limit
     block_size: int = 16
-    kv_cache_bytes: int = 0  # 0: a quarter of the free memory, at most 4 GiB
-    tokens_per_step: int = 512  # token budget of one step
+    kv_cache_bytes: int = 0  # 0: a quarter of a host's free memory, at most 4 GiB; what is left of a GPU's
+    tokens_per_step: int = 0  # token budget of one step; 0: 512 on a CPU, 2048 on a GPU, at least max_running
     max_running: int = 128  # requests decoded together
     max_waiting: int = 2048
     adapter_bytes: int = 4 << 30  # weights of adapters on the device
@@ -36,10 +36,10 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_skips: int = 200  # steps that a request may be passed over before others stop taking room from it
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "threads", "max_model_len", "kv_cache_bytes", "max_experts_per_adapter")
+        _at_least(self, 0, "threads", "max_model_len", "kv_cache_bytes", "max_experts_per_adapter", "tokens_per_step")
         _at_least(self, 1 << 16, "adapter_bytes")
-        _at_least(self, 1, "block_size", "tokens_per_step", "max_running", "max_waiting", "adapter_slots", "max_skips")
-        if self.tokens_per_step < self.max_running:
+        _at_least(self, 1, "block_size", "max_running", "max_waiting", "adapter_slots", "max_skips")
+        if 0 < self.tokens_per_step < self.max_running:
             raise ConfigError(
                 f"tokens_per_step ({self.tokens_per_step}) must be at least max_running ({self.max_running}): "
                 "every running request needs one token a step"

@@ -17,7 +17,15 @@ from torch import nn
 
 from adapters_store.base_spec import BaseSpec, ExpertStack
 from server.config import EngineConfig
-from server.device import CPU, choose_device, choose_dtype, num_kv_blocks, require_room
+from server.device import (
+    CPU,
+    choose_device,
+    choose_dtype,
+    choose_tokens_per_step,
+    keep_free,
+    num_kv_blocks,
+    require_room,
+)
 from server.engine.core import EngineCore
 from server.engine.kv_cache import KVCache
 from server.engine.link import EngineLink
@@ -35,6 +43,7 @@ from server.model.loader import Injected, OnProgress, inject, load_model
 from server.model.mla import LatentLayer, latent_shape
 from server.model.probe import KVShape, Probed, probe
 from server.model.runner import ModelRunner
+from server.model.warm_up import warm_up
 from server.weights.arena import ArenaError
 from server.weights.choice import choose_arenas, choose_copier
 from server.weights.expert_stacks import ExpertStacks
@@ -81,6 +90,7 @@ def assemble(
     length = max_model_len(model.config, config.max_model_len)
     pin_rope(model, model.config, length)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    tokens_per_step = choose_tokens_per_step(config, device)
     require_room(device, num_parameters * dtype.itemsize, config.adapter_bytes)
     arenas = choose_arenas(device)
     pool = PagePool(config.adapter_bytes, arenas.page_bytes)
@@ -101,11 +111,15 @@ def assemble(
         latent_shape(attention) if attention in injected.absorbed else shape for attention, shape in probed.attention
     ]
     bytes_per_block = cache_bytes(shapes, config.block_size, dtype)
-    num_blocks = num_kv_blocks(config, length, bytes_per_block, device)
+    adapter_bytes = pool.num_free * pool.page_bytes  # what is not taken yet
+    num_blocks = num_kv_blocks(config, length, bytes_per_block, device, adapter_bytes)
+    keep_free(device, adapter_bytes)
     install_caches(model, probed, injected, shapes, num_blocks, config.block_size, step)
-    forward = make_forward(model, step, residency, config, num_blocks, length, dtype, device, by_kernels)
+    forward = make_forward(
+        model, step, residency, config, tokens_per_step, num_blocks, length, dtype, device, by_kernels
+    )
     if isinstance(forward, GraphedForward):
-        forward.warm_up(config.block_size, bool(injected.experts), on_progress)
+        warm_up(forward, residency.sites, bool(injected.experts), config.block_size, on_progress)
     on_progress("Building the engine", 1, 1)
     info = EngineInfo(
         base=base_spec(model.config.model_type, injected),
@@ -128,7 +142,7 @@ def assemble(
         ModelRunner(forward, residency, config.block_size),
         residency,
         info,
-        SchedulerLimits(config.tokens_per_step, config.max_running, config.max_waiting, config.max_skips),
+        SchedulerLimits(tokens_per_step, config.max_running, config.max_waiting, config.max_skips),
     )
 
 
@@ -150,7 +164,8 @@ def install_caches(
 
 
 def make_forward(
-    model: nn.Module, step: CurrentStep, residency: DeviceResidency, config: EngineConfig, num_blocks: int, length: int,
+    model: nn.Module, step: CurrentStep, residency: DeviceResidency, config: EngineConfig, tokens_per_step: int,
+    num_blocks: int, length: int,
     dtype: torch.dtype, device: torch.device, by_kernels: bool,
 ) -> Forward:  # fmt: skip
     """References on the host; kernels, and graphs where there are any."""
@@ -159,7 +174,7 @@ def make_forward(
         return HostForward(function, config.block_size, dtype)
     blocks = min(num_blocks, -(-length // config.block_size))
     most_slices = max((len(site.widths) for site in residency.sites), default=1)
-    capacity = Capacity(config.tokens_per_step, config.max_running, blocks, most_slices)
+    capacity = Capacity(tokens_per_step, config.max_running, blocks, most_slices)
     inputs = DeviceInputs(capacity, device)
     if device.type == "cuda":
         return GraphedForward(function, inputs, residency, config.max_running, CudaCapture())

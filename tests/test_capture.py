@@ -71,6 +71,7 @@ def test_a_decode_step_can_be_captured(name: str, with_adapters: bool, monkeypat
         for site in sites:
             site.attach(torch.empty(SLOTS + 1, len(site.widths), 4, dtype=torch.int64))
             site.is_used = True
+        inputs._block_tables = torch.empty(SEQUENCES, BLOCKS, dtype=torch.int32)
         for attribute in ("_device", "_attention_counters", "_route_counters", "_lora_counters"):
             setattr(inputs, attribute, torch.empty(len(getattr(inputs, attribute)), dtype=torch.int32))
         views = inputs.views(ROWS, ROWS, ROWS, 1, 64, with_lora=with_adapters, with_experts=with_adapters)

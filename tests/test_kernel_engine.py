@@ -12,6 +12,7 @@ from server.engine.request import Sampling
 from server.model.cuda_graphs import GraphedForward
 from server.model.forward import KernelForward
 from server.model.probe import PROBE
+from server.model.warm_up import warm_up
 from tests.engine_harness import GREEDY, Engine, generated
 from tests.kernel_device import DEVICE
 from tests.tiny_adapters import register, save_esft, write_lora
@@ -72,6 +73,21 @@ def test_padded_decodes_of_static_inputs(name: str, tmp_path: Path, request: pyt
     runner.forward = graphed
     assert run(engine, adapters, GREEDY) == expected
     assert graphed.num_captured > 0
+
+
+def test_warm_up(request: pytest.FixtureRequest) -> None:
+    """Every path is taken, and nothing stays behind: neither a use of a site nor a counter."""
+    model = make_model("deepseek_v2", attention=PROBE, **SMALL, first_k_dense_replace=1)
+    engine = Engine(model, tokens_per_step=8, **request.getfixturevalue("by_kernels"))
+    eager = engine.assembly.runner.forward
+    assert isinstance(eager, KernelForward)
+    graphed = GraphedForward(eager.model, eager.inputs, engine.residency, 2, Rerun)
+    stages: list[tuple[str, int, int]] = []
+    warm_up(graphed, engine.residency.sites, True, 4, lambda *stage: stages.append(stage))
+    assert [done for _, done, _ in stages] == list(range(1, stages[0][2] + 1))
+    assert {name for name, _, _ in stages} == {"Compiling kernels", "Capturing graphs"}
+    assert graphed.num_captured == 4  # one and two rows, with and without expert adapters
+    assert engine.residency.num_sites_used == 0
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "deepseek_v2", "deepseek_v3", "qwen3_moe"])

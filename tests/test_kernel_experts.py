@@ -170,7 +170,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = gemm_kernel.Blocks(16, 16, 4, 2)
     monkeypatch.setattr(gemm_kernel, "_GATE_UP", {4: blocks})
     monkeypatch.setattr(gemm_kernel, "_DOWN", {4: blocks})
-    monkeypatch.setattr(gemm_kernel, "_for_dtype", lambda blocks, _: blocks)
+    monkeypatch.setattr(gemm_kernel, "_for_size", lambda blocks, _: blocks)
     monkeypatch.setattr(gemm_kernel, "_COMBINE_COLUMNS", 16)
 
 

@@ -22,8 +22,8 @@ from kernels.expert_route.routing import GroupScore, Routed, Routing, TokenBatch
 
 _BLOCK_PAIRS = 32  # pairs placed by one piece of work
 _BLOCK_OTHERS = 64  # pairs that it compares them with at a time
-_QUADRATIC = 4096  # pairs up to which counting is cheaper than the counting sort's two more launches
-_SCAN_SLOTS = 64
+_QUADRATIC = 4096  # pairs up to which counting is cheaper than the counting sort's launches; counts fit into 16 bits
+_SCAN = dict(BV=64, BB=16, BW=1024)  # slots a program, blocks at a time; slots at a time of the last program
 
 
 def _decode_tokens(experts: int) -> int:
@@ -32,7 +32,7 @@ def _decode_tokens(experts: int) -> int:
 
 
 def _count_tokens(experts: int) -> int:
-    return max(1, min(16, 2048 // triton.next_power_of_2(experts)))
+    return max(1, min(32, 2048 // triton.next_power_of_2(experts)))
 
 
 @triton.jit
@@ -124,19 +124,22 @@ def _place_block(block, slots, pairs, tiles, num_tiles, P, TILE: tl.constexpr, B
     """Find the places of BP pairs by counting, write them there, and open a tile at every TILE-th of a slot."""
     p = block * BP + tl.arange(0, BP)
     mine = tl.load(slots + p, mask=p < P, other=-1, cache_modifier=".cg")
-    smaller = tl.zeros((BP,), tl.int32)
-    before = tl.zeros((BP,), tl.int32)
-    same = tl.zeros((BP,), tl.int32)
+    # counts by lane, summed once at the end: a reduction costs more than all the comparisons of a block
+    ahead = tl.zeros((BP, BQ), tl.int32)  # smaller slots below, the same slot's earlier pairs above the 16th bit
+    equals = tl.zeros((BP, BQ), tl.int32)
     for first in range(0, P, BQ):
         q = first + tl.arange(0, BQ)
         other = tl.load(slots + q, mask=q < P, other=-1, cache_modifier=".cg")
         real = (other >= 0)[None, :]
         equal = (other[None, :] == mine[:, None]) & real
-        smaller += tl.sum(((other[None, :] < mine[:, None]) & real).to(tl.int32), 1)
-        before += tl.sum((equal & (q[None, :] < p[:, None])).to(tl.int32), 1)
-        same += tl.sum(equal.to(tl.int32), 1)
+        smaller = (other[None, :] < mine[:, None]) & real
+        ahead += smaller.to(tl.int32) + ((equal & (q[None, :] < p[:, None])).to(tl.int32) << 16)
+        equals += equal.to(tl.int32)
+    counted = tl.sum(ahead, 1)
+    before = counted >> 16
+    same = tl.sum(equals, 1)
     real = mine >= 0
-    position = smaller + before
+    position = (counted & 0xFFFF) + before
     tl.store(pairs + position, p, mask=real)
     opens = real & (before % TILE == 0)
     tile = tl.atomic_add(num_tiles + tl.zeros((BP,), tl.int32), 1, mask=opens, sem="relaxed")
@@ -210,6 +213,7 @@ def count_kernel(
 @triton.jit(do_not_specialize=["BLOCKS", "V"])
 def scan_kernel(
     counts, starts, first_tiles, num_tiles, counters, BLOCKS, V, TILE: tl.constexpr, BV: tl.constexpr,
+    BB: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
     """Second launch: counts become each block's offset within its slot; the last program scans over the slots.
 
@@ -217,18 +221,21 @@ def scan_kernel(
     """
     v = tl.program_id(0) * BV + tl.arange(0, BV)
     total = tl.zeros((BV,), tl.int32)
-    for block in range(BLOCKS):
-        count = tl.load(counts + block * V + v, mask=v < V, other=0)
-        tl.store(counts + block * V + v, total, mask=v < V)
-        total += count
+    b = tl.arange(0, BB)
+    for first in range(0, BLOCKS, BB):  # many blocks at once: one after another would each wait for memory
+        at = counts + (first + b).to(tl.int64)[:, None] * V + v[None, :]
+        mask = (first + b < BLOCKS)[:, None] & (v < V)[None, :]
+        count = tl.load(at, mask=mask, other=0)
+        tl.store(at, total[None, :] + tl.cumsum(count, 0) - count, mask=mask)
+        total += tl.sum(count, 0)
     tl.store(starts + v, total, mask=v < V)  # the slot's total until the last program scans
     tl.debug_barrier()
     if tl.atomic_add(counters, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
         tl.debug_barrier()
         position = 0
         tile = 0
-        for first in range(0, V, BV):
-            u = first + tl.arange(0, BV)
+        for first in range(0, V, BW):
+            u = first + tl.arange(0, BW)
             size = tl.load(starts + u, mask=u < V, other=0, cache_modifier=".cg")
             cut = (size + TILE - 1) // TILE
             tl.store(starts + u, position + tl.cumsum(size, 0) - size, mask=u < V)
@@ -272,6 +279,7 @@ def _expert_route(
     outputs = _empty_outputs(logits, top_k, num_slots, tile_rows)
     weights, slots, pairs, tiles, num_tiles = outputs
     tokens, experts = logits.shape
+    assert tokens > 0
     rule = dict(
         M=experts, MP=triton.next_power_of_2(experts), K=top_k, KP=triton.next_power_of_2(top_k), SCORE=score,
         RENORM=renormalise, SCALE=scale, HAS_BIAS=bias is not None, G=num_groups, TOP_G=top_groups,
@@ -294,9 +302,9 @@ def _expert_route(
         counts = torch.zeros(blocks + 1, num_slots, dtype=torch.int32, device=logits.device)
         starts, first_tiles = torch.empty(2, num_slots, dtype=torch.int32, device=logits.device)
         count_kernel[(blocks,)](*inputs, within, counts, tokens, num_slots, **rule, BT=block_tokens, num_warps=4)
-        scan_kernel[(triton.cdiv(num_slots, _SCAN_SLOTS),)](counts, starts, first_tiles, num_tiles, counters,
-                                                           blocks + 1, num_slots, TILE=tile_rows, BV=_SCAN_SLOTS,
-                                                           num_warps=2)  # fmt: skip
+        scan_kernel[(triton.cdiv(num_slots, _SCAN["BV"]),)](counts, starts, first_tiles, num_tiles, counters,
+                                                           blocks + 1, num_slots, TILE=tile_rows, **_SCAN,
+                                                           num_warps=4)  # fmt: skip
         place_kernel[(triton.cdiv(num_pairs, 256),)](slots, within, counts, starts, first_tiles, pairs, tiles, tokens,
                                                     num_slots, blocks, K=top_k, BT=block_tokens, BP=256,
                                                     TILE=tile_rows, num_warps=4)  # fmt: skip
@@ -377,7 +385,7 @@ def configurations() -> Iterator[Configuration]:
     types = dict(
         counts="*i32", starts="*i32", first_tiles="*i32", num_tiles="*i32", counters="*i32", BLOCKS="i32", V="i32"
     )
-    yield Configuration("scan", scan_kernel, types, dict(TILE=64, BV=_SCAN_SLOTS), num_warps=2)
+    yield Configuration("scan", scan_kernel, types, dict(TILE=64, **_SCAN))
     types = dict(slots="*i32", within="*i32", counts="*i32", starts="*i32", first_tiles="*i32", pairs="*i32",
                  tiles="*i32", T="i32", V="i32", LAST_BLOCK="i32")  # fmt: skip
     yield Configuration("place", place_kernel, types, dict(K=6, BT=16, BP=256, TILE=64))

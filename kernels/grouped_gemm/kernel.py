@@ -62,9 +62,19 @@ def _act(gate, up, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
 def _matrix(stack, pointers, slot, stride, POINTERS: tl.constexpr):
     """Address of a slot's matrix."""
     if POINTERS:
-        return tl.load(pointers + slot).to(tl.pointer_type(stack.dtype.element_ty))
+        # an address out of a table says nothing of itself, and would be read an element at a time
+        return tl.multiple_of(tl.load(pointers + slot).to(tl.pointer_type(stack.dtype.element_ty)), 16)
     else:
         return stack + slot.to(tl.int64) * stride
+
+
+@triton.jit
+def _offsets(row, k, DEPTH: tl.constexpr, ROWS: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Of elements (row, k) of a matrix [ROWS, DEPTH], or [DEPTH, ROWS] if transposed; as [k, row]."""
+    if TRANSPOSED:
+        return k[:, None] * ROWS + row[None, :]
+    else:
+        return row[None, :] * DEPTH + k[:, None]
 
 
 @triton.jit
@@ -89,22 +99,30 @@ def gate_up_kernel(
         up_row = n * 2 + 1 if INTERLEAVED else n + I
         k = tl.arange(0, BK)
         weights = _matrix(stack, pointers, slot, stride, POINTERS)
-        if TRANSPOSED:  # element (row, k) at k * 2I + row
-            gate_at = weights + k[:, None] * (2 * I) + gate_row[None, :]
-            up_at = weights + k[:, None] * (2 * I) + up_row[None, :]
-        else:
-            gate_at = weights + gate_row[None, :] * H + k[:, None]
-            up_at = weights + up_row[None, :] * H + k[:, None]
         x_at = x + token.to(tl.int64)[:, None] * H + k[None, :]
-        gate = tl.zeros((TILE, BN), tl.float32)
-        up = tl.zeros((TILE, BN), tl.float32)
-        for first in range(0, H, BK):
-            deep = first + k < H
-            rows = tl.load(x_at + first, mask=row_mask[:, None] & deep[None, :], other=0.0)
-            step = first * (2 * I) if TRANSPOSED else first
-            mask = deep[:, None] & column_mask[None, :]
-            gate = dot(rows, tl.load(gate_at + step, mask=mask, other=0.0), gate)
-            up = dot(rows, tl.load(up_at + step, mask=mask, other=0.0), up)
+        if INTERLEAVED:  # read as they lie and part afterwards: every other element would be read one at a time
+            both_row = (work % column_blocks) * (2 * BN) + tl.arange(0, 2 * BN)
+            both_at = weights + _offsets(both_row, k, H, 2 * I, TRANSPOSED)
+            both = tl.zeros((TILE, 2 * BN), tl.float32)
+            for first in range(0, H, BK):
+                deep = first + k < H
+                rows = tl.load(x_at + first, mask=row_mask[:, None] & deep[None, :], other=0.0)
+                step = first * (2 * I) if TRANSPOSED else first
+                mask = deep[:, None] & (both_row < 2 * I)[None, :]
+                both = dot(rows, tl.load(both_at + step, mask=mask, other=0.0), both)
+            gate, up = tl.split(tl.reshape(both, (TILE, BN, 2)))
+        else:
+            gate_at = weights + _offsets(gate_row, k, H, 2 * I, TRANSPOSED)
+            up_at = weights + _offsets(up_row, k, H, 2 * I, TRANSPOSED)
+            gate = tl.zeros((TILE, BN), tl.float32)
+            up = tl.zeros((TILE, BN), tl.float32)
+            for first in range(0, H, BK):
+                deep = first + k < H
+                rows = tl.load(x_at + first, mask=row_mask[:, None] & deep[None, :], other=0.0)
+                step = first * (2 * I) if TRANSPOSED else first
+                mask = deep[:, None] & column_mask[None, :]
+                gate = dot(rows, tl.load(gate_at + step, mask=mask, other=0.0), gate)
+                up = dot(rows, tl.load(up_at + step, mask=mask, other=0.0), up)
         if HAS_BIAS:
             bias_at = bias + slot * (2 * I)
             gate += tl.load(bias_at + gate_row, mask=column_mask, other=0.0).to(tl.float32)[None, :]
@@ -133,10 +151,7 @@ def down_kernel(
         column_mask = n < H
         k = tl.arange(0, BK)
         weights = _matrix(stack, pointers, slot, stride, POINTERS)
-        if TRANSPOSED:
-            weights_at = weights + k[:, None] * H + n[None, :]
-        else:
-            weights_at = weights + n[None, :] * I + k[:, None]
+        weights_at = weights + _offsets(n, k, I, H, TRANSPOSED)
         h_at = h + (start + m).to(tl.int64)[:, None] * I + k[None, :]
         total = tl.zeros((TILE, BN), tl.float32)
         for first in range(0, I, BK):
@@ -158,11 +173,10 @@ def combine_kernel(rows, weights, slots, out, H: tl.constexpr, K: tl.constexpr, 
     total = tl.zeros((BH,), tl.float32)
     for k in tl.static_range(K):
         pair = t * K + k
-        pairs = pair + tl.zeros((BH,), tl.int64)
-        mask = (n < H) & (tl.load(slots + pairs) >= 0)  # a padding token's rows were never written
-        row = tl.load(rows + pairs * H + n, mask=mask, other=0.0).to(tl.float32)
-        total += tl.load(weights + pairs, mask=mask, other=0.0) * row
-    tl.store(out + (t + tl.zeros((BH,), tl.int64)) * H + n, total.to(out.dtype.element_ty), mask=n < H)
+        width = tl.where(tl.load(slots + pair) >= 0, H, 0)  # a padding token's rows were never written
+        row = tl.load(rows + pair.to(tl.int64) * H + n, mask=n < width, other=0.0).to(tl.float32)
+        total += tl.where(width > 0, tl.load(weights + pair), 0.0) * row
+    tl.store(out + t.to(tl.int64) * H + n, total.to(out.dtype.element_ty), mask=n < H)
 
 
 @torch.library.custom_op("heddle::expert_gate_up", mutates_args=())
@@ -174,7 +188,7 @@ def _gate_up(
     hidden = x.shape[1]
     inner = stack.shape[2 if transposed else 1] // 2
     h = x.new_empty(pairs.shape[0], inner)
-    blocks = _for_dtype(_GATE_UP[tile], x)
+    blocks = _for_size(_GATE_UP[tile], x.itemsize)
     gate_up_kernel[(_programs(x, tiles, inner, blocks),)](
         x, stack, num_tiles if pointers is None else pointers, x if bias is None else bias, h, pairs, tiles, num_tiles,
         stack.stride(0), H=hidden, I=inner, K=top_k, ACT=act, ALPHA=alpha, LIMIT=limit, HAS_BIAS=bias is not None,
@@ -200,7 +214,7 @@ def _down(
 ) -> Tensor:  # fmt: skip
     hidden = stack.shape[2 if transposed else 1]
     out = h.new_empty(h.shape[0], hidden)
-    blocks = _for_dtype(_DOWN[tile], h)
+    blocks = _for_size(_DOWN[tile], h.itemsize)
     down_kernel[(_programs(h, tiles, hidden, blocks),)](
         h, stack, num_tiles if pointers is None else pointers, h if bias is None else bias, out, pairs, tiles,
         num_tiles, stack.stride(0), H=hidden, I=h.shape[1], HAS_BIAS=bias is not None, TRANSPOSED=transposed,
@@ -264,9 +278,9 @@ def combine(rows: Tensor, routed: Routed) -> Tensor:
     return _combine(rows, routed.weights, routed.slots)
 
 
-def _for_dtype(blocks: Blocks, x: Tensor) -> Blocks:
+def _for_size(blocks: Blocks, itemsize: int) -> Blocks:
     """Elements of four bytes are multiplied without matrix instructions, which takes registers."""
-    return blocks if x.itemsize < 4 else blocks._replace(depth=blocks.depth // 4)
+    return blocks if itemsize < 4 else blocks._replace(depth=blocks.depth // 4, num_warps=8, num_stages=2)
 
 
 def _programs(x: Tensor, tiles: Tensor, columns: int, blocks: Blocks) -> int:
@@ -305,7 +319,7 @@ def _gate_up_configuration(
     title: str, hidden: int, inner: int, top_k: int, act: Act, layout: Layout, has_bias: bool, dtype: str, tile: int,
     by_pointers: bool,
 ) -> Configuration:  # fmt: skip
-    blocks = _GATE_UP[tile] if dtype == "*bf16" else _GATE_UP[tile]._replace(depth=_GATE_UP[tile].depth // 4)
+    blocks = _for_size(_GATE_UP[tile], 2 if dtype == "*bf16" else 4)
     types = {**_INDICES, "x": dtype, "stack": dtype, "bias": dtype, "h": dtype}
     constants = dict(H=hidden, I=inner, K=top_k, ACT=int(act), ALPHA=1.702, LIMIT=7.0, HAS_BIAS=has_bias,
                      TRANSPOSED=layout.transposed, INTERLEAVED=layout.interleaved, POINTERS=by_pointers, TILE=tile,
@@ -319,7 +333,7 @@ def _gate_up_configuration(
 def _down_configuration(
     title: str, hidden: int, inner: int, layout: Layout, has_bias: bool, dtype: str, tile: int, by_pointers: bool
 ) -> Configuration:
-    blocks = _DOWN[tile] if dtype == "*bf16" else _DOWN[tile]._replace(depth=_DOWN[tile].depth // 4)
+    blocks = _for_size(_DOWN[tile], 2 if dtype == "*bf16" else 4)
     types = {**_INDICES, "h": dtype, "stack": dtype, "bias": dtype, "out": dtype}
     constants = dict(H=hidden, I=inner, HAS_BIAS=has_bias, TRANSPOSED=layout.transposed, POINTERS=by_pointers,
                      TILE=tile, BN=blocks.columns, BK=blocks.depth)  # fmt: skip

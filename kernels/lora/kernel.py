@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.compiled.kernel import Configuration, dot, stages
-from kernels.lora.site import FEW_ROWS, LoraSite, Segments
+from kernels.lora.site import FEW_TILE_ROWS, LoraSite, Segments
 
 _RANKS = 16  # ranks at a time: a matrix instruction's
 _TRITON_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -37,11 +37,11 @@ def _entry(table, table_stride, slot, part):
 
 @triton.jit
 def _shrink(
-    x, z, table, table_stride, tiles, tile, part, split, T, stride_x,
-    K: tl.constexpr, OWN: tl.constexpr, TRANSPOSED: tl.constexpr, RMAX: tl.constexpr, SL: tl.constexpr,
-    SPLITS: tl.constexpr, TILE: tl.constexpr, RB: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr,
+    x, z, table, table_stride, tiles, tile, part, split, T, max_rank, stride_x,
+    K: tl.constexpr, OWN: tl.constexpr, TRANSPOSED: tl.constexpr, ALIGNED: tl.constexpr,
+    SL: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr, RB: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
-    """z[split, part, rows, :rank] = x[rows] @ a^T over this split of the depth; z [SPLITS, SL, T, RMAX] float32."""
+    """z[split, part, rows, :rank] = x[rows] @ a^T over this split of the depth; z [SPLITS, SL, T, max_rank] float32."""
     if OWN:
         x += part * K
     slot = tl.load(tiles + tile * 3)
@@ -50,6 +50,8 @@ def _shrink(
     row_mask = m < tl.load(tiles + tile * 3 + 2)
     a_address, _, _, rank, _ = _entry(table, table_stride, slot, part)
     a = a_address.to(tl.pointer_type(DT))
+    if ALIGNED:  # an address out of a table says nothing of itself, and would be read an element at a time
+        a = tl.multiple_of(a, 16)
     depth: tl.constexpr = ((K + SPLITS - 1) // SPLITS + BK - 1) // BK * BK  # of one split, whole blocks
     rows = (start + m).to(tl.int64)
     k = tl.arange(0, BK)
@@ -64,14 +66,16 @@ def _shrink(
             weight_at = deep[:, None] * rank + ranks[None, :] if TRANSPOSED else ranks[None, :] * K + deep[:, None]
             weight = tl.load(a + weight_at, mask=(ranks < rank)[None, :] & (deep < K)[:, None], other=0.0)  # fmt: skip
             total = dot(seen, weight, total)
-        z_at = z + ((split * SL + part) * T + rows)[:, None] * RMAX + ranks[None, :]
+        z_at = z + ((split * SL + part) * T + rows)[:, None] * max_rank + ranks[None, :]
         tl.store(z_at, total, mask=row_mask[:, None] & (ranks < rank)[None, :])
+    return rank
 
 
 @triton.jit
 def _expand(
-    y, z, bias, table, table_stride, offsets, tiles, counters, tile, part, column_block, T, stride_y,
-    TRANSPOSED: tl.constexpr, RMAX: tl.constexpr, SL: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr,
+    y, z, bias, table, table_stride, offsets, tiles, counters, tile, part, column_block, T, max_rank,
+    stride_y,
+    TRANSPOSED: tl.constexpr, SL: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr,
     RB: tl.constexpr, BN: tl.constexpr, HAS_BIAS: tl.constexpr, DT: tl.constexpr, WAITS: tl.constexpr,
 ):  # fmt: skip
     """y[rows, columns] += scale * z @ b^T, with z summed over the splits; then the gain, if there is one."""
@@ -103,7 +107,7 @@ def _expand(
                 z_mask = row_mask[:, None] & (ranks < rank)[None, :]
                 shrunk = tl.zeros((TILE, RB), tl.float32)
                 for split in tl.static_range(SPLITS):  # always in this order
-                    z_at = z + ((split * SL + part) * T + rows)[:, None] * RMAX + ranks[None, :]
+                    z_at = z + ((split * SL + part) * T + rows)[:, None] * max_rank + ranks[None, :]
                     shrunk += tl.load(z_at, mask=z_mask, other=0.0, cache_modifier=".cg")
                 wide = n[None, :].to(tl.int64)
                 weight_at = ranks[:, None] * width + wide if TRANSPOSED else wide * rank + ranks[:, None]
@@ -121,11 +125,12 @@ def _expand(
             tl.store(y_at, out.to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["T", "column_blocks"])
+@triton.jit(do_not_specialize=["T", "max_rank", "column_blocks"])
 def lora_kernel(
-    x, y, z, bias, table, table_stride, offsets, tiles, num_tiles, counters, T, stride_x, stride_y, column_blocks,
-    K: tl.constexpr, OWN: tl.constexpr, TRANSPOSED: tl.constexpr, RMAX: tl.constexpr, SL: tl.constexpr,
-    SPLITS: tl.constexpr, TILE: tl.constexpr, RB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    x, y, z, bias, table, table_stride, offsets, tiles, num_tiles, counters, T, max_rank, stride_x, stride_y,
+    column_blocks,
+    K: tl.constexpr, OWN: tl.constexpr, TRANSPOSED: tl.constexpr, ALIGNED: tl.constexpr,
+    SL: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr, RB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     HAS_BIAS: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
     """The single launch. counters: ticket, then arrivals of each (tile, slice)."""
@@ -137,14 +142,15 @@ def lora_kernel(
         if work < shrinks:
             part = work // SPLITS % SL
             tile = work // (SPLITS * SL)
-            _shrink(x, z, table, table_stride, tiles, tile, part, work % SPLITS, T, stride_x, K, OWN, TRANSPOSED,
-                    RMAX, SL, SPLITS, TILE, RB, BK, DT)  # fmt: skip
-            tl.debug_barrier()  # all threads' stores before the one thread's release
-            tl.atomic_add(counters + 1 + tile * SL + part, 1, sem="release", scope="gpu")
+            rank = _shrink(x, z, table, table_stride, tiles, tile, part, work % SPLITS, T, max_rank, stride_x, K, OWN,
+                           TRANSPOSED, ALIGNED, SL, SPLITS, TILE, RB, BK, DT)  # fmt: skip
+            if rank > 0:  # else nobody waits, and the arrival could land after the reset
+                tl.debug_barrier()  # all threads' stores before the one thread's release
+                tl.atomic_add(counters + 1 + tile * SL + part, 1, sem="release", scope="gpu")
         else:
             left = work - shrinks
             _expand(y, z, bias, table, table_stride, offsets, tiles, counters, left // (column_blocks * SL),
-                    left // column_blocks % SL, left % column_blocks, T, stride_y, TRANSPOSED, RMAX, SL, SPLITS,
+                    left // column_blocks % SL, left % column_blocks, T, max_rank, stride_y, TRANSPOSED, SL, SPLITS,
                     TILE, RB, BN, HAS_BIAS, DT, True)  # fmt: skip
         work = tl.atomic_add(counters, 1, sem="relaxed")
     # every program takes exactly one ticket beyond the work, after all its waits: the last of them resets
@@ -154,27 +160,27 @@ def lora_kernel(
             tl.store(counters + first + i, 0, mask=first + i < 1 + count * SL)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "max_rank"])
 def shrink_kernel(
-    x, z, table, table_stride, tiles, num_tiles, T, stride_x,
-    K: tl.constexpr, OWN: tl.constexpr, TRANSPOSED: tl.constexpr, RMAX: tl.constexpr, SL: tl.constexpr,
-    SPLITS: tl.constexpr, TILE: tl.constexpr, RB: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr,
+    x, z, table, table_stride, tiles, num_tiles, T, max_rank, stride_x,
+    K: tl.constexpr, OWN: tl.constexpr, TRANSPOSED: tl.constexpr, ALIGNED: tl.constexpr,
+    SL: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr, RB: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
     for work in range(tl.program_id(0), tl.load(num_tiles) * SL * SPLITS, tl.num_programs(0)):
         _shrink(x, z, table, table_stride, tiles, work // (SPLITS * SL), work // SPLITS % SL, work % SPLITS, T,
-                stride_x, K, OWN, TRANSPOSED, RMAX, SL, SPLITS, TILE, RB, BK, DT)  # fmt: skip
+                max_rank, stride_x, K, OWN, TRANSPOSED, ALIGNED, SL, SPLITS, TILE, RB, BK, DT)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["T", "column_blocks"])
+@triton.jit(do_not_specialize=["T", "max_rank", "column_blocks"])
 def expand_kernel(
-    y, z, bias, table, table_stride, offsets, tiles, num_tiles, T, stride_y, column_blocks,
-    TRANSPOSED: tl.constexpr, RMAX: tl.constexpr, SL: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr,
+    y, z, bias, table, table_stride, offsets, tiles, num_tiles, T, max_rank, stride_y, column_blocks,
+    TRANSPOSED: tl.constexpr, SL: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr,
     RB: tl.constexpr, BN: tl.constexpr, HAS_BIAS: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
     for work in range(tl.program_id(0), tl.load(num_tiles) * SL * column_blocks, tl.num_programs(0)):
         _expand(y, z, bias, table, table_stride, offsets, tiles, num_tiles, work // (column_blocks * SL),
-                work // column_blocks % SL, work % column_blocks, T, stride_y, TRANSPOSED, RMAX, SL, SPLITS, TILE, RB,
-                BN, HAS_BIAS, DT, False)  # fmt: skip
+                work // column_blocks % SL, work % column_blocks, T, max_rank, stride_y, TRANSPOSED, SL, SPLITS, TILE,
+                RB, BN, HAS_BIAS, DT, False)  # fmt: skip
 
 
 @torch.library.custom_op("heddle::lora", mutates_args=("y", "counters"))
@@ -189,24 +195,26 @@ def _lora(
     splits = _splits(depth, tile_rows)
     z = torch.empty(splits, slices, rows, max_rank, dtype=torch.float32, device=x.device)
     column_blocks = triton.cdiv(widest, column_width)
-    shared = dict(TRANSPOSED=transposed, RMAX=max_rank, SL=slices, SPLITS=splits, TILE=tile_rows, RB=_RANKS,
-                  DT=_TRITON_TYPES[x.dtype], num_stages=stages(3))  # fmt: skip
-    expands = dict(BN=column_width, HAS_BIAS=bias is not None)
     held = y if bias is None else bias  # an argument that is not read still needs a pointer
-    shrinks, expansions = tiles.shape[0] * slices * splits, tiles.shape[0] * slices * column_blocks
+    work = dict(TRANSPOSED=transposed, SL=slices, SPLITS=splits, TILE=tile_rows, RB=_RANKS,
+                DT=_TRITON_TYPES[x.dtype], num_stages=stages(3))  # fmt: skip
+    shrinking = dict(K=depth, OWN=own_inputs, ALIGNED=not own_inputs, BK=block_depth)
+    expanding = dict(BN=column_width, HAS_BIAS=bias is not None)
+    shrinks, expands = tiles.shape[0] * slices * splits, tiles.shape[0] * slices * column_blocks
     programs = 2 * _multiprocessors(x)
     if single_launch:
-        lora_kernel[(min(shrinks + expansions, programs),)](
-            x, y, z, held, table, table.stride(0), offsets, tiles, num_tiles, counters, rows, x.stride(0), y.stride(0),
-            column_blocks, K=depth, OWN=own_inputs, BK=block_depth, **expands, **shared, num_warps=4,
+        lora_kernel[(min(shrinks + expands, programs),)](
+            x, y, z, held, table, table.stride(0), offsets, tiles, num_tiles, counters, rows, max_rank, x.stride(0),
+            y.stride(0), column_blocks, **shrinking, **expanding, **work, num_warps=4,
         )  # fmt: skip
         return
-    shrink_kernel[(min(shrinks, 4 * programs),)](x, z, table, table.stride(0), tiles, num_tiles, rows, x.stride(0),
-                                                K=depth, OWN=own_inputs, BK=block_depth, **shared,
-                                                num_warps=4)  # fmt: skip
-    expand_kernel[(min(expansions, 4 * programs),)](y, z, held, table, table.stride(0), offsets, tiles, num_tiles, rows,
-                                                   y.stride(0), column_blocks, **expands, **shared,
-                                                   num_warps=expand_warps)  # fmt: skip
+    shrink_kernel[(min(shrinks, 4 * programs),)](
+        x, z, table, table.stride(0), tiles, num_tiles, rows, max_rank, x.stride(0), **shrinking, **work, num_warps=4
+    )
+    expand_kernel[(min(expands, 4 * programs),)](
+        y, z, held, table, table.stride(0), offsets, tiles, num_tiles, rows, max_rank, y.stride(0), column_blocks,
+        **expanding, **work, num_warps=expand_warps,
+    )  # fmt: skip
 
 
 @_lora.register_fake
@@ -226,11 +234,11 @@ def lora(
     bias: Tensor | None = None,
     single_launch: bool | None = None,
 ) -> None:
-    """As in reference.py. single_launch: None chooses by the number of rows."""
+    """As in reference.py. single_launch: None chooses by the rows of a tile."""
     assert site.table is not None and site.offsets is not None
     assert segments.tiles is not None and segments.num_tiles is not None and segments.counters is not None
     if single_launch is None:
-        single_launch = x.shape[0] <= FEW_ROWS
+        single_launch = segments.tile_rows <= FEW_TILE_ROWS
     _lora(y, x, site.table, site.offsets, bias, segments.tiles, segments.num_tiles, segments.counters, max(site.widths),
           segments.tile_rows, segments.max_rank, site.own_inputs, site.transposed, single_launch)  # fmt: skip
 
@@ -262,12 +270,12 @@ def _configurations(
 ) -> Iterator[Configuration]:
     pointer, itemsize = ("*bf16", 2) if dtype == tl.bfloat16 else ("*fp32", 4)
     types = dict(x=pointer, y=pointer, z="*fp32", bias=pointer, table="*i64", table_stride="i64", offsets="*i32",
-                 tiles="*i32", num_tiles="*i32", counters="*i32", T="i32", stride_x="i32", stride_y="i32",
-                 column_blocks="i32")  # fmt: skip
+                 tiles="*i32", num_tiles="*i32", counters="*i32", T="i32", max_rank="i32", stride_x="i32",
+                 stride_y="i32", column_blocks="i32")  # fmt: skip
     aligned = ("x", "y", "z", "stride_x", "stride_y")
     for tile, kernels in ((16, (lora_kernel,)), (64, (shrink_kernel, expand_kernel))):
         columns, block_depth, expand_warps = _blocks(tile, itemsize)
-        constants = dict(K=depth, OWN=own_inputs, TRANSPOSED=own_inputs, RMAX=64, SL=slices,
+        constants = dict(K=depth, OWN=own_inputs, TRANSPOSED=own_inputs, ALIGNED=not own_inputs, SL=slices,
                          SPLITS=_splits(depth, tile), TILE=tile, RB=_RANKS, BN=columns,
                          BK=block_depth, HAS_BIAS=False, DT=dtype)  # fmt: skip
         for kernel in kernels:

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 FEW_ROWS = 512  # beyond so many rows a second launch costs nothing that one would notice
+FEW_TILE_ROWS, MANY_TILE_ROWS = 16, 64
 
 
 def tile_rows(rows: int) -> int:
     """The most rows of a tile: few at decode, where adapters differ and bytes count, many at prefill."""
-    return 16 if rows <= FEW_ROWS else 64
+    return FEW_TILE_ROWS if rows <= FEW_ROWS else MANY_TILE_ROWS
 
 
 class LoraWeights(NamedTuple):
-    """a [rank, in], b [out, rank]: y += scale * b @ (a @ x).
+    """a [rank, in], b [out, rank]: y += scale * b @ (a @ x). a begins at a multiple of 16 bytes.
 
     gain [out] float32 (DoRA): y = gain * (base + delta) + bias, base being without the bias.
     """

@@ -26,6 +26,7 @@ from kernels.paged_attention.batch import DeviceBatch
 
 NO_LIMIT = 2**31 - 1
 MAX_SPLITS = 32  # one program adds them up
+LEAST_TILES = tl.constexpr(4)  # of keys in a split
 PROCESSORS = 132  # where there is none to ask: an H100 or H200
 _LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -124,7 +125,8 @@ def _attention(
 
     active = 1
     if SPLIT:
-        length = tl.cdiv(tl.cdiv(tl.maximum(end - begin, 1), BLOCK_N), splits) * BLOCK_N
+        # a part of fewer tiles is not worth its share of the merge
+        length = tl.maximum(tl.cdiv(tl.cdiv(tl.maximum(end - begin, 1), BLOCK_N), splits), LEAST_TILES) * BLOCK_N
         active = tl.maximum(tl.cdiv(end - begin, length), 1)
         begin += split * length
         end = tl.minimum(begin + length, end)
@@ -197,7 +199,7 @@ def _attention(
             maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)
             total = tl.zeros((BLOCK_M,), tl.float32)
             accumulated = tl.zeros((BLOCK_M, VALUE), tl.float32)
-            for other in range(0, active):
+            for other in tl.range(0, active, num_stages=1 if LATENT else 4):
                 part = (program * splits + other) * ROW_HEADS + rows
                 sums = partial_sums + part.to(tl.int64)[:, None] * VALUE + dims[None, :]
                 part_maximum = tl.load(partial_maxima + part, mask=in_part, other=0.0, cache_modifier=".cg")

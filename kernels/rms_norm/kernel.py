@@ -13,7 +13,7 @@ MAX_WIDTH = 16384  # a row's elements: one row in the registers of 16 warps
 _TILE = 1024  # elements a program takes where rows are shorter than that
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "inner"])
 def _rms_norm(
     x,  # [outer, inner, H], row (o, i) at o * x_outer + i * x_inner
     residual,  # the same with its own strides, or unused

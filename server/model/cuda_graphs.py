@@ -6,6 +6,7 @@ They differ by what cannot be data: the number of rows (padded to a few sizes), 
 part at all (a batch of base requests does no adapter work), the places where LoRA acts and the largest rank.
 """
 
+import logging
 from bisect import bisect_left
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
@@ -16,6 +17,8 @@ from torch import Tensor
 from server.model.device_inputs import DeviceInputs, padding_step
 from server.model.forward import KernelForward, Model
 from server.model.inputs import AdapterTables, HostStep
+
+log = logging.getLogger("heddle.model")
 
 
 class GraphKey(NamedTuple):
@@ -50,17 +53,17 @@ class CudaCapture:
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        # one for all: libraries keep a workspace for every stream that they have seen
+        self._stream = torch.cuda.Stream()
 
     def __call__(self, compute: Callable[[], Tensor]) -> _Graph:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # compiles what is not compiled yet, and lets libraries set themselves up
-            for _ in range(2):
-                compute()
-        torch.cuda.current_stream().wait_stream(side)
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):  # compiles what is not compiled yet, and lets libraries set themselves up
+            compute()
+        torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         # thread-local: the transfer thread maps memory and copies meanwhile
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             output = compute()
         return _Graph(graph, output)
 
@@ -80,54 +83,47 @@ class GraphedForward:
         self.eager = KernelForward(model, inputs, tables)
         self._model, self._inputs, self._tables = model, inputs, tables
         self._sizes = batch_sizes(largest_batch)
-        self._graphs: dict[GraphKey, Captured] = {}
+        self._graphs: dict[GraphKey, Captured | None] = {}
         self._capture_one = capture
 
     def logits(self, step: HostStep) -> Tensor:
         if not step.is_decode or len(step.token_ids) > self._sizes[-1]:
             return self.eager.logits(step)
         rows = self._sizes[bisect_left(self._sizes, len(step.token_ids))]
-        key = self._key(rows, bool(step.spans), step.has_experts)
-        captured = self._graphs.get(key) or self._capture(key)
-        self._fill(step, key)
+        captured = self.captured(rows, bool(step.spans), step.has_experts)
+        if captured is None:
+            return self.eager.logits(step)
+        self._inputs.fill(step, rows, self._tables.max_rank, bool(step.spans), step.has_experts)
         captured.replay()
         return captured.output[: len(step.token_ids)]
 
-    @torch.inference_mode()
-    def warm_up(self, block_size: int, has_experts: bool, on_progress: Callable[[str, int, int], None]) -> None:
-        """Compile what a prefill needs, and capture every batch size of base and expert decodes.
-
-        The largest come first: the others fit into their memory, and what does not fit at all fails now. Graphs with
-        LoRA wait until one is used, since they depend on the places where it acts.
-        """
-        longest = min(self._inputs.capacity.tokens, self._inputs.capacity.blocks * block_size)
-        prefills = [longest, min(64, longest)]
-        keys = [self._key(rows, False, experts) for experts in {False, has_experts} for rows in reversed(self._sizes)]
-        total = len(prefills) + len(keys)
-        for done, tokens in enumerate(prefills, start=1):
-            self.eager.logits(padding_step(tokens, block_size))
-            on_progress("Compiling kernels", done, total)
-        for done, key in enumerate(keys, start=len(prefills) + 1):
-            self._capture(key)
-            on_progress("Capturing graphs", done, total)
+    @property
+    def sizes(self) -> list[int]:
+        return self._sizes
 
     @property
     def num_captured(self) -> int:
         return len(self._graphs)
 
-    def _key(self, rows: int, with_lora: bool, with_experts: bool) -> GraphKey:
+    def captured(self, rows: int, with_lora: bool, with_experts: bool) -> Captured | None:
+        """The graph for batches padded to `rows`, captured now if need be; None where that has failed."""
         tables = self._tables
-        return GraphKey(
-            rows, tables.max_rank if with_lora else 0, tables.num_sites_used if with_lora else 0, with_experts
-        )
+        key = GraphKey(rows, tables.max_rank * with_lora, tables.num_sites_used * with_lora, with_experts)
+        if key not in self._graphs:
+            try:
+                self._graphs[key] = self._capture_one(self._padded(key))
+            except (RuntimeError, torch.cuda.OutOfMemoryError) as error:
+                log.warning("a decode of %d rows cannot be captured and is launched kernel by kernel: %s", rows, error)
+                self._graphs[key] = None
+            self._drop_outdated(key)
+        return self._graphs[key]
 
-    def _fill(self, step: HostStep, key: GraphKey) -> object:
-        return self._inputs.fill(step, key.rows, key.max_rank, key.max_rank > 0, key.with_experts)
-
-    def _capture(self, key: GraphKey) -> Captured:
-        for old in list(self._graphs):
-            if old.rows == key.rows and old.with_experts == key.with_experts and 0 < old.num_sites < key.num_sites:
-                del self._graphs[old]  # sites are only ever added
+    def _padded(self, key: GraphKey) -> Callable[[], Tensor]:
         inputs = self._inputs.fill(padding_step(), key.rows, key.max_rank, key.max_rank > 0, key.with_experts)
-        captured = self._graphs[key] = self._capture_one(lambda: self._model(inputs))
-        return captured
+        return lambda: self._model(inputs)
+
+    def _drop_outdated(self, new: GraphKey) -> None:
+        """Ranks and sites only grow. After the new capture: the pool of memory must not be left without a graph."""
+        for key in list(self._graphs):
+            if key.max_rank > 0 and key != new and key[:1] + key[3:] == new[:1] + new[3:] and new.max_rank > 0:
+                del self._graphs[key]

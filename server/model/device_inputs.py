@@ -50,7 +50,8 @@ class DeviceInputs:
             "kv_lens": capacity.sequences,
             "tiles": 3 * tiles,
             "sample_tiles": 3 * capacity.sequences,
-            "block_tables": capacity.sequences * capacity.blocks,  # last, since most of it is seldom used
+            # last and packed, since most of it is seldom used; unpacked on the device
+            "block_tables": capacity.sequences * capacity.blocks,
         }
         total = 0
         self._ranges: dict[str, tuple[int, int]] = {}
@@ -60,6 +61,8 @@ class DeviceInputs:
         self._host = torch.zeros(total, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._staged = self._host.numpy()
         self._device = torch.zeros(total, dtype=torch.int32, device=device)
+        self._block_tables = torch.zeros(capacity.sequences, capacity.blocks, dtype=torch.int32, device=device)
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None  # the last copy out of the host's side
         self._attention_counters = torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=device)
         self._route_counters = torch.zeros(2, dtype=torch.int32, device=device)
         self._lora_counters = torch.zeros(1 + tiles * capacity.slices, dtype=torch.int32, device=device)
@@ -69,6 +72,8 @@ class DeviceInputs:
 
         with_lora and with_experts: take those paths, whether or not this step has such adapters.
         """
+        if self._copied is not None:
+            self._copied.synchronize()  # long over, unless the last step sampled nothing and nobody waited for it
         num_sequences = len(step.query_lens) + rows - len(step.token_ids)
         tile = tile_rows(rows)
         tiles, sample_tiles = cut(step.spans, tile), cut(step.sample_spans, tile)
@@ -84,14 +89,22 @@ class DeviceInputs:
         self._stage("kv_lens", step.kv_lens, num_sequences, 0)
         self._stage("tiles", [number for tile in tiles for number in tile])
         self._stage("sample_tiles", [number for tile in sample_tiles for number in tile])
-        begin = self._ranges["block_tables"][0]
-        for index, table in enumerate(step.block_tables):
-            first = begin + index * self.capacity.blocks
-            self._staged[first : first + len(table)] = table
-        used = begin + len(step.block_tables) * self.capacity.blocks
-        self._device[:used].copy_(self._host[:used], non_blocking=True)
+        self._copy(step.block_tables)
         return self.views(rows, num_sequences, len(step.sample_rows) + len(padding), max(step.query_lens), max_rank,
                           with_lora, with_experts)  # fmt: skip
+
+    def _copy(self, block_tables: list[list[int]]) -> None:
+        """Everything that was staged, and the block tables as wide as the longest of them."""
+        begin, width = self._ranges["block_tables"][0], max(map(len, block_tables))
+        for index, table in enumerate(block_tables):
+            self._staged[begin + index * width : begin + index * width + len(table)] = table
+        end = begin + len(block_tables) * width
+        self._device[:end].copy_(self._host[:end], non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
+        if width:
+            packed = self._device[begin:end].view(len(block_tables), width)
+            self._block_tables[: len(block_tables), :width].copy_(packed)
 
     def views(
         self, rows: int, num_sequences: int, num_samples: int, max_query_len: int, max_rank: int, with_lora: bool,
@@ -100,7 +113,6 @@ class DeviceInputs:
         """What the device holds of a step of these sizes; always at the same addresses."""
         tile = tile_rows(rows)
         counts = self._view("counts", 3)
-        tables = self._view("block_tables", num_sequences * self.capacity.blocks)
         tiles = _most_tiles(num_sequences, rows)
         return StepInputs(
             token_ids=self._view("token_ids", rows),
@@ -110,7 +122,7 @@ class DeviceInputs:
             attention=DeviceBatch(
                 query_starts=self._view("query_starts", num_sequences + 1),
                 kv_lens=self._view("kv_lens", num_sequences),
-                block_tables=tables.view(num_sequences, self.capacity.blocks),
+                block_tables=self._block_tables[:num_sequences],
                 counters=self._attention_counters,
                 max_query_len=max_query_len,
             ),

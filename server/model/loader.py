@@ -133,7 +133,10 @@ def _inject_experts(
     layer = layer_of(name)
     stacks = make_stacks(layer, experts.gate_up_proj.data, experts.down_proj.data)
     routed = RoutedExperts(experts, router, stacks, layer, step)
+    was_cuda = experts.gate_up_proj.is_cuda
     experts.gate_up_proj = experts.down_proj = None  # the stacks hold them now
+    if was_cuda:  # the next layer's stacks take their pages from the driver, not from what torch keeps
+        torch.cuda.empty_cache()
     _replace(model, name, routed)
     injected.experts.append(routed)
 
