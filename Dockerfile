@@ -1,4 +1,4 @@
-# CPU image. Build: docker build -t heddle .   Run: docker run -p 127.0.0.1:8000:8000 heddle
+# Image for CPUs and, with the arguments below, GPUs. Build: docker build -t heddle .   Run: docker run -p 127.0.0.1:8000:8000 heddle
 # There is no authentication: put a proxy in front before you publish the port to others.
 FROM python:3.11-slim
 
@@ -12,7 +12,12 @@ COPY demo demo
 # The default build of torch brings CUDA with it. For a tenth of the size, point pip at torch's CPU builds:
 #   docker build --build-arg PIP_ARGS="--extra-index-url URL" …
 ARG PIP_ARGS=""
-RUN pip install --no-cache-dir ${PIP_ARGS} -c constraints.txt -e .
+# For a GPU (docker run --gpus all): --build-arg EXTRAS="[cuda]" --build-arg APT="gcc libc6-dev", since Triton needs a compiler
+ARG EXTRAS=""
+ARG APT=""
+RUN if [ -n "${APT}" ]; then apt-get update && apt-get install -y --no-install-recommends ${APT} \
+  && rm -rf /var/lib/apt/lists/*; fi
+RUN pip install --no-cache-dir ${PIP_ARGS} -c constraints.txt -e ".${EXTRAS}"
 
 USER heddle
 ENV HF_HUB_OFFLINE=1

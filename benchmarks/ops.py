@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels.paged_attention.batch as attention_batch
-from kernels.expert_route import Buckets
-from kernels.grouped_gemm import grouped_gemm
-from kernels.lora import LoraWeights, Segment, lora
+from kernels.expert_route import Routed
+from kernels.grouped_gemm import Layout, down
+from kernels.lora import LoraSite, LoraWeights, Segment, Segments, lora
 from kernels.paged_attention import AttentionBatch, paged_attention
 
 ROUNDS = 7
@@ -46,9 +46,13 @@ def lora_forms(tokens: int, width: int, out: int, adapters: int) -> None:
         slot: LoraWeights(torch.randn(8 + 8 * (slot % 2), width), torch.randn(out, 8 + 8 * (slot % 2)), 2.0)
         for slot in range(1, adapters + 1)
     }
+    site = LoraSite([out])
+    for slot, it in weights.items():
+        site.put(slot, 0, it)
     popularity = [1 / slot for slot in weights]
     slots = sorted(rng.choices(list(weights), popularity, k=tokens))
-    segments = [Segment(slots.index(s), len(slots) - slots[::-1].index(s), s) for s in sorted(set(slots))]
+    spans = [Segment(slots.index(s), len(slots) - slots[::-1].index(s), s) for s in sorted(set(slots))]
+    segments = Segments(spans)
     x, y = torch.randn(tokens, width), torch.randn(tokens, out)
     live = [weights[s] for s in sorted(set(slots))]
     all_a = torch.cat([it.a for it in live])
@@ -62,7 +66,7 @@ def lora_forms(tokens: int, width: int, out: int, adapters: int) -> None:
     base = torch.randn(out, width)
     compare(
         f"lora {tokens} tokens, {width}->{out}, {len(live)} adapters",
-        {"base linear": lambda: F.linear(x, base), "segments": lambda: lora(y, x, weights, segments), "masked": masked},
+        {"base linear": lambda: F.linear(x, base), "segments": lambda: lora(y, x, site, segments), "masked": masked},
     )
 
 
@@ -92,7 +96,9 @@ def grouped_forms(tokens: int, used: int, spread: int) -> None:
     slots = list(range(0, used * spread, spread))
     counts = [tokens // used] * used
     rows = torch.randn(sum(counts), 256)
-    buckets = Buckets(torch.arange(len(rows)), slots, counts)
+    pairs = torch.arange(len(rows))
+    tiles = torch.tensor([[slot, index * counts[0], counts[0]] for index, slot in enumerate(slots)])
+    routed = Routed(pairs, pairs[:, None], pairs, tiles, torch.tensor([len(tiles)]), len(rows))
     ends = torch.zeros(used * spread, dtype=torch.int32)
     ends[slots] = torch.tensor(counts, dtype=torch.int32)
     offsets = ends.cumsum(0, dtype=torch.int32)
@@ -101,7 +107,7 @@ def grouped_forms(tokens: int, used: int, spread: int) -> None:
     compare(
         f"grouped product, {len(rows)} rows, {used} of {len(stack)} slots used",
         {
-            "ours": lambda: grouped_gemm(rows, stack, buckets),
+            "ours": lambda: down(rows, stack, routed, Layout()),
             "torch's grouped": lambda: F.grouped_mm(rows, transposed, offs=offsets),
         },
     )

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from adapters_store.ref import AdapterRef
+from server.assembly import assemble
 from server.config import EngineConfig
 from server.device import CPU
 from server.engine.adapter_users import AdapterUsers
 from server.engine.request import Request, Sampling
 from server.engine.scheduler import Emitted, Scheduler
-from server.engine_process import assemble
 
 GREEDY = Sampling(temperature=0.0)
 

@@ -12,14 +12,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from server.engine_process import install_caches
+from server.assembly import install_caches
 from server.model.device_inputs import Capacity, DeviceInputs
 from server.model.experts import Stacks
 from server.model.families import pin_rope
 from server.model.forward import Model
 from server.model.inputs import CurrentStep
 from server.model.loader import inject
-from server.model.mla import latent_shape
 from server.model.probe import PROBE, probe
 from tests.test_kernel_engine import OPS
 from tests.tiny_models import MODELS, make_config
@@ -65,8 +64,7 @@ def test_a_decode_step_can_be_captured(name: str, with_adapters: bool, monkeypat
     model.to(META)
     with torch.inference_mode(), META:
         injected = inject(model, probed, step, fake_stacks, by_kernels=True)
-        shapes = [latent_shape(it) if it in injected.absorbed else shape for it, shape in probed.attention]
-        install_caches(model, probed, injected, shapes, 32, 16, step)
+        install_caches(model, probed, injected, 32, 16, step)
         sites = {site for target in injected.targets for site, _ in target.sites}
         for site in sites:
             site.attach(torch.empty(SLOTS + 1, len(site.widths), 4, dtype=torch.int64))

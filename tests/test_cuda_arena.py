@@ -367,8 +367,8 @@ def test_blocks_are_allocated_at_their_true_size() -> None:
 
 def engine_with(monkeypatch: pytest.MonkeyPatch, family: str, arenas: object, copier: object = None,
                 **settings: object) -> Engine:  # fmt: skip
-    monkeypatch.setattr("server.engine_process.choose_arenas", lambda device: arenas)
-    monkeypatch.setattr("server.engine_process.choose_copier", lambda device: copier or HostCopy())
+    monkeypatch.setattr("server.assembly.choose_arenas", lambda device: arenas)
+    monkeypatch.setattr("server.assembly.choose_copier", lambda device: copier or HostCopy())
     return Engine(make_model(family, attention=PROBE), **settings)
 
 

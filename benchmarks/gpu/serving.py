@@ -14,14 +14,15 @@ from adapters_store.parts import AdapterPackage, ExpertReplacement, LowRank, Ten
 from adapters_store.ref import AdapterRef
 from benchmarks.gpu.measure import Clock, Scale
 from kernels.expert_route import Routed
+from server.assembly import assemble
 from server.config import EngineConfig
 from server.engine.request import Request, Sampling
 from server.engine.residency import Wait
 from server.engine.scheduler import Scheduled
-from server.engine_process import assemble
+from server.model.cuda_graphs import GraphedForward
 from server.model.experts import RoutedExperts
 from server.model.forward import KernelForward
-from server.model.inputs import lay_out
+from server.model.inputs import HostStep, lay_out
 from server.model.probe import PROBE
 
 GREEDY = Sampling(temperature=0.0)
@@ -154,13 +155,22 @@ class Serving:
         step = lay_out(sorted(plan, key=lambda it: it.request.slot), self.residency, self._block_size)
         with torch.inference_mode():
             runner.run(plan)
-            device = sorted(self._clock.events(lambda: runner.forward.logits(step)) for _ in range(repeats))
+            device = sorted(self._clock.events(self._work(step)) for _ in range(repeats))
         wall = []
         for _ in range(repeats):
             start = time.perf_counter()
             runner.run(plan)
             wall.append(time.perf_counter() - start)
         return StepTime(device[len(device) // 2], sorted(wall)[len(wall) // 2])
+
+    def _work(self, step: HostStep) -> Callable[[], object]:
+        """The step's work on the device: a graph's replay if it has one, without the laying out of its indices."""
+        forward = self.assembly.runner.forward
+        if not isinstance(forward, GraphedForward) or not step.is_decode:
+            return lambda: forward.logits(step)
+        rows = next(size for size in forward.sizes if size >= len(step.token_ids))
+        captured = forward.captured(rows, bool(step.spans), step.has_experts)
+        return captured.replay if captured is not None else lambda: forward.logits(step)
 
     def expert_slots(self, plan: list[Scheduled]) -> int:
         """How many (layer, expert slot)s this step reads: what no kernel can avoid."""

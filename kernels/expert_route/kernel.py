@@ -301,7 +301,7 @@ def _expert_route(
         within = torch.empty_like(pairs)
         counts = torch.zeros(blocks + 1, num_slots, dtype=torch.int32, device=logits.device)
         starts, first_tiles = torch.empty(2, num_slots, dtype=torch.int32, device=logits.device)
-        count_kernel[(blocks,)](*inputs, within, counts, tokens, num_slots, **rule, BT=block_tokens, num_warps=4)
+        count_kernel[(blocks,)](*inputs, within, counts, tokens, num_slots, **rule, BT=block_tokens, num_warps=8)
         scan_kernel[(triton.cdiv(num_slots, _SCAN["BV"]),)](counts, starts, first_tiles, num_tiles, counters,
                                                            blocks + 1, num_slots, TILE=tile_rows, **_SCAN,
                                                            num_warps=4)  # fmt: skip
@@ -381,7 +381,7 @@ def configurations() -> Iterator[Configuration]:
             )
         constants = {**shape, **padded, **batch, "BT": _count_tokens(shape["M"])}
         types = {**pointers, "within": "*i32", "counts": "*i32", "T": "i32", "V": "i32"}
-        yield Configuration(f"{name} count", count_kernel, types, constants, ("logits",))
+        yield Configuration(f"{name} count", count_kernel, types, constants, ("logits",), num_warps=8)
     types = dict(
         counts="*i32", starts="*i32", first_tiles="*i32", num_tiles="*i32", counters="*i32", BLOCKS="i32", V="i32"
     )

@@ -12,9 +12,16 @@ def store_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
     """
     if (padding := slot_mapping < 0).any():
         key, value, slot_mapping = key[~padding], value[~padding], slot_mapping[~padding]
-    block, offset = slot_mapping // key_cache.shape[1], slot_mapping % key_cache.shape[1]
-    key_cache[block, offset] = key
-    value_cache[block, offset] = value
+    slots = slot_mapping.long()
+    _put(key_cache, slots, key)
+    _put(value_cache, slots, value)
+
+
+def _put(cache: Tensor, slots: Tensor, rows: Tensor) -> None:
+    if cache.stride(0) == cache.shape[1] * cache.stride(1):  # the blocks lie one behind another
+        cache.view(-1, *cache.shape[2:]).index_copy_(0, slots, rows)
+    else:
+        cache[slots // cache.shape[1], slots % cache.shape[1]] = rows
 
 
 def store_latent(latent: Tensor, rope: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
