@@ -2,13 +2,13 @@
 
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from kernels.paged_attention import AttentionBatch, DeviceBatch, reference
+from kernels.paged_attention import AttentionBatch, DeviceBatch, reference, splits_decodes
 from kernels.paged_attention import kernel as attention_kernel
 from kernels.paged_attention.kernel import NO_LIMIT, Tile, choose_tile, paged_attention, split_dim
 from kernels.paged_attention.kernel import _launch as attention_op
@@ -104,6 +104,21 @@ def check(case: Case, options: dict[str, object], launches: int = 1) -> Tensor:
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_mixed_batch(options: dict[str, object]) -> None:
     check(make_case(MIXED, heads=6, kv_heads=2, dim=16, value_dim=16), options)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 6, "chunk": 8, "softcap": 2.0, "sinks": True}], ids=str)
+def test_decodes_with_a_launch_of_their_own(options: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kernels.paged_attention.batch.LONG_DECODE", 8)
+    case = make_case([*MIXED, (1, 70)], heads=6, kv_heads=2, dim=16, value_dim=16)
+    case.device_batch = replace(case.device_batch, splits_decodes=case.batch.device_form(DEVICE).splits_decodes)
+    assert case.device_batch.splits_decodes
+    check(case, options, launches=2)
+
+
+def test_only_long_decodes_beside_others_have_a_launch_of_their_own() -> None:
+    assert splits_decodes([1, 300], [2000, 300])
+    assert not splits_decodes([1, 300], [1000, 3000])
+    assert not splits_decodes([1, 1], [2000, 2000]) and not splits_decodes([], [])
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -259,7 +274,7 @@ def test_attention_op_is_registered_rightly() -> None:
     case = make_case([(1, 5), (1, 40)], heads=2, kv_heads=1, dim=16, value_dim=8)
     batch = case.device_batch
     arguments = (case.query, case.key_cache.contiguous(), case.value_cache.contiguous(), batch.query_starts,
-                 batch.kv_lens, batch.block_tables, batch.counters, 1, 0.3, 0, 0, 0.0, None)  # fmt: skip
+                 batch.kv_lens, batch.block_tables, batch.counters, 1, False, 0.3, 0, 0, 0.0, None)  # fmt: skip
     torch.library.opcheck(attention_op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 

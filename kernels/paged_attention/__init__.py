@@ -4,9 +4,9 @@ from torch import Tensor
 
 from kernels.compiled import takes
 from kernels.paged_attention import reference
-from kernels.paged_attention.batch import NUM_COUNTERS, AttentionBatch, DeviceBatch
+from kernels.paged_attention.batch import NUM_COUNTERS, AttentionBatch, DeviceBatch, splits_decodes
 
-__all__ = ["NUM_COUNTERS", "AttentionBatch", "DeviceBatch", "paged_attention"]
+__all__ = ["NUM_COUNTERS", "AttentionBatch", "DeviceBatch", "paged_attention", "splits_decodes"]
 
 
 def paged_attention(

@@ -1,5 +1,6 @@
 """The indices of one step's attention, made once and used by every layer."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ MAX_PADDING = 0.25
 
 # of split decodes; one a (sequence, head tile) and only while those are fewer than half of the programs wanted
 NUM_COUNTERS = 1024
+LONG_DECODE = 1024  # keys: sixteen tiles of a prefill's program
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class DeviceBatch:
     block_tables [S, W]: columns past a sequence's length are never read.
     counters [NUM_COUNTERS]: zero before a launch and after it. Launches that may overlap must not share them.
     max_query_len: the most new tokens of a sequence. 1 says that all are decodes, whose keys may be split.
+    splits_decodes: among other sequences there are decodes so long that a launch of their own, split, is worth it.
 
     A captured batch of n decodes: query_starts = arange(n + 1), max_query_len = 1.
     """
@@ -57,6 +60,13 @@ class DeviceBatch:
     block_tables: Tensor
     counters: Tensor
     max_query_len: int
+    splits_decodes: bool = False
+
+
+def splits_decodes(query_lens: Sequence[int], kv_lens: Sequence[int]) -> bool:
+    """Whether a mixed batch has decodes that one program each would take long over."""
+    is_mixed = max(query_lens, default=0) > 1
+    return is_mixed and any(new == 1 and keys > LONG_DECODE for new, keys in zip(query_lens, kv_lens, strict=True))
 
 
 @dataclass(frozen=True)
@@ -150,6 +160,9 @@ class AttentionBatch:
             block_tables=there[lens_end:].view(count, width),
             counters=counters,
             max_query_len=max((sequence.query_len for sequence in self._sequences), default=0),
+            splits_decodes=splits_decodes(
+                [it.query_len for it in self._sequences], [it.kv_len for it in self._sequences]
+            ),
         )
 
     def plan(self, window: int | None, chunk: int | None = None, device: torch.device | str = "cpu") -> Plan:

@@ -6,7 +6,8 @@ query of the tile sees are not read: neither blocks outside of windows and chunk
 may hold anything. Masked loads give zeros there, so no block needs to be cleared before its first use.
 
 Where all are decodes and they are few, the keys of each are split over programs. Partial sums go to scratch, and the
-last program of a sequence to arrive adds them up, always in the same order.
+last program of a sequence to arrive adds them up, always in the same order. Long decodes beside prefills are worth a
+launch of their own for that.
 
 MLA's absorbed form is Hkv = 1 with values that are the leading part of the keys: those are then read once.
 """
@@ -80,7 +81,7 @@ def _attention(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, ROW_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, VALUE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DECODE: tl.constexpr, SPLIT: tl.constexpr, LIMITED: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, LATENT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, LATENT: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
     """Programs: (query tile, head tile), head tiles of a query tile next to each other; splits on axis 1.
 
@@ -107,6 +108,9 @@ def _attention(
         first_query = (tile - (first_row // QUERIES + sequence)) * QUERIES
     if first_query >= query_len:
         return
+    if MIXED:  # decodes and the rest have a launch each
+        if (query_len == 1) != DECODE:
+            return
 
     rows = tl.arange(0, BLOCK_M)
     queries = first_query + rows // ROW_HEADS
@@ -262,7 +266,7 @@ def _num_splits(programs: int, wanted: int, counters: int, most_tiles: int) -> i
 
 def _constants(
     heads: int, kv_heads: int, dim: int, value_dim: int, block_size: int, tile: Tile, latent: bool, decode: bool,
-    split: bool, limited: bool = False, softcap: bool = False, sinks: bool = False,
+    split: bool, limited: bool = False, softcap: bool = False, sinks: bool = False, mixed: bool = False,
 ) -> dict[str, int | bool]:  # fmt: skip
     main, tail = split_dim(dim)
     return {
@@ -270,7 +274,7 @@ def _constants(
         "BLOCK_SIZE": block_size, "DIM": dim, "VALUE_DIM": value_dim, "MAIN": main, "TAIL": tail,
         "VALUE": max(16, triton.next_power_of_2(value_dim)), "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
         "DECODE": decode, "SPLIT": split, "LIMITED": limited, "HAS_SOFTCAP": softcap, "HAS_SINKS": sinks,
-        "LATENT": latent,
+        "LATENT": latent, "MIXED": mixed,
     }  # fmt: skip
 
 
@@ -294,6 +298,7 @@ def _launch(
     block_tables: Tensor,
     counters: Tensor,
     max_query_len: int,
+    splits_decodes: bool,
     scale: float,
     window: int,
     chunk: int,
@@ -310,6 +315,25 @@ def _launch(
     assert key_cache.stride(-1) == 1 and value_cache.stride(-1) == 1 and block_tables.stride(-1) == 1
     if query.stride(-1) != 1:
         query = query.contiguous()
+    limits = (window, chunk, softcap, sinks)
+    for most in (1, max_query_len) if splits_decodes else (max_query_len,):
+        _attend(query, key_cache, value_cache, out, query_starts, kv_lens, block_tables, counters, most, scale, *limits,
+                splits_decodes)  # fmt: skip
+    return out
+
+
+def _attend(
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, out: Tensor, query_starts: Tensor, kv_lens: Tensor,
+    block_tables: Tensor, counters: Tensor, max_query_len: int, scale: float, window: int, chunk: int, softcap: float,
+    sinks: Tensor | None, is_mixed: bool,
+) -> None:  # fmt: skip
+    """One launch. is_mixed: of the decodes only, or of the others only.
+
+    A decode's keys are split over programs. In the tiles of a prefill one program would walk all of them.
+    """
+    tokens, heads, dim = query.shape
+    block_size, kv_heads = key_cache.shape[1:3]
+    value_dim, count = value_cache.shape[-1], len(kv_lens)
     decode = max_query_len == 1
     tile = choose_tile(dim, max_query_len * (heads // kv_heads), query.element_size())
     row_heads = min(heads // kv_heads, tile.block_m)
@@ -321,7 +345,7 @@ def _launch(
         splits = _num_splits(programs, _programs_wanted(query.device), counters.numel(), most_tiles)
     latent = _is_latent(key_cache, value_cache)
     constants = _constants(heads, kv_heads, dim, value_dim, block_size, tile, latent, decode, splits > 1,
-                           window > 0 or chunk > 0, softcap > 0, sinks is not None)  # fmt: skip
+                           window > 0 or chunk > 0, softcap > 0, sinks is not None, is_mixed)  # fmt: skip
     parts = programs * splits * row_heads if splits > 1 else 0
     partial_sums = torch.empty(parts, constants["VALUE"], dtype=torch.float32, device=query.device)
     partial_maxima = torch.empty(parts, dtype=torch.float32, device=query.device)
@@ -333,7 +357,6 @@ def _launch(
         *value_cache.stride()[:3], block_tables.stride(0), **constants, num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )  # fmt: skip
-    return out
 
 
 @_launch.register_fake
@@ -357,7 +380,8 @@ def paged_attention(
     Caches may be strided views; the last dimension is contiguous. Can be captured: the grid follows from shapes and
     max_query_len alone.
     """
-    indices = batch.query_starts, batch.kv_lens, batch.block_tables, batch.counters, batch.max_query_len
+    lengths = batch.max_query_len, batch.splits_decodes
+    indices = batch.query_starts, batch.kv_lens, batch.block_tables, batch.counters, *lengths
     return _launch(query, key_cache, value_cache, *indices, scale, window or 0, chunk or 0, softcap or 0.0, sinks)
 
 

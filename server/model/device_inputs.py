@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels.expert_route import TokenBatch
 from kernels.lora import Segments, cut, tile_rows
-from kernels.paged_attention import NUM_COUNTERS, DeviceBatch
+from kernels.paged_attention import NUM_COUNTERS, DeviceBatch, splits_decodes
 from server.model.inputs import HostStep, StepInputs
 
 _ALIGN = 4  # integers: 16 bytes, so that kernels may load vectors
@@ -91,7 +91,7 @@ class DeviceInputs:
         self._stage("sample_tiles", [number for tile in sample_tiles for number in tile])
         self._copy(step.block_tables)
         return self.views(rows, num_sequences, len(step.sample_rows) + len(padding), max(step.query_lens), max_rank,
-                          with_lora, with_experts)  # fmt: skip
+                          with_lora, with_experts, splits_decodes(step.query_lens, step.kv_lens))  # fmt: skip
 
     def _copy(self, block_tables: list[list[int]]) -> None:
         """Everything that was staged, and the block tables as wide as the longest of them."""
@@ -108,7 +108,7 @@ class DeviceInputs:
 
     def views(
         self, rows: int, num_sequences: int, num_samples: int, max_query_len: int, max_rank: int, with_lora: bool,
-        with_experts: bool,
+        with_experts: bool, long_decodes: bool = False,
     ) -> StepInputs:  # fmt: skip
         """What the device holds of a step of these sizes; always at the same addresses."""
         tile = tile_rows(rows)
@@ -125,6 +125,7 @@ class DeviceInputs:
                 block_tables=self._block_tables[:num_sequences],
                 counters=self._attention_counters,
                 max_query_len=max_query_len,
+                splits_decodes=long_decodes,
             ),
             sample_rows=self._view("sample_rows", num_samples),
             segments=self._segments("tiles", tiles, counts[1:2], tile, max_rank, with_lora),
