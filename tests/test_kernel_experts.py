@@ -2,9 +2,12 @@
 
 import math
 import random
+from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.expert_route import GroupScore, Routed, Routing, Score, TokenBatch
@@ -13,6 +16,9 @@ from kernels.expert_route import reference as route_reference
 from kernels.grouped_gemm import Act, Activation, Layout
 from kernels.grouped_gemm import kernel as gemm_kernel
 from kernels.grouped_gemm import reference as gemm_reference
+from kernels.lora import LoraSite, LoraWeights
+from kernels.lora import kernel as lora_kernel
+from kernels.lora import reference as lora_reference
 from tests.kernel_device import DEVICE
 from tests.test_ops import POPULARITIES, pick
 
@@ -172,6 +178,9 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gemm_kernel, "_DOWN", {4: blocks})
     monkeypatch.setattr(gemm_kernel, "_for_size", lambda blocks, _: blocks)
     monkeypatch.setattr(gemm_kernel, "_COMBINE_COLUMNS", 16)
+    monkeypatch.setattr(gemm_kernel, "_ACTIVATE_COLUMNS", 16)
+    monkeypatch.setattr(lora_kernel, "_blocks", lambda *_: (16, 16, 4))
+    monkeypatch.setattr(lora_kernel, "_splits", lambda *_, **__: 2)
 
 
 def experts_case(
@@ -231,6 +240,13 @@ def run_experts(popularity: str, tokens: int, hidden: int, inner: int, layout: L
     h = gemm_kernel.gate_up(x, stacks[0], routed, activation, layout, gate_bias, tables[0])
     want = gemm_reference.gate_up(x, gate_up, routed, activation, layout, gate_bias)
     torch.testing.assert_close(h, want, atol=2e-4, rtol=1e-5)
+    products = gemm_kernel.gate_up(x, stacks[0], routed, None, layout, gate_bias, tables[0])
+    want = gemm_reference.gate_up(x, gate_up, routed, None, layout, gate_bias)
+    torch.testing.assert_close(products, want, atol=1e-4, rtol=1e-5)
+    apart = gemm_kernel.activate(products, activation, layout.interleaved, routed)
+    torch.testing.assert_close(apart, h, atol=1e-5, rtol=1e-5)
+    want = gemm_reference.activate(products, activation, layout.interleaved, routed)
+    torch.testing.assert_close(apart, want, atol=1e-5, rtol=1e-5)
     rows = gemm_kernel.down(h, stacks[1], routed, layout, down_bias, tables[1])
     torch.testing.assert_close(rows, gemm_reference.down(h, down, routed, layout, down_bias), atol=2e-3, rtol=1e-5)
     torch.testing.assert_close(
@@ -252,7 +268,21 @@ def test_padding_comes_out_as_zero() -> None:
     torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-5)
 
 
-@pytest.mark.parametrize("op", ["expert_gate_up", "expert_down", "expert_combine"])
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("num_tokens", [0, 3, 5])
+def test_activate_leaves_padding_out(num_tokens: int) -> None:
+    batch = TokenBatch(None, torch.tensor([num_tokens], dtype=torch.int32, device=DEVICE), counters())
+    routed = route(torch.randn(5, 6, device=DEVICE), Routing(2), expert_maps(6), batch, 4)
+    products, real = torch.randn(10, 40, device=DEVICE), num_tokens * 2
+    got = gemm_kernel.activate(products, Activation(), False, routed)
+    gate, up = products[:real].chunk(2, dim=-1)
+    torch.testing.assert_close(got[:real], F.silu(gate) * up)
+    assert bool(got[real:].isnan().all())
+
+
+@pytest.mark.parametrize(
+    "op", ["expert_gate_up", "expert_gate_up products", "expert_activate", "expert_down", "expert_combine"]
+)
 @pytest.mark.usefixtures("small_tiles")
 def test_the_ops_are_registered_rightly(op: str) -> None:
     x, gate_up, down, *_, batch, logits = experts_case("uniform", 3, 16, 8, Layout(), False)
@@ -260,8 +290,134 @@ def test_the_ops_are_registered_rightly(op: str) -> None:
     indices = (routed.pairs, routed.tiles, routed.num_tiles)
     arguments = {
         "expert_gate_up": (x, gate_up, None, None, *indices, 2, 4, 0, 1.0, 0.0, False, False),
+        "expert_gate_up products": (x, gate_up, None, None, *indices, 2, 4, -1, 1.0, 0.0, False, False),
+        "expert_activate": (torch.randn(6, 16, device=DEVICE), routed.slots, 0, 1.0, 0.0, False),
         "expert_down": (torch.randn(6, 8, device=DEVICE), down, None, None, *indices, 4, False),
         "expert_combine": (torch.randn(6, 16, device=DEVICE), routed.weights, routed.slots),
     }[op]
-    overload = getattr(torch.ops.heddle, op).default
+    overload = getattr(torch.ops.heddle, op.split()[0]).default
     torch.library.opcheck(overload, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+# -- LoRA inside experts ---
+
+HIDDEN, INNER, EXPERTS = 36, 20, 6
+RANKS = {1: (1, (0, 4)), 2: (5, range(EXPERTS)), 3: (16, (2, 4, 5)), 4: (0, (1,))}  # adapter: rank and experts
+TUNED = 4, 3  # this adapter has a matrix of its own for this expert, and no LoRA there
+ADAPTERS, MAX_RANK = 5, 16
+
+
+class LoraExperts(NamedTuple):
+    """gate_up [matrices, 2I, H] and down [matrices, H, I]; several slots share a matrix."""
+
+    expert_map: Tensor
+    matrix_of: list[int]
+    gate_up: Tensor
+    down: Tensor
+    gate_up_site: LoraSite
+    down_site: LoraSite
+
+    def each_pair_alone(self, x: Tensor, routed: Routed) -> Tensor:
+        """[P, H] in order of pair number, by merged matrices; 0 for padding."""
+        out = x.new_zeros(routed.slots.numel(), HIDDEN)
+        top_k = routed.slots.shape[1]
+        for pair, slot in enumerate(routed.slots.flatten().tolist()):
+            if slot >= 0:
+                matrix = self.matrix_of[slot]
+                gate, up = (merged(self.gate_up[matrix], self.gate_up_site, slot) @ x[pair // top_k]).chunk(2)
+                out[pair] = merged(self.down[matrix], self.down_site, slot) @ (F.silu(gate) * up)
+        return out
+
+
+def merged(weight: Tensor, site: LoraSite, slot: int) -> Tensor:
+    """W + s B A, slice by slice."""
+    parts = zip(weight.split(site.widths), site.by_slot.get(slot, [None] * len(site.widths)), strict=True)
+    return torch.cat([part if it is None else part + it.scale * it.b @ it.a for part, it in parts])
+
+
+def lora_experts() -> LoraExperts:
+    """Of the three places at most slots have two, so that every one is left out somewhere."""
+    torch.manual_seed(7)
+    gate_up = torch.randn(EXPERTS + 1, 2 * INNER, HIDDEN, device=DEVICE) * 0.3
+    down = torch.randn(EXPERTS + 1, HIDDEN, INNER, device=DEVICE) * 0.3
+    sites = LoraSite((INNER, INNER)), LoraSite((HIDDEN,))
+    expert_map = torch.arange(EXPERTS, dtype=torch.int32).repeat(ADAPTERS, 1)
+    matrix_of = list(range(EXPERTS))
+    for adapter, (rank, experts) in RANKS.items():
+        for expert in experts:
+            slot = expert_map[adapter, expert] = len(matrix_of)
+            matrix_of.append(expert)
+            for place, (site, index, depth, width) in enumerate(
+                ((sites[0], 0, HIDDEN, INNER), (sites[0], 1, HIDDEN, INNER), (sites[1], 0, INNER, HIDDEN))
+            ):
+                if (slot + place) % 4:
+                    a, b = torch.randn(rank, depth, device=DEVICE), torch.randn(width, rank, device=DEVICE)
+                    site.put(slot, index, LoraWeights(a, b, 0.05 * adapter))
+    expert_map[TUNED] = len(matrix_of)
+    matrix_of.append(EXPERTS)
+    for site in sites:
+        site.attach(torch.tensor([site.rows(slot) for slot in range(len(matrix_of))], device=DEVICE))
+    return LoraExperts(expert_map.to(DEVICE), matrix_of, gate_up, down, *sites)
+
+
+def by_kernels(case: LoraExperts, x: Tensor, routed: Routed, single_launch: bool) -> Tensor:
+    """[P, H]. Matrices are found through pointers only."""
+    ups, downs = (
+        torch.tensor([stack[matrix].data_ptr() for matrix in case.matrix_of], device=DEVICE)
+        for stack in (case.gate_up, case.down)
+    )
+    nowhere = torch.full_like(case.gate_up[:1], math.nan), torch.full_like(case.down[:1], math.nan)
+    shared = torch.zeros(1 + 2 * len(routed.tiles), dtype=torch.int32, device=DEVICE)
+    products = gemm_kernel.gate_up(x, nowhere[0], routed, None, Layout(), None, ups)
+    lora_kernel.expert_lora(products, x, case.gate_up_site, routed, True, MAX_RANK, shared, single_launch)
+    assert not shared.any()
+    h = gemm_kernel.activate(products, Activation(), False, routed)
+    rows = gemm_kernel.down(h, nowhere[1], routed, Layout(), None, downs)
+    lora_kernel.expert_lora(rows, h, case.down_site, routed, False, MAX_RANK, shared, single_launch)
+    assert not shared.any()
+    return rows
+
+
+def by_references(case: LoraExperts, x: Tensor, routed: Routed, single_launch: bool) -> Tensor:
+    ups, downs = case.gate_up[case.matrix_of], case.down[case.matrix_of]
+    products = gemm_reference.gate_up(x, ups, routed, None, Layout())
+    lora_reference.expert_lora(products, x, case.gate_up_site, routed, True, MAX_RANK, None)
+    h = gemm_reference.activate(products, Activation(), False, routed)
+    rows = gemm_reference.down(h, downs, routed, Layout())
+    lora_reference.expert_lora(rows, h, case.down_site, routed, False, MAX_RANK, None)
+    return rows
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize(("chain", "single_launch"), [(by_kernels, True), (by_kernels, False), (by_references, True)],
+                         ids=["one launch", "two launches", "references"])  # fmt: skip
+@pytest.mark.parametrize(("popularity", "tokens", "num_tokens"), [
+    *((popularity, 9, 7) for popularity in POPULARITIES), ("distinct", 10, 10), ("identical", 1, 1), ("uniform", 4, 0),
+])  # fmt: skip
+def test_lora_inside_experts(chain: Callable[..., Tensor], single_launch: bool, popularity: str, tokens: int,
+                             num_tokens: int) -> None:  # fmt: skip
+    """Each pair as if it were alone with the merged matrices of its slot; x of padding tokens is NaN."""
+    case = lora_experts()
+    adapters = pick(popularity, tokens, ADAPTERS, random.Random(6))
+    batch = TokenBatch(torch.tensor(adapters, dtype=torch.int32, device=DEVICE),
+                       torch.tensor([num_tokens], dtype=torch.int32, device=DEVICE), counters())  # fmt: skip
+    logits, x = torch.randn(tokens, EXPERTS, device=DEVICE), torch.randn(tokens, HIDDEN, device=DEVICE)
+    routed = route(logits, Routing(3), case.expert_map, batch, 4, num_slots=len(case.matrix_of))
+    x[num_tokens:] = math.nan
+    rows = chain(case, x, routed, single_launch)
+    want = case.each_pair_alone(x, routed)
+    real = num_tokens * 3
+    torch.testing.assert_close(rows[:real], want[:real], atol=1e-3, rtol=1e-5)
+    assert bool(rows[real:].isnan().all())  # poisoned, and left alone
+    got = (gemm_kernel if chain is by_kernels else gemm_reference).combine(rows, routed)
+    weights = routed.weights.masked_fill(routed.slots < 0, 0)
+    torch.testing.assert_close(got, (want.view(tokens, 3, -1) * weights[..., None]).sum(1), atol=1e-3, rtol=1e-5)
+
+
+def test_mixed_ranks_are_met() -> None:
+    """The case above has what it is there for."""
+    case = lora_experts()
+    weights = [it for adapter in case.gate_up_site.by_slot.values() for it in adapter if it is not None]
+    assert {it.a.shape[0] for it in weights} == {0, 1, 5, 16}
+    assert len(set(case.matrix_of)) < len(case.matrix_of)  # slots share matrices
+    assert len(case.gate_up_site.by_slot) < len(case.matrix_of)  # some have no LoRA

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.expert_route import Routed, Routing, TokenBatch
+from kernels.expert_route.reference import expert_route
 from kernels.lora import LoraSite, LoraWeights, Segment, Segments, cut, table_row
 from kernels.lora import kernel as lora_kernel
 from kernels.lora import reference as lora_reference
@@ -58,7 +60,7 @@ def batch(popularity: str, count: int) -> list[int]:
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shapes that the interpreter gets through, with more than one block and split in every direction."""
     monkeypatch.setattr(lora_kernel, "_blocks", lambda *_: (16, 16, 4))
-    monkeypatch.setattr(lora_kernel, "_splits", lambda depth, _: 1 if depth < 32 else 2)
+    monkeypatch.setattr(lora_kernel, "_splits", lambda depth, *_, **__: 1 if depth < 32 else 2)
 
 
 def check(depth: int, widths: tuple[int, ...], slots: list[int], single_launch: bool, gains: bool, tile: int = 4,
@@ -142,6 +144,75 @@ def test_the_op_is_registered_rightly(small_blocks: None) -> None:
     arguments = (y, x, site.table, site.offsets, None, segments.tiles, segments.num_tiles, segments.counters, 8, 4, 64,
                  False, False, True)  # fmt: skip
     torch.library.opcheck(torch.ops.heddle.lora.default, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+# -- inside routed experts ---
+
+EXPERT_MAP = [[0, 3, 2], [1, 2, 4], [5, 6, 3], [4, 0, 6]]  # of four adapters, to the slots above
+CHOICES = 2
+
+
+def route(popularity: str, tokens: int, num_tokens: int, tile: int = 4) -> Routed:
+    """Tiles in an order that nobody promised, garbage behind them and behind the pairs of real tokens."""
+    adapters = torch.tensor(pick(popularity, tokens, 4, random.Random(3)), dtype=torch.int32, device=DEVICE)
+    expert_map = torch.tensor(EXPERT_MAP, dtype=torch.int32, device=DEVICE)
+    real = torch.tensor([num_tokens], dtype=torch.int32, device=DEVICE)
+    logits = torch.randn(tokens, len(EXPERT_MAP[0]), device=DEVICE)
+    routed = expert_route(logits, Routing(CHOICES), expert_map, SLOTS, TokenBatch(adapters, real), tile)
+    routed.pairs[num_tokens * CHOICES :] = 10**6
+    garbage = torch.full((3, 3), 10**6, dtype=torch.int32, device=DEVICE)
+    return routed._replace(tiles=torch.cat([routed.tiles.flip(0), garbage]))
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("single_launch", [True, False], ids=["one launch", "two launches"])
+@pytest.mark.parametrize("gathers", [True, False])
+@pytest.mark.parametrize(("popularity", "tokens", "num_tokens"), [
+    *((popularity, 6, 6) for popularity in POPULARITIES), ("uniform", 7, 5), ("uniform", 1, 1), ("uniform", 3, 0),
+])  # fmt: skip
+def test_expert_lora(single_launch: bool, gathers: bool, popularity: str, tokens: int, num_tokens: int) -> None:
+    depth, widths = (40, (17, 20)) if gathers else (33, (33,))
+    site = make_site(depth, widths, gains=False)
+    routed = route(popularity, tokens, num_tokens)
+    counters = torch.zeros(1 + len(routed.tiles) * len(widths), dtype=torch.int32, device=DEVICE)
+    for _ in range(2):  # the second launch finds the counters zero
+        x = torch.randn(tokens * (1 if gathers else CHOICES), depth, device=DEVICE)
+        x[num_tokens * (1 if gathers else CHOICES) :] = math.nan
+        y = torch.randn(tokens * CHOICES, sum(widths), device=DEVICE)
+        want, got = y.clone(), y.clone()
+        lora_reference.expert_lora(want, x, site, routed, gathers, 64, None)
+        lora_kernel.expert_lora(got, x, site, routed, gathers, 64, counters, single_launch)
+        torch.testing.assert_close(got, want, atol=ATOL, rtol=1e-5)
+        assert torch.equal(got[num_tokens * CHOICES :], y[num_tokens * CHOICES :])
+        assert not counters.any()
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_expert_lora_with_gains() -> None:
+    site = make_site(24, (10, 18), gains=True)
+    routed = route("uniform", 5, 5)
+    counters = torch.zeros(1 + len(routed.tiles) * 2, dtype=torch.int32, device=DEVICE)
+    x, y = torch.randn(10, 24, device=DEVICE), torch.randn(10, 28, device=DEVICE)
+    want = y.clone()
+    lora_reference.expert_lora(want, x, site, routed, False, 64, None)
+    lora_kernel.expert_lora(y, x, site, routed, False, 64, counters)
+    torch.testing.assert_close(y, want, atol=ATOL, rtol=1e-5)
+
+
+@pytest.mark.parametrize("choices", [0, CHOICES])
+def test_the_op_for_experts_is_registered_rightly(small_blocks: None, choices: int) -> None:
+    site = make_site(16, (8,), gains=False)
+    routed = route("uniform", 2, 2)
+    counters = torch.zeros(1 + len(routed.tiles), dtype=torch.int32, device=DEVICE)
+    y, x = torch.randn(4, 8, device=DEVICE), torch.randn(2 if choices else 4, 16, device=DEVICE)
+    arguments = (y, x, site.table, site.offsets, routed.pairs, routed.tiles, routed.num_tiles, counters, 8, 4, 64,
+                 choices, False, True)  # fmt: skip
+    torch.library.opcheck(
+        torch.ops.heddle.expert_lora.default, arguments, test_utils=("test_schema", "test_faketensor")
+    )
+
+
+# -- what the host makes ---
 
 
 def test_tiles_are_cut_at_their_largest_size() -> None:

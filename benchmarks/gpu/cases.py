@@ -135,12 +135,17 @@ class Cases:
             routed = route.expert_route(logits, Routing(top_k), expert_map, slots, batch, rows)
             x = self._randn(tokens, hidden)
             h = kernel.gate_up(x, ups, routed, Activation(), Layout())
+            products = kernel.gate_up(x, ups, routed, None, Layout())
             y = kernel.down(h, downs, routed, Layout())
             used = len(routed.slots.unique())
             pairs, size = tokens * top_k, x.itemsize
             for name, function, arguments, num_bytes, num_ops in (
                 ("gate_up", "gate_up", (x, ups, routed, Activation(), Layout()),
                  used * 2 * inner * hidden * size + (x.numel() + pairs * inner) * size, 4 * pairs * hidden * inner),
+                ("gate_up without activation", "gate_up", (x, ups, routed, None, Layout()),
+                 used * 2 * inner * hidden * size + (x.numel() + 2 * pairs * inner) * size,
+                 4 * pairs * hidden * inner),
+                ("activate", "activate", (products, Activation(), False, routed), 3 * pairs * inner * size, 0),
                 ("down", "down", (h, downs, routed, Layout()),
                  used * inner * hidden * size + pairs * (inner + hidden) * size, 2 * pairs * hidden * inner),
                 ("combine", "combine", (y, routed), (pairs + tokens) * hidden * size, 2 * pairs * hidden),
@@ -151,9 +156,53 @@ class Cases:
                                  lambda want=want, arguments=arguments: want(*arguments), num_bytes,
                                  num_ops)  # fmt: skip
 
-    # -- LoRA: Llama-3.1-8B's sites ---
+    # -- LoRA: Llama-3.1-8B's sites, and inside DeepSeek-V2-Lite's experts ---
 
     def _lora(self) -> Iterator[Case]:
+        yield from self._linear_lora()
+        yield from self._expert_lora()
+
+    def _expert_lora(self) -> Iterator[Case]:
+        """Eight adapters and the base in one batch, each adapter with a LoRA in every expert."""
+        from kernels.expert_route import kernel as route
+        from kernels.grouped_gemm.kernel import tile_rows as rows_for
+        from kernels.lora import kernel, reference
+
+        hidden, inner, experts, top_k, _ = self._layer()
+        adapters, rank = self._scale.size(8, 2), self._scale.size(16, 4)
+        slots = (adapters + 1) * experts
+        expert_map = torch.arange(slots, dtype=torch.int32, device=self._device).view(adapters + 1, experts)
+        ranks = [0] * (experts - 1) + [max(1, rank // (1 + slot % 3)) for slot in range(adapters * experts)]  # mixed
+        sites = {True: self._site(hidden, (inner, inner), ranks), False: self._site(inner, (hidden,), ranks)}
+        for tokens in (3,) if self._scale.is_toy else (1, 32, 512):
+            chosen = self._ints([self._rng.randrange(adapters + 1) for _ in range(tokens)])
+            logits = torch.randn(tokens, experts, device=self._device)
+            batch, rows = TokenBatch(chosen, None, self._ints([0, 0])), rows_for(tokens * top_k, experts)
+            routed = route.expert_route(logits, Routing(top_k), expert_map, slots, batch, rows)
+            counters = torch.zeros(1 + 2 * len(routed.tiles), dtype=torch.int32, device=self._device)
+            pairs, used = tokens * top_k, routed.slots.unique().tolist()
+            for gathers, site in sites.items():
+                depth, out = (hidden, 2 * inner) if gathers else (inner, hidden)
+                x, y = self._randn(tokens if gathers else pairs, depth), self._randn(pairs, out)
+                width = depth * len(site.widths) + out
+                weights = sum(ranks[slot - 1] for slot in used if slot > 0) * width * x.itemsize
+
+                def launch(y: Tensor = y, x: Tensor = x, site: LoraSite = site, routed: Routed = routed,
+                           gathers: bool = gathers, counters: Tensor = counters) -> Tensor:  # fmt: skip
+                    kernel.expert_lora(y, x, site, routed, gathers, rank, counters)
+                    return y
+
+                def wanted(y: Tensor = y, x: Tensor = x, site: LoraSite = site, routed: Routed = routed,
+                           gathers: bool = gathers) -> Tensor:  # fmt: skip
+                    out = y.clone()
+                    reference.expert_lora(out, x, site, routed, gathers, rank, None)
+                    return out
+
+                title = f"expert {'gate_up' if gathers else 'down'} {tokens} tokens, {adapters} adapters, tile {rows}"
+                yield self._case("lora", title, lambda launch=launch, y=y: launch(y.clone()), wanted,
+                                 weights + x.nbytes + 2 * y.nbytes, timed=[launch])  # fmt: skip
+
+    def _linear_lora(self) -> Iterator[Case]:
         from kernels.lora import kernel, reference
 
         size = self._scale.size

@@ -1,6 +1,7 @@
 """grouped_gemm: a mixture's experts as grouped products over the buckets that expert_route made.
 
-gate_up (with the activation), down, combine: three launches.
+gate_up (with the activation), down, combine: three launches. Where something is added to gate_up's products before the
+activation (LoRA), gate_up leaves it out and activate is a fourth.
 """
 
 from torch import Tensor
@@ -10,7 +11,7 @@ from kernels.expert_route import Routed
 from kernels.grouped_gemm import reference
 from kernels.grouped_gemm.layout import Act, Activation, Layout
 
-__all__ = ["Act", "Activation", "Layout", "combine", "down", "gate_up", "tile_rows"]
+__all__ = ["Act", "Activation", "Layout", "activate", "combine", "down", "gate_up", "tile_rows"]
 
 _ONE_TILE = 1 << 30
 
@@ -28,7 +29,7 @@ def tile_rows(x: Tensor, top_k: int, num_experts: int) -> int:
 
 
 def gate_up(
-    x: Tensor, stack: Tensor, routed: Routed, activation: Activation, layout: Layout, bias: Tensor | None = None
+    x: Tensor, stack: Tensor, routed: Routed, activation: Activation | None, layout: Layout, bias: Tensor | None = None
 ) -> Tensor:
     """See reference.py for shapes."""
     if takes(x):
@@ -36,6 +37,15 @@ def gate_up(
 
         return kernel.gate_up(x, stack, routed, activation, layout, bias)
     return reference.gate_up(x, stack, routed, activation, layout, bias)
+
+
+def activate(products: Tensor, activation: Activation, interleaved: bool, routed: Routed) -> Tensor:
+    """See reference.py for shapes."""
+    if takes(products):
+        from kernels.grouped_gemm import kernel
+
+        return kernel.activate(products, activation, interleaved, routed)
+    return reference.activate(products, activation, interleaved, routed)
 
 
 def down(h: Tensor, stack: Tensor, routed: Routed, layout: Layout, bias: Tensor | None = None) -> Tensor:

@@ -31,6 +31,8 @@ class Blocks(NamedTuple):
 _GATE_UP = {16: Blocks(64, 128, 4, 3), 32: Blocks(64, 64, 4, 3), 64: Blocks(64, 64, 4, 3)}
 _DOWN = {16: Blocks(64, 128, 4, 4), 32: Blocks(64, 128, 4, 3), 64: Blocks(128, 64, 8, 3)}
 _COMBINE_COLUMNS = 1024
+_ACTIVATE_COLUMNS = 512
+_NO_ACT = -1  # in place of an Act: products as they are
 
 
 def tile_rows(num_pairs: int, num_experts: int) -> int:
@@ -84,7 +86,10 @@ def gate_up_kernel(
     HAS_BIAS: tl.constexpr, TRANSPOSED: tl.constexpr, INTERLEAVED: tl.constexpr, POINTERS: tl.constexpr,
     TILE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """h[position] = act(gate) * up for each position of a tile; x [T, H], stack [slots, 2I, H], h [P, I]."""
+    """h[position] = act(gate) * up for each position of a tile; x [T, H], stack [slots, 2I, H], h [P, I].
+
+    ACT below 0: h [P, 2I] holds gate and up in the order of the matrix's rows.
+    """
     column_blocks: tl.constexpr = (I + BN - 1) // BN
     for work in range(tl.program_id(0), tl.load(num_tiles) * column_blocks, tl.num_programs(0)):
         tile = work // column_blocks
@@ -127,9 +132,44 @@ def gate_up_kernel(
             bias_at = bias + slot * (2 * I)
             gate += tl.load(bias_at + gate_row, mask=column_mask, other=0.0).to(tl.float32)[None, :]
             up += tl.load(bias_at + up_row, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+        if ACT >= 0:
+            out = _act(gate, up, ACT, ALPHA, LIMIT)
+            h_at = h + (start + m).to(tl.int64)[:, None] * I + n[None, :]
+            tl.store(h_at, out.to(h.dtype.element_ty), mask=row_mask[:, None] & column_mask[None, :])
+        elif INTERLEAVED:
+            both = tl.reshape(tl.join(gate, up), (TILE, 2 * BN))
+            h_at = h + (start + m).to(tl.int64)[:, None] * (2 * I) + both_row[None, :]
+            tl.store(h_at, both.to(h.dtype.element_ty), mask=row_mask[:, None] & (both_row < 2 * I)[None, :])
+        else:
+            h_at = h + (start + m).to(tl.int64)[:, None] * (2 * I) + n[None, :]
+            mask = row_mask[:, None] & column_mask[None, :]
+            tl.store(h_at, gate.to(h.dtype.element_ty), mask=mask)
+            tl.store(h_at + I, up.to(h.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def activate_kernel(
+    products, slots, h,
+    I: tl.constexpr, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, INTERLEAVED: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
+    """h[position] = act(gate) * up; products [P, 2I], h [P, I].
+
+    Padding tokens are the last of a batch, so as many positions hold a real pair as leading entries of slots do.
+    """
+    position = tl.program_id(0)
+    if tl.load(slots + position) >= 0:
+        row = products + position.to(tl.int64) * (2 * I)
+        n = tl.program_id(1) * BN + tl.arange(0, BN)
+        if INTERLEAVED:
+            both_at = tl.program_id(1) * (2 * BN) + tl.arange(0, 2 * BN)
+            both = tl.load(row + both_at, mask=both_at < 2 * I, other=0.0).to(tl.float32)
+            gate, up = tl.split(tl.reshape(both, (BN, 2)))
+        else:
+            gate = tl.load(row + n, mask=n < I, other=0.0).to(tl.float32)
+            up = tl.load(row + I + n, mask=n < I, other=0.0).to(tl.float32)
         out = _act(gate, up, ACT, ALPHA, LIMIT)
-        h_at = h + (start + m).to(tl.int64)[:, None] * I + n[None, :]
-        tl.store(h_at, out.to(h.dtype.element_ty), mask=row_mask[:, None] & column_mask[None, :])
+        tl.store(h + position.to(tl.int64) * I + n, out.to(h.dtype.element_ty), mask=n < I)
 
 
 @triton.jit
@@ -187,7 +227,7 @@ def _gate_up(
 ) -> Tensor:  # fmt: skip
     hidden = x.shape[1]
     inner = stack.shape[2 if transposed else 1] // 2
-    h = x.new_empty(pairs.shape[0], inner)
+    h = x.new_empty(pairs.shape[0], inner if act >= 0 else 2 * inner)
     blocks = _for_size(_GATE_UP[tile], x.itemsize)
     gate_up_kernel[(_programs(x, tiles, inner, blocks),)](
         x, stack, num_tiles if pointers is None else pointers, x if bias is None else bias, h, pairs, tiles, num_tiles,
@@ -204,7 +244,24 @@ def _(
     num_tiles: Tensor, top_k: int, tile: int, act: int, alpha: float, limit: float, transposed: bool,
     interleaved: bool,
 ) -> Tensor:  # fmt: skip
-    return x.new_empty(pairs.shape[0], stack.shape[2 if transposed else 1] // 2)
+    columns = stack.shape[2 if transposed else 1]
+    return x.new_empty(pairs.shape[0], columns // 2 if act >= 0 else columns)
+
+
+@torch.library.custom_op("heddle::expert_activate", mutates_args=())
+def _activate(products: Tensor, slots: Tensor, act: int, alpha: float, limit: float, interleaved: bool) -> Tensor:
+    inner = products.shape[1] // 2
+    h = products.new_empty(products.shape[0], inner)
+    columns = min(_ACTIVATE_COLUMNS, triton.next_power_of_2(inner))
+    activate_kernel[(products.shape[0], triton.cdiv(inner, columns))](
+        products, slots, h, I=inner, ACT=act, ALPHA=alpha, LIMIT=limit, INTERLEAVED=interleaved, BN=columns
+    )
+    return h
+
+
+@_activate.register_fake
+def _(products: Tensor, slots: Tensor, act: int, alpha: float, limit: float, interleaved: bool) -> Tensor:
+    return products.new_empty(products.shape[0], products.shape[1] // 2)
 
 
 @torch.library.custom_op("heddle::expert_down", mutates_args=())
@@ -251,17 +308,23 @@ def gate_up(
     x: Tensor,
     stack: Tensor,
     routed: Routed,
-    activation: Activation,
+    activation: Activation | None,
     layout: Layout,
     bias: Tensor | None = None,
     pointers: Tensor | None = None,
 ) -> Tensor:
     """As in reference.py. pointers [slots] int64: address of each slot's matrix, in place of stride and slot."""
+    act = _NO_ACT if activation is None else int(activation.act)
+    alpha, limit = (1.0, 0.0) if activation is None else (activation.alpha, activation.limit)
     return _gate_up(
         x.contiguous(), stack, pointers, bias, routed.pairs, routed.tiles, routed.num_tiles, routed.slots.shape[1],
-        routed.tile_rows, int(activation.act), activation.alpha, activation.limit, layout.transposed,
-        layout.interleaved,
+        routed.tile_rows, act, alpha, limit, layout.transposed, layout.interleaved,
     )  # fmt: skip
+
+
+def activate(products: Tensor, activation: Activation, interleaved: bool, routed: Routed) -> Tensor:
+    """As in reference.py."""
+    return _activate(products, routed.slots, int(activation.act), activation.alpha, activation.limit, interleaved)
 
 
 def down(
@@ -293,7 +356,10 @@ def multiprocessors(x: Tensor) -> int:
 
 
 def configurations() -> Iterator[Configuration]:
-    """DeepSeek-V2-Lite in bfloat16 (all tiles; by stride and by pointers) and float32, Qwen3-30B-A3B, gpt-oss."""
+    """DeepSeek-V2-Lite in bfloat16 (all tiles; by stride and by pointers) and float32, Qwen3-30B-A3B, gpt-oss.
+
+    Without an activation only V2-Lite and gpt-oss, which differ in what they store.
+    """
     shapes = {
         "v2-lite": (2048, 1408, 6, Act.SILU, Layout(), False, "*bf16"),
         "v2-lite fp32": (2048, 1408, 6, Act.SILU, Layout(), False, "*fp32"),
@@ -308,6 +374,15 @@ def configurations() -> Iterator[Configuration]:
                     title, hidden, inner, top_k, act, layout, has_bias, dtype, tile, by_pointers
                 )
                 yield _down_configuration(title, hidden, inner, layout, has_bias, dtype, tile, by_pointers)
+            if name in ("v2-lite", "gpt-oss"):
+                by_pointers = name == "v2-lite"
+                yield _gate_up_configuration(f"{name} tile {tile} without activation", hidden, inner, top_k, None,
+                                             layout, has_bias, dtype, tile, by_pointers)  # fmt: skip
+        if name in ("v2-lite", "gpt-oss"):
+            constants = dict(I=inner, ACT=int(act), ALPHA=1.702, LIMIT=7.0, INTERLEAVED=layout.interleaved,
+                             BN=_ACTIVATE_COLUMNS)  # fmt: skip
+            types = dict(products=dtype, slots="*i32", h=dtype)
+            yield Configuration(f"activate {name}", activate_kernel, types, constants, ("products", "h"))
     types = dict(rows="*bf16", weights="*fp32", slots="*i32", out="*bf16")
     yield Configuration("combine v2-lite", combine_kernel, types, dict(H=2048, K=6, BH=1024), ("rows", "out"))
 
@@ -316,12 +391,13 @@ _INDICES = dict(pairs="*i32", tiles="*i32", num_tiles="*i32", stride="i64", poin
 
 
 def _gate_up_configuration(
-    title: str, hidden: int, inner: int, top_k: int, act: Act, layout: Layout, has_bias: bool, dtype: str, tile: int,
-    by_pointers: bool,
+    title: str, hidden: int, inner: int, top_k: int, act: Act | None, layout: Layout, has_bias: bool, dtype: str,
+    tile: int, by_pointers: bool,
 ) -> Configuration:  # fmt: skip
     blocks = _for_size(_GATE_UP[tile], 2 if dtype == "*bf16" else 4)
     types = {**_INDICES, "x": dtype, "stack": dtype, "bias": dtype, "h": dtype}
-    constants = dict(H=hidden, I=inner, K=top_k, ACT=int(act), ALPHA=1.702, LIMIT=7.0, HAS_BIAS=has_bias,
+    number = _NO_ACT if act is None else int(act)
+    constants = dict(H=hidden, I=inner, K=top_k, ACT=number, ALPHA=1.702, LIMIT=7.0, HAS_BIAS=has_bias,
                      TRANSPOSED=layout.transposed, INTERLEAVED=layout.interleaved, POINTERS=by_pointers, TILE=tile,
                      BN=blocks.columns, BK=blocks.depth)  # fmt: skip
     aligned = ("x", "stack", "h", "stride")

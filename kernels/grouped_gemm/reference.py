@@ -14,17 +14,26 @@ from kernels.grouped_gemm.layout import Act, Activation, Layout, split_gate_up
 
 
 def gate_up(
-    x: Tensor, stack: Tensor, routed: Routed, activation: Activation, layout: Layout, bias: Tensor | None = None
+    x: Tensor, stack: Tensor, routed: Routed, activation: Activation | None, layout: Layout, bias: Tensor | None = None
 ) -> Tensor:
     """act(gate(x)) * up(x) of each pair, by the matrices of its slot.
 
     x [T, H]; stack [slots, 2I, H]; bias [slots, 2I]. Returns [P, I]: row i belongs to pair routed.pairs[i], and rows
-    behind the pairs of real tokens are not written.
+    behind the pairs of real tokens are not written. activation None: the products themselves, [P, 2I] with columns as
+    the layout has them, for `activate` after something was added.
     """
     tiles = _tiles(routed)
     rows = x[routed.pairs[: _num_rows(tiles)] // routed.slots.shape[1]]
     products = _products(rows, stack, tiles, layout, bias)
-    return _behind(activate(products, activation, layout.interleaved), len(routed.pairs))
+    if activation is not None:
+        products = _activate(products, activation, layout.interleaved)
+    return _behind(products, len(routed.pairs))
+
+
+def activate(products: Tensor, activation: Activation, interleaved: bool, routed: Routed) -> Tensor:
+    """[P, 2I] as gate_up returns it without an activation -> [P, I] as with one."""
+    real = products[: int((routed.slots >= 0).sum())]
+    return _behind(_activate(real, activation, interleaved), len(products))
 
 
 def down(h: Tensor, stack: Tensor, routed: Routed, layout: Layout, bias: Tensor | None = None) -> Tensor:
@@ -44,7 +53,7 @@ def combine(rows: Tensor, routed: Routed) -> Tensor:
     return torch.einsum("tkh,tk->th", choices, routed.weights.to(rows.dtype))
 
 
-def activate(products: Tensor, activation: Activation, interleaved: bool) -> Tensor:
+def _activate(products: Tensor, activation: Activation, interleaved: bool) -> Tensor:
     """[.., 2I] -> [.., I]."""
     gate, up = split_gate_up(products, interleaved)
     match activation.act:

@@ -9,6 +9,9 @@ last ticket sets the counters back to zero: the launch can be replayed from a gr
 
 Ranks are true in memory and walked in steps of 16, so nothing is padded to the largest. For prefill the same work is
 done by two plain launches; they are the cross-check as well.
+
+Inside routed experts the tiles are those that expert_route made. Their rows are positions; where x or y is in another
+order, it is found through the pairs (CHOICES, SCATTERS).
 """
 
 from collections.abc import Iterator
@@ -19,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.compiled.kernel import Configuration, dot, stages
+from kernels.expert_route import Routed
 from kernels.lora.site import FEW_TILE_ROWS, LoraSite, Segments
 
 _RANKS = 16  # ranks at a time: a matrix instruction's
@@ -37,11 +41,14 @@ def _entry(table, table_stride, slot, part):
 
 @triton.jit
 def _shrink(
-    x, z, table, table_stride, tiles, tile, part, split, T, max_rank, stride_x,
-    K: tl.constexpr, OWN: tl.constexpr, TRANSPOSED: tl.constexpr, ALIGNED: tl.constexpr,
+    x, z, table, table_stride, pairs, tiles, tile, part, split, T, max_rank, stride_x,
+    K: tl.constexpr, CHOICES: tl.constexpr, OWN: tl.constexpr, TRANSPOSED: tl.constexpr, ALIGNED: tl.constexpr,
     SL: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr, RB: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
-    """z[split, part, rows, :rank] = x[rows] @ a^T over this split of the depth; z [SPLITS, SL, T, max_rank] float32."""
+    """z[split, part, rows, :rank] = x[rows] @ a^T over this split of the depth; z [SPLITS, SL, T, max_rank] float32.
+
+    CHOICES above 0: x is read at pairs[rows] // CHOICES.
+    """
     if OWN:
         x += part * K
     slot = tl.load(tiles + tile * 3)
@@ -54,6 +61,10 @@ def _shrink(
         a = tl.multiple_of(a, 16)
     depth: tl.constexpr = ((K + SPLITS - 1) // SPLITS + BK - 1) // BK * BK  # of one split, whole blocks
     rows = (start + m).to(tl.int64)
+    if CHOICES > 0:
+        read = (tl.load(pairs + rows, mask=row_mask, other=0) // CHOICES).to(tl.int64)
+    else:
+        read = rows
     k = tl.arange(0, BK)
     r = tl.arange(0, RB)
     for first_rank in range(0, rank, RB):
@@ -61,7 +72,7 @@ def _shrink(
         total = tl.zeros((TILE, RB), tl.float32)
         for first in range(split * depth, tl.minimum(split * depth + depth, K), BK):
             deep = first + k
-            seen = tl.load(x + rows[:, None] * stride_x + deep[None, :],
+            seen = tl.load(x + read[:, None] * stride_x + deep[None, :],
                            mask=row_mask[:, None] & (deep < K)[None, :], other=0.0)  # fmt: skip
             weight_at = deep[:, None] * rank + ranks[None, :] if TRANSPOSED else ranks[None, :] * K + deep[:, None]
             weight = tl.load(a + weight_at, mask=(ranks < rank)[None, :] & (deep < K)[:, None], other=0.0)  # fmt: skip
@@ -73,12 +84,15 @@ def _shrink(
 
 @triton.jit
 def _expand(
-    y, z, bias, table, table_stride, offsets, tiles, counters, tile, part, column_block, T, max_rank,
+    y, z, bias, table, table_stride, offsets, pairs, tiles, counters, tile, part, column_block, T, max_rank,
     stride_y,
-    TRANSPOSED: tl.constexpr, SL: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr,
+    SCATTERS: tl.constexpr, TRANSPOSED: tl.constexpr, SL: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr,
     RB: tl.constexpr, BN: tl.constexpr, HAS_BIAS: tl.constexpr, DT: tl.constexpr, WAITS: tl.constexpr,
 ):  # fmt: skip
-    """y[rows, columns] += scale * z @ b^T, with z summed over the splits; then the gain, if there is one."""
+    """y[rows, columns] += scale * z @ b^T, with z summed over the splits; then the gain, if there is one.
+
+    SCATTERS: y is written at pairs[rows].
+    """
     begin = tl.load(offsets + part)
     width = tl.load(offsets + part + 1) - begin
     if column_block * BN < width:
@@ -93,7 +107,11 @@ def _expand(
             n = column_block * BN + tl.arange(0, BN)
             column_mask = n < width
             mask = row_mask[:, None] & column_mask[None, :]
-            y_at = y + rows[:, None] * stride_y + (begin + n)[None, :]
+            if SCATTERS:
+                written = tl.load(pairs + rows, mask=row_mask, other=0).to(tl.int64)
+            else:
+                written = rows
+            y_at = y + written[:, None] * stride_y + (begin + n)[None, :]
             prior = tl.load(y_at, mask=mask, other=0.0).to(tl.float32)  # under way before the wait
             if WAITS:
                 if rank > 0:
@@ -127,11 +145,11 @@ def _expand(
 
 @triton.jit(do_not_specialize=["T", "max_rank", "column_blocks"])
 def lora_kernel(
-    x, y, z, bias, table, table_stride, offsets, tiles, num_tiles, counters, T, max_rank, stride_x, stride_y,
+    x, y, z, bias, table, table_stride, offsets, pairs, tiles, num_tiles, counters, T, max_rank, stride_x, stride_y,
     column_blocks,
-    K: tl.constexpr, OWN: tl.constexpr, TRANSPOSED: tl.constexpr, ALIGNED: tl.constexpr,
-    SL: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr, RB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    HAS_BIAS: tl.constexpr, DT: tl.constexpr,
+    K: tl.constexpr, CHOICES: tl.constexpr, SCATTERS: tl.constexpr, OWN: tl.constexpr, TRANSPOSED: tl.constexpr,
+    ALIGNED: tl.constexpr, SL: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr, RB: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, HAS_BIAS: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
     """The single launch. counters: ticket, then arrivals of each (tile, slice)."""
     count = tl.load(num_tiles)
@@ -142,16 +160,16 @@ def lora_kernel(
         if work < shrinks:
             part = work // SPLITS % SL
             tile = work // (SPLITS * SL)
-            rank = _shrink(x, z, table, table_stride, tiles, tile, part, work % SPLITS, T, max_rank, stride_x, K, OWN,
-                           TRANSPOSED, ALIGNED, SL, SPLITS, TILE, RB, BK, DT)  # fmt: skip
+            rank = _shrink(x, z, table, table_stride, pairs, tiles, tile, part, work % SPLITS, T, max_rank, stride_x,
+                           K, CHOICES, OWN, TRANSPOSED, ALIGNED, SL, SPLITS, TILE, RB, BK, DT)  # fmt: skip
             if rank > 0:  # else nobody waits, and the arrival could land after the reset
                 tl.debug_barrier()  # all threads' stores before the one thread's release
                 tl.atomic_add(counters + 1 + tile * SL + part, 1, sem="release", scope="gpu")
         else:
             left = work - shrinks
-            _expand(y, z, bias, table, table_stride, offsets, tiles, counters, left // (column_blocks * SL),
-                    left // column_blocks % SL, left % column_blocks, T, max_rank, stride_y, TRANSPOSED, SL, SPLITS,
-                    TILE, RB, BN, HAS_BIAS, DT, True)  # fmt: skip
+            _expand(y, z, bias, table, table_stride, offsets, pairs, tiles, counters, left // (column_blocks * SL),
+                    left // column_blocks % SL, left % column_blocks, T, max_rank, stride_y, SCATTERS, TRANSPOSED, SL,
+                    SPLITS, TILE, RB, BN, HAS_BIAS, DT, True)  # fmt: skip
         work = tl.atomic_add(counters, 1, sem="relaxed")
     # every program takes exactly one ticket beyond the work, after all its waits: the last of them resets
     if work == total + tl.num_programs(0) - 1:
@@ -162,25 +180,25 @@ def lora_kernel(
 
 @triton.jit(do_not_specialize=["T", "max_rank"])
 def shrink_kernel(
-    x, z, table, table_stride, tiles, num_tiles, T, max_rank, stride_x,
-    K: tl.constexpr, OWN: tl.constexpr, TRANSPOSED: tl.constexpr, ALIGNED: tl.constexpr,
+    x, z, table, table_stride, pairs, tiles, num_tiles, T, max_rank, stride_x,
+    K: tl.constexpr, CHOICES: tl.constexpr, OWN: tl.constexpr, TRANSPOSED: tl.constexpr, ALIGNED: tl.constexpr,
     SL: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr, RB: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
     for work in range(tl.program_id(0), tl.load(num_tiles) * SL * SPLITS, tl.num_programs(0)):
-        _shrink(x, z, table, table_stride, tiles, work // (SPLITS * SL), work // SPLITS % SL, work % SPLITS, T,
-                max_rank, stride_x, K, OWN, TRANSPOSED, ALIGNED, SL, SPLITS, TILE, RB, BK, DT)  # fmt: skip
+        _shrink(x, z, table, table_stride, pairs, tiles, work // (SPLITS * SL), work // SPLITS % SL, work % SPLITS, T,
+                max_rank, stride_x, K, CHOICES, OWN, TRANSPOSED, ALIGNED, SL, SPLITS, TILE, RB, BK, DT)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T", "max_rank", "column_blocks"])
 def expand_kernel(
-    y, z, bias, table, table_stride, offsets, tiles, num_tiles, T, max_rank, stride_y, column_blocks,
-    TRANSPOSED: tl.constexpr, SL: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr,
+    y, z, bias, table, table_stride, offsets, pairs, tiles, num_tiles, T, max_rank, stride_y, column_blocks,
+    SCATTERS: tl.constexpr, TRANSPOSED: tl.constexpr, SL: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr,
     RB: tl.constexpr, BN: tl.constexpr, HAS_BIAS: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
     for work in range(tl.program_id(0), tl.load(num_tiles) * SL * column_blocks, tl.num_programs(0)):
-        _expand(y, z, bias, table, table_stride, offsets, tiles, num_tiles, work // (column_blocks * SL),
-                work // column_blocks % SL, work % column_blocks, T, max_rank, stride_y, TRANSPOSED, SL, SPLITS, TILE,
-                RB, BN, HAS_BIAS, DT, False)  # fmt: skip
+        _expand(y, z, bias, table, table_stride, offsets, pairs, tiles, num_tiles, work // (column_blocks * SL),
+                work // column_blocks % SL, work % column_blocks, T, max_rank, stride_y, SCATTERS, TRANSPOSED, SL,
+                SPLITS, TILE, RB, BN, HAS_BIAS, DT, False)  # fmt: skip
 
 
 @torch.library.custom_op("heddle::lora", mutates_args=("y", "counters"))
@@ -189,32 +207,8 @@ def _lora(
     counters: Tensor, widest: int, tile_rows: int, max_rank: int, own_inputs: bool, transposed: bool,
     single_launch: bool,
 ) -> None:  # fmt: skip
-    slices = table.shape[1]
-    rows, depth = x.shape[0], x.shape[1] // (slices if own_inputs else 1)
-    column_width, block_depth, expand_warps = _blocks(tile_rows, x.itemsize)
-    splits = _splits(depth, tile_rows)
-    z = torch.empty(splits, slices, rows, max_rank, dtype=torch.float32, device=x.device)
-    column_blocks = triton.cdiv(widest, column_width)
-    held = y if bias is None else bias  # an argument that is not read still needs a pointer
-    work = dict(TRANSPOSED=transposed, SL=slices, SPLITS=splits, TILE=tile_rows, RB=_RANKS,
-                DT=_TRITON_TYPES[x.dtype], num_stages=stages(3))  # fmt: skip
-    shrinking = dict(K=depth, OWN=own_inputs, ALIGNED=not own_inputs, BK=block_depth)
-    expanding = dict(BN=column_width, HAS_BIAS=bias is not None)
-    shrinks, expands = tiles.shape[0] * slices * splits, tiles.shape[0] * slices * column_blocks
-    programs = 2 * _multiprocessors(x)
-    if single_launch:
-        lora_kernel[(min(shrinks + expands, programs),)](
-            x, y, z, held, table, table.stride(0), offsets, tiles, num_tiles, counters, rows, max_rank, x.stride(0),
-            y.stride(0), column_blocks, **shrinking, **expanding, **work, num_warps=4,
-        )  # fmt: skip
-        return
-    shrink_kernel[(min(shrinks, 4 * programs),)](
-        x, z, table, table.stride(0), tiles, num_tiles, rows, max_rank, x.stride(0), **shrinking, **work, num_warps=4
-    )
-    expand_kernel[(min(expands, 4 * programs),)](
-        y, z, held, table, table.stride(0), offsets, tiles, num_tiles, rows, max_rank, y.stride(0), column_blocks,
-        **expanding, **work, num_warps=expand_warps,
-    )  # fmt: skip
+    _launch(y, x, table, offsets, bias, None, tiles, num_tiles, counters, widest, tile_rows, max_rank, 0, own_inputs,
+            transposed, single_launch)  # fmt: skip
 
 
 @_lora.register_fake
@@ -224,6 +218,59 @@ def _(
     single_launch: bool,
 ) -> None:  # fmt: skip
     return None
+
+
+@torch.library.custom_op("heddle::expert_lora", mutates_args=("y", "counters"))
+def _expert_lora(
+    y: Tensor, x: Tensor, table: Tensor, offsets: Tensor, pairs: Tensor, tiles: Tensor, num_tiles: Tensor,
+    counters: Tensor, widest: int, tile_rows: int, max_rank: int, choices: int, transposed: bool, single_launch: bool,
+) -> None:  # fmt: skip
+    """choices: how many pairs a token has, if x is by token; 0 if x is by position, and y by pair number."""
+    _launch(y, x, table, offsets, None, pairs, tiles, num_tiles, counters, widest, tile_rows, max_rank, choices, False,
+            transposed, single_launch)  # fmt: skip
+
+
+@_expert_lora.register_fake
+def _(
+    y: Tensor, x: Tensor, table: Tensor, offsets: Tensor, pairs: Tensor, tiles: Tensor, num_tiles: Tensor,
+    counters: Tensor, widest: int, tile_rows: int, max_rank: int, choices: int, transposed: bool, single_launch: bool,
+) -> None:  # fmt: skip
+    return None
+
+
+def _launch(
+    y: Tensor, x: Tensor, table: Tensor, offsets: Tensor, bias: Tensor | None, pairs: Tensor | None, tiles: Tensor,
+    num_tiles: Tensor, counters: Tensor, widest: int, tile_rows: int, max_rank: int, choices: int, own_inputs: bool,
+    transposed: bool, single_launch: bool,
+) -> None:  # fmt: skip
+    slices = table.shape[1]
+    rows, depth = y.shape[0], x.shape[1] // (slices if own_inputs else 1)
+    column_width, block_depth, expand_warps = _blocks(tile_rows, x.itemsize)
+    splits = _splits(depth, tile_rows, in_experts=pairs is not None)
+    z = torch.empty(splits, slices, rows, max_rank, dtype=torch.float32, device=x.device)
+    column_blocks = triton.cdiv(widest, column_width)
+    held = y if bias is None else bias  # an argument that is not read still needs a pointer
+    order = tiles if pairs is None else pairs
+    work = dict(TRANSPOSED=transposed, SL=slices, SPLITS=splits, TILE=tile_rows, RB=_RANKS,
+                DT=_TRITON_TYPES[x.dtype], num_stages=stages(3))  # fmt: skip
+    shrinking = dict(K=depth, CHOICES=choices, OWN=own_inputs, ALIGNED=not own_inputs, BK=block_depth)
+    expanding = dict(SCATTERS=pairs is not None and choices == 0, BN=column_width, HAS_BIAS=bias is not None)
+    shrinks, expands = tiles.shape[0] * slices * splits, tiles.shape[0] * slices * column_blocks
+    programs = 2 * _multiprocessors(x)
+    if single_launch:
+        lora_kernel[(min(shrinks + expands, programs),)](
+            x, y, z, held, table, table.stride(0), offsets, order, tiles, num_tiles, counters, rows, max_rank,
+            x.stride(0), y.stride(0), column_blocks, **shrinking, **expanding, **work, num_warps=4,
+        )  # fmt: skip
+        return
+    shrink_kernel[(min(shrinks, 4 * programs),)](
+        x, z, table, table.stride(0), order, tiles, num_tiles, rows, max_rank, x.stride(0), **shrinking, **work,
+        num_warps=4,
+    )  # fmt: skip
+    expand_kernel[(min(expands, 4 * programs),)](
+        y, z, held, table, table.stride(0), offsets, order, tiles, num_tiles, rows, max_rank, y.stride(0),
+        column_blocks, **expanding, **work, num_warps=expand_warps,
+    )  # fmt: skip
 
 
 def lora(
@@ -243,14 +290,37 @@ def lora(
           segments.tile_rows, segments.max_rank, site.own_inputs, site.transposed, single_launch)  # fmt: skip
 
 
+def expert_lora(
+    y: Tensor,
+    x: Tensor,
+    site: LoraSite,
+    routed: Routed,
+    gathers: bool,
+    max_rank: int,
+    counters: Tensor,
+    single_launch: bool | None = None,
+) -> None:
+    """As in reference.py. counters: [1 + most tiles * slices] int32, zero; left zero. single_launch as in lora."""
+    assert site.table is not None and site.offsets is not None and not site.own_inputs
+    assert counters.numel() > routed.tiles.shape[0] * len(site.widths)
+    if single_launch is None:
+        single_launch = routed.tile_rows <= FEW_TILE_ROWS
+    _expert_lora(y, x, site.table, site.offsets, routed.pairs, routed.tiles, routed.num_tiles, counters,
+                 max(site.widths), routed.tile_rows, max_rank, routed.slots.shape[1] if gathers else 0,
+                 site.transposed, single_launch)  # fmt: skip
+
+
 def _blocks(tile: int, itemsize: int) -> tuple[int, int, int]:
     """Columns of an expand, depth of a shrink's step, warps of an expand."""
     return (64, 256 // itemsize, 4) if tile <= 16 else (64, 128 // itemsize, 8)
 
 
-def _splits(depth: int, tile: int) -> int:
-    """Parts of the depth: so many that one adapter's shrinks fill a quarter of the machine; one at prefill."""
-    return min(8, max(1, depth // 512)) if tile <= 16 else 1
+def _splits(depth: int, tile: int, in_experts: bool = False) -> int:
+    """Parts of the depth: so many that one adapter's shrinks fill a quarter of the machine; one at prefill.
+
+    Two inside experts, of which even a single token has several; four would spill on sm_80.
+    """
+    return min(2 if in_experts else 8, max(1, depth // 512)) if tile <= 16 else 1
 
 
 def _multiprocessors(x: Tensor) -> int:
@@ -258,29 +328,39 @@ def _multiprocessors(x: Tensor) -> int:
 
 
 def configurations() -> Iterator[Configuration]:
-    """Sites of Llama-3.1-8B and of DeepSeek-V2-Lite's absorbed attention; decode (one launch) and prefill (two)."""
+    """Sites of Llama-3.1-8B, of DeepSeek-V2-Lite's absorbed attention and of its experts.
+
+    Decode (one launch) and prefill (two); the experts' tiles have one more size.
+    """
     for name, depth, slices in (("qkv", 4096, 3), ("gate_up", 4096, 2), ("down", 14336, 1)):
         for dtype in (tl.bfloat16, tl.float32) if name == "qkv" else (tl.bfloat16,):
             yield from _configurations(f"{name} {dtype}", depth, slices, dtype)
     yield from _configurations("v2-lite absorbed query", 128, 16, tl.bfloat16, own_inputs=True)
+    yield from _configurations("v2-lite expert gate_up", 2048, 2, tl.bfloat16, choices=6)
+    yield from _configurations("v2-lite expert down", 1408, 1, tl.bfloat16, scatters=True)
 
 
 def _configurations(
-    name: str, depth: int, slices: int, dtype: tl.dtype, own_inputs: bool = False
-) -> Iterator[Configuration]:
+    name: str, depth: int, slices: int, dtype: tl.dtype, own_inputs: bool = False, choices: int = 0,
+    scatters: bool = False,
+) -> Iterator[Configuration]:  # fmt: skip
     pointer, itemsize = ("*bf16", 2) if dtype == tl.bfloat16 else ("*fp32", 4)
     types = dict(x=pointer, y=pointer, z="*fp32", bias=pointer, table="*i64", table_stride="i64", offsets="*i32",
-                 tiles="*i32", num_tiles="*i32", counters="*i32", T="i32", max_rank="i32", stride_x="i32",
+                 pairs="*i32", tiles="*i32", num_tiles="*i32", counters="*i32", T="i32", max_rank="i32", stride_x="i32",
                  stride_y="i32", column_blocks="i32")  # fmt: skip
     aligned = ("x", "y", "z", "stride_x", "stride_y")
-    for tile, kernels in ((16, (lora_kernel,)), (64, (shrink_kernel, expand_kernel))):
+    in_experts = choices > 0 or scatters
+    by_tile = [(16, "decode", (lora_kernel,)), (64, "prefill", (shrink_kernel, expand_kernel))]
+    if in_experts:
+        by_tile.append((32, "tile 32", (shrink_kernel, expand_kernel)))
+    for tile, phase, kernels in by_tile:
         columns, block_depth, expand_warps = _blocks(tile, itemsize)
-        constants = dict(K=depth, OWN=own_inputs, TRANSPOSED=own_inputs, ALIGNED=not own_inputs, SL=slices,
-                         SPLITS=_splits(depth, tile), TILE=tile, RB=_RANKS, BN=columns,
-                         BK=block_depth, HAS_BIAS=False, DT=dtype)  # fmt: skip
+        constants = dict(K=depth, CHOICES=choices, SCATTERS=scatters, OWN=own_inputs, TRANSPOSED=own_inputs,
+                         ALIGNED=not own_inputs, SL=slices, SPLITS=_splits(depth, tile, in_experts), TILE=tile,
+                         RB=_RANKS, BN=columns, BK=block_depth, HAS_BIAS=False, DT=dtype)  # fmt: skip
         for kernel in kernels:
             used = {key: value for key, value in constants.items() if key in kernel.arg_names}
             present = tuple(argument for argument in aligned if argument in kernel.arg_names)
-            title = {lora_kernel: "decode", shrink_kernel: "prefill shrink", expand_kernel: "prefill expand"}[kernel]
+            title = {lora_kernel: phase, shrink_kernel: f"{phase} shrink", expand_kernel: f"{phase} expand"}[kernel]
             yield Configuration(f"{name} {title}", kernel, types, used, present,
                                 expand_warps if kernel is expand_kernel else 4)  # fmt: skip

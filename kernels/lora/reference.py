@@ -4,10 +4,13 @@ Segments are contiguous, so each is two small products on views. One masked prod
 costs every token all of them; with eight adapters it measured 1.5 to 4 times as slow (benchmarks/README.md).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from kernels.lora.site import LoraSite, Segments
+from kernels.expert_route import Routed
+from kernels.lora.site import LoraSite, LoraWeights, Segments
 
 
 def lora(y: Tensor, x: Tensor, site: LoraSite, segments: Segments, bias: Tensor | None = None) -> None:
@@ -19,14 +22,41 @@ def lora(y: Tensor, x: Tensor, site: LoraSite, segments: Segments, bias: Tensor 
         adapter = site.by_slot.get(slot)
         if adapter is None:
             continue
-        inputs = x[start:end].chunk(len(site.widths), -1) if site.own_inputs else [x[start:end]] * len(site.widths)
-        column = 0
-        for rows, width, weights in zip(inputs, site.widths, adapter, strict=True):
-            if weights is not None:
-                out = y[start:end, column : column + width]
-                a, b = (weights.a, weights.b) if site.transposed else (weights.a.t(), weights.b.t())
-                out.addmm_(torch.mm(rows, a), b, alpha=weights.scale)
-                if weights.gain is not None:
-                    part = 0 if bias is None else bias[column : column + width]
-                    out.copy_((out - part) * weights.gain + part)
-            column += width
+        _add(y[start:end], x[start:end], site, adapter, bias)
+
+
+def _add(y: Tensor, x: Tensor, site: LoraSite, adapter: Sequence[LoraWeights | None], bias: Tensor | None) -> None:
+    """One adapter's products, to rows that are all its own."""
+    inputs = x.chunk(len(site.widths), -1) if site.own_inputs else [x] * len(site.widths)
+    column = 0
+    for rows, width, weights in zip(inputs, site.widths, adapter, strict=True):
+        if weights is not None:
+            out = y[:, column : column + width]
+            a, b = (weights.a, weights.b) if site.transposed else (weights.a.t(), weights.b.t())
+            out.addmm_(torch.mm(rows, a), b, alpha=weights.scale)
+            if weights.gain is not None:
+                part = 0 if bias is None else bias[column : column + width]
+                out.copy_((out - part) * weights.gain + part)
+        column += width
+
+
+def expert_lora(
+    y: Tensor, x: Tensor, site: LoraSite, routed: Routed, gathers: bool, max_rank: int, counters: Tensor | None
+) -> None:
+    """As lora, for (token, choice) pairs: the slots of `site` are expert slots, of which an adapter has many.
+
+    gathers: x [T, in] is a token's, y [P, sum of widths] in order of position, as gate_up of grouped_gemm returns its
+    products. Else x [P, in] is in order of position and y [P, sum of widths] in order of pair number, as down's.
+    A gain scales all that y holds, so the experts may have no bias. Rows of padding are left alone.
+    """
+    assert not site.own_inputs
+    for slot, first, count in routed.tiles[: int(routed.num_tiles)].tolist():
+        adapter = site.by_slot.get(slot)
+        if adapter is None:
+            continue
+        pairs = routed.pairs[first : first + count]
+        rows = x[pairs // routed.slots.shape[1]] if gathers else x[first : first + count]
+        out = y[first : first + count] if gathers else y[pairs]
+        _add(out, rows, site, adapter, None)
+        if not gathers:
+            y[pairs] = out
