@@ -6,7 +6,7 @@
 
 Sections are in the order of what matters most if the run is cut: kernels against their references; the arena; each
 kernel's time beside its ceiling; an ESFT model; a LoRA model; adapters swapped under load; the oracle. Needs torch with
-CUDA, triton, transformers, safetensors, msgspec and pyzmq; neither FastAPI nor pydantic.
+CUDA, triton, transformers, safetensors and msgspec; neither FastAPI nor pydantic.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Two commands that nobody runs by hand often enough: every kernel compiled, and the GPU check at toy size."""
+"""Commands that nobody runs by hand often enough: every kernel compiled, as listed and as launched; the GPU check."""
 
 import os
 import subprocess
@@ -23,6 +23,19 @@ def test_every_configuration_compiles_without_a_spill() -> None:
     """For sm_80, sm_90 and gfx942; the committed table says what each needs."""
     done = run("benchmarks.aot")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("model_type", ["llama", "gpt_oss", "deepseek_v2"])
+def test_an_engine_of_real_width_compiles_as_it_is_launched(model_type: str) -> None:
+    """Its whole warm-up, in bfloat16 for an H200 that is not there (tests/compile_only.py)."""
+    done = run("tests.compile_only", model_type)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    wanted = ["_attention", "lora_kernel", "_rms_norm", "_rope", "_sample"]
+    if model_type != "llama":
+        wanted += ["route_kernel", "gate_up_kernel", "down_kernel", "combine_kernel"]
+    assert all(f"'{kernel}'" in done.stdout for kernel in wanted), done.stdout
 
 
 @pytest.mark.slow

@@ -64,6 +64,7 @@ class LoraSite:
     def rows(self, slot: int) -> list[tuple[int, int, int, int]]:
         """What the table says of `slot`: [slices] rows."""
         adapter = self.by_slot.get(slot, [None] * len(self.widths))
+        assert self.own_inputs or all(it is None or it.a.data_ptr() % 16 == 0 for it in adapter)
         return [_NOTHING if weights is None else table_row(weights, self.transposed) for weights in adapter]
 
 
