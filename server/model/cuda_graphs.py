@@ -82,24 +82,20 @@ class GraphedForward:
     ) -> None:
         self.eager = KernelForward(model, inputs, tables)
         self._model, self._inputs, self._tables = model, inputs, tables
-        self._sizes = batch_sizes(largest_batch)
+        self.sizes = batch_sizes(largest_batch)
         self._graphs: dict[GraphKey, Captured | None] = {}
         self._capture_one = capture
 
     def logits(self, step: HostStep) -> Tensor:
-        if not step.is_decode or len(step.token_ids) > self._sizes[-1]:
+        if not step.is_decode or len(step.token_ids) > self.sizes[-1]:
             return self.eager.logits(step)
-        rows = self._sizes[bisect_left(self._sizes, len(step.token_ids))]
+        rows = self.sizes[bisect_left(self.sizes, len(step.token_ids))]
         captured = self.captured(rows, bool(step.spans), step.has_experts)
         if captured is None:
             return self.eager.logits(step)
         self._inputs.fill(step, rows, self._tables.max_rank, bool(step.spans), step.has_experts)
         captured.replay()
         return captured.output[: len(step.token_ids)]
-
-    @property
-    def sizes(self) -> list[int]:
-        return self._sizes
 
     @property
     def num_captured(self) -> int:
@@ -112,7 +108,7 @@ class GraphedForward:
         if key not in self._graphs:
             try:
                 self._graphs[key] = self._capture_one(self._padded(key))
-            except (RuntimeError, torch.cuda.OutOfMemoryError) as error:
+            except RuntimeError as error:  # out of memory is one too
                 log.warning("a decode of %d rows cannot be captured and is launched kernel by kernel: %s", rows, error)
                 self._graphs[key] = None
             self._drop_outdated(key)
@@ -124,6 +120,7 @@ class GraphedForward:
 
     def _drop_outdated(self, new: GraphKey) -> None:
         """Ranks and sites only grow. After the new capture: the pool of memory must not be left without a graph."""
+        kind = (new.rows, new.with_experts)
         for key in list(self._graphs):
-            if key.max_rank > 0 and key != new and key[:1] + key[3:] == new[:1] + new[3:] and new.max_rank > 0:
+            if new.max_rank and key.max_rank and key != new and (key.rows, key.with_experts) == kind:
                 del self._graphs[key]
