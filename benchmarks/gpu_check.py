@@ -10,6 +10,7 @@ CUDA, triton, transformers, safetensors and msgspec; neither FastAPI nor pydanti
 """
 
 import argparse
+import gc
 import os
 import sys
 import tempfile
@@ -72,7 +73,9 @@ class Check:
                                   for key, value in row.items()), flush=True)  # fmt: skip
         self.failures += [f"{title}: {row}" for row in rows if row.get("failed") or row.get("ok") is False]
         self._report.add(title, rows, time.perf_counter() - start)
+        gc.collect()  # an engine's parts know each other
         if self._scale.device.type == "cuda":
+            torch.cuda.set_per_process_memory_fraction(1.0, self._scale.device)
             torch.cuda.empty_cache()
 
     def cases(self, dtype: torch.dtype) -> list[Case]:
