@@ -47,10 +47,14 @@ class Clock:
         torch.cuda.current_stream().wait_stream(side)
         rounds = max(1, 16 // len(calls))
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(rounds):
-                for call in calls:
-                    call()
+        before = torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph):
+                for _ in range(rounds):
+                    for call in calls:
+                        call()
+        finally:
+            torch.cuda.set_stream(before)  # a capture that fails may leave its own stream behind
         graph.replay()
         return statistics.median(self.events(graph.replay) for _ in range(repeats)) / (rounds * len(calls))
 

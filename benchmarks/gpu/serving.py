@@ -26,6 +26,7 @@ from server.model.inputs import HostStep, lay_out
 from server.model.probe import PROBE
 
 GREEDY = Sampling(temperature=0.0)
+LOAD_TIMEOUT_S = 60
 
 # by name: model type, real sizes, toy sizes
 MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -110,8 +111,11 @@ class Serving:
 
     def wait_for(self, ref: AdapterRef) -> int:
         """Acquire, waiting for the transfer; the pin is kept."""
+        deadline = time.monotonic() + LOAD_TIMEOUT_S
         while True:
             slot = self.residency.acquire(ref)
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{ref.name} did not load in {LOAD_TIMEOUT_S} s: {self.residency.report()}")
             if slot is Wait.NO_ROOM:
                 raise RuntimeError(f"no room for {ref.name}")
             if not isinstance(slot, Wait):
@@ -170,7 +174,9 @@ class Serving:
             return lambda: forward.logits(step)
         rows = next(size for size in forward.sizes if size >= len(step.token_ids))
         captured = forward.captured(rows, bool(step.spans), step.has_experts)
-        return captured.replay if captured is not None else lambda: forward.logits(step)
+        if captured is None:
+            raise RuntimeError(f"a decode of {rows} rows could not be captured")
+        return captured.replay
 
     def expert_slots(self, plan: list[Scheduled]) -> int:
         """How many (layer, expert slot)s this step reads: what no kernel can avoid."""

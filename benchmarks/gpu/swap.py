@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from adapters_store.catalog import Catalog
 from adapters_store.ref import AdapterRef
 from benchmarks.gpu.measure import Clock, Scale
-from benchmarks.gpu.serving import Serving
+from benchmarks.gpu.serving import LOAD_TIMEOUT_S, Serving
 from server.engine.residency import Wait
 
 
@@ -33,6 +33,8 @@ def swap_under_load(scale: Scale, clock: Clock) -> list[dict[str, Any]]:
             start = time.perf_counter()
             while isinstance(serving.residency.acquire(ref), Wait):
                 loading += _step_times(serving, plan, 1)
+                if time.perf_counter() - start > LOAD_TIMEOUT_S:
+                    raise RuntimeError(f"{ref.name} did not load in {LOAD_TIMEOUT_S} s: {serving.residency.report()}")
             serving.residency.release(ref)
             loads.append(time.perf_counter() - start)
     adapter_bytes = serving.residency.report()[-1].bytes
@@ -65,13 +67,15 @@ def _spread(times: list[float]) -> dict[str, float]:
 def _register(serving: Serving, directory: Path, experts: int) -> AdapterRef:
     """An ESFT adapter on disk, verified and made known as the server would."""
     directory.mkdir()
+    device = serving.experts[0].stacks.down.device
     tensors: dict[str, torch.Tensor] = {}
     for module in serving.experts:
         _, hidden, inner, _ = module.spec
         for expert in range(experts):
             prefix = f"model.layers.{module.layer}.mlp.experts.{expert}"
             for name, shape in (("gate", (inner, hidden)), ("up", (inner, hidden)), ("down", (hidden, inner))):
-                tensors[f"{prefix}.{name}_proj.weight"] = torch.randn(shape, dtype=torch.bfloat16) * 0.02
+                drawn = torch.randn(shape, dtype=torch.bfloat16, device=device) * 0.02
+                tensors[f"{prefix}.{name}_proj.weight"] = drawn.cpu()
     save_file(tensors, directory / "model.safetensors")
     catalog = Catalog("base", serving.info.base, (directory.parent,))
     entry = catalog.read(directory.name, str(directory))

@@ -62,6 +62,7 @@ def probe(model: nn.Module) -> Probed:
     finally:
         for hook in hooks:
             hook.remove()
+        AttentionInterface.register(PROBE, _unasked)  # the registry is the process's, and would keep the model
     attention = sorted(shapes.items(), key=lambda item: item[0].layer_idx)
     return Probed(attention, list(readers.values()))
 
