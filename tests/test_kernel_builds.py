@@ -11,9 +11,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run(module: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, "-m", module, *arguments], cwd=ROOT, env=inherited | environment,
+    return subprocess.run([sys.executable, *command], cwd=ROOT, env=inherited | environment,
                           capture_output=True, text=True, timeout=480)  # fmt: skip
 
 
@@ -21,7 +21,7 @@ def run(module: str, *arguments: str, **environment: str) -> subprocess.Complete
 @pytest.mark.timeout(500)
 def test_every_configuration_compiles_without_a_spill() -> None:
     """For sm_80, sm_90 and gfx942; the committed table says what each needs."""
-    done = run("benchmarks.aot")
+    done = run("-m", "benchmarks.aot")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
 
@@ -30,7 +30,7 @@ def test_every_configuration_compiles_without_a_spill() -> None:
 @pytest.mark.parametrize("model_type", ["llama", "gpt_oss", "deepseek_v2"])
 def test_an_engine_of_real_width_compiles_as_it_is_launched(model_type: str) -> None:
     """Its whole warm-up, in bfloat16 for an H200 that is not there (tests/compile_only.py)."""
-    done = run("tests.compile_only", model_type)
+    done = run("-m", "tests.compile_only", model_type)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     wanted = ["_attention", "lora_kernel", "_rms_norm", "_rope", "_sample"]
     if model_type != "llama":
@@ -43,5 +43,5 @@ def test_an_engine_of_real_width_compiles_as_it_is_launched(model_type: str) -> 
 def test_the_gpu_check_runs_at_toy_size() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU: run it at full size")
-    done = run("benchmarks.gpu_check", "--toy", TRITON_INTERPRET="1")
+    done = run("benchmarks/gpu_check.py", "--toy", TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
