@@ -26,9 +26,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from kernels.compiled import OPS
 from kernels.compiled.kernel import AMD_STAGES, Configuration
 
-OPS = ("expert_route", "grouped_gemm", "lora", "paged_attention", "store_kv", "rms_norm", "rope", "sampling")
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),

@@ -1,12 +1,12 @@
 """An engine, built and wired: what a step needs, for the model and the device at hand."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from adapters_store.base_spec import BaseSpec, ExpertStack
+from kernels.compiled import takes_on
 from server.config import EngineConfig
 from server.device import CPU, choose_tokens_per_step, keep_free, num_kv_blocks, require_room
 from server.engine.kv_cache import KVCache
@@ -19,7 +19,7 @@ from server.model.experts import Stacks
 from server.model.families import layer_windows, max_model_len, pin_rope
 from server.model.forward import Forward, HostForward, KernelForward, Model
 from server.model.inputs import CurrentStep
-from server.model.loader import Injected, inject
+from server.model.loader import Injected, OnProgress, inject
 from server.model.mla import LatentLayer, latent_shape
 from server.model.probe import KVShape, Probed, probe
 from server.model.runner import ModelRunner
@@ -30,8 +30,6 @@ from server.weights.lora_slabs import LoraSlabs
 from server.weights.page_pool import PagePool
 from server.weights.residency import DeviceResidency
 from server.weights.transfer import TransferThread
-
-OnProgress = Callable[[str, int, int], None]  # stage, done, total
 
 
 @dataclass(frozen=True)
@@ -61,14 +59,8 @@ def assemble(
     stops: frozenset[int],
     on_progress: OnProgress = lambda *_: None,
     device: torch.device = CPU,
-    by_kernels: bool | None = None,
 ) -> Assembly:
-    """Inject our parts into a loaded model, wherever it is, move it to `device` and size its caches.
-
-    by_kernels: None is the device's own way; True sends a CPU's model through Triton's interpreter.
-    """
-    if by_kernels is None:
-        by_kernels = device.type == "cuda"
+    """Inject our parts into a loaded model, wherever it is, move it to `device` and size its caches."""
     dtype = next(model.parameters()).dtype
     length = max_model_len(model.config, config.max_model_len)
     pin_rope(model, model.config, length)
@@ -77,11 +69,11 @@ def assemble(
     adapters = _make_adapters(config, device, dtype)
     step = CurrentStep()
     probed = probe(model)  # before injection: the probe runs the model as Transformers made it
-    injected = inject(model, probed, step, lambda *it: Stacks(*adapters.stacks.add_layer(*it)), by_kernels)
+    injected = inject(model, probed, step, lambda *it: Stacks(*adapters.stacks.add_layer(*it)))
     model.to(device)
     for target in injected.targets:
         adapters.slabs.bind(target.name, target.sites)
-    if by_kernels:
+    if takes_on(device):
         adapters.slabs.make_table(device)
     bytes_per_block = cache_bytes(cached_shapes(probed, injected), config.block_size, dtype)
     adapter_bytes = adapters.pool.num_free * adapters.pool.page_bytes  # what adapters have not taken yet
@@ -92,7 +84,7 @@ def assemble(
         choose_tokens_per_step(config, device), config.max_running, config.max_waiting, config.max_skips
     )
     forward: Forward = HostForward(Model(model, step), config.block_size, dtype)
-    if by_kernels:
+    if takes_on(device):
         blocks = min(num_blocks, -(-length // config.block_size))
         forward = _by_kernels(Model(model, step), adapters.residency, limits, blocks, device)
     if isinstance(forward, GraphedForward):

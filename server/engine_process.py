@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from server.assembly import Assembly, OnProgress, assemble
+from server.assembly import Assembly, assemble
 from server.config import EngineConfig
 from server.device import choose_device, choose_dtype
 from server.engine.core import EngineCore
@@ -21,7 +21,7 @@ from server.engine.link import EngineLink
 from server.engine.messages import Configure, Progress, Ready, StartFailed, ToFront
 from server.errors import ConfigError
 from server.model.families import UnsupportedModelError, stop_token_ids
-from server.model.loader import load_model
+from server.model.loader import OnProgress, load_model
 from server.weights.arena import ArenaError
 
 

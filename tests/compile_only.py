@@ -7,7 +7,6 @@ launch function asks for it, with the types, alignments and constants that it pa
 cannot show, and what the list of configurations only repeats. Outputs are whatever the memory held.
 """
 
-import importlib
 import os
 import sys
 from collections import Counter
@@ -22,13 +21,14 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
+from kernels.compiled import everywhere
 from server.assembly import assemble
 from server.config import EngineConfig
 from server.model.cuda_graphs import GraphedForward
 from server.model.forward import KernelForward
 from server.model.probe import PROBE
 from server.model.warm_up import warm_up
-from tests.test_kernel_engine import OPS, Rerun
+from tests.test_kernel_engine import Rerun
 
 LAUNCHED: Counter[str] = Counter()
 
@@ -110,7 +110,7 @@ def compile_engine(model_type: str) -> Counter[str]:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=PROBE).eval()
     settings = EngineConfig(".", kv_cache_bytes=1 << 28, adapter_bytes=1 << 28, adapter_slots=2, max_running=16,
                             tokens_per_step=1024, max_model_len=4096)  # fmt: skip
-    assembly = assemble(model, settings, frozenset(), by_kernels=True)
+    assembly = assemble(model, settings, frozenset())
     eager = assembly.runner.forward
     assert isinstance(eager, KernelForward)
     forward = GraphedForward(eager.model, eager.inputs, assembly.residency, 16, Rerun)
@@ -120,10 +120,9 @@ def compile_engine(model_type: str) -> Counter[str]:
 
 def main() -> int:
     triton.runtime.driver.set_active(CompileOnly())
-    for op in OPS:  # nothing else would send a CPU's tensors through kernels
-        importlib.import_module(f"kernels.{op}").takes = lambda _: True  # type: ignore[attr-defined]
-    for model_type in sys.argv[1:] or MODELS:
-        print(model_type, dict(compile_engine(model_type)), flush=True)
+    with everywhere():
+        for model_type in sys.argv[1:] or MODELS:
+            print(model_type, dict(compile_engine(model_type)), flush=True)
     return 0
 
 

@@ -27,12 +27,11 @@ def prompts(count: int = 5, vocab: int = 199, seed: int = 7, longest: int = 33) 
 class Engine:
     """Small on purpose: blocks of 4 tokens and a budget of 24, so that every prompt is cut and requests mix."""
 
-    def __init__(self, model: nn.Module, device: torch.device = CPU, by_kernels: bool | None = None,
-                 **settings: object) -> None:  # fmt: skip
+    def __init__(self, model: nn.Module, device: torch.device = CPU, **settings: object) -> None:  # fmt: skip
         defaults = dict(model_dir=".", block_size=4, tokens_per_step=24, max_running=8, kv_cache_bytes=1 << 22,
                         adapter_bytes=1 << 26, adapter_slots=4)  # fmt: skip
         config = EngineConfig(**{**defaults, **settings})  # type: ignore[arg-type]
-        self.assembly = assemble(model, config, frozenset(), device=device, by_kernels=by_kernels)
+        self.assembly = assemble(model, config, frozenset(), device=device)
         self.residency = self.assembly.residency
         self.adapters = AdapterUsers(self.residency)
         self.scheduler = Scheduler(self.assembly.limits, self.assembly.kv_cache, self.residency, self.adapters)

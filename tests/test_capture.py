@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
+from kernels.compiled import everywhere
 from server.assembly import install_caches
 from server.model.device_inputs import Capacity, DeviceInputs
 from server.model.experts import Stacks
@@ -20,7 +21,6 @@ from server.model.forward import Model
 from server.model.inputs import CurrentStep
 from server.model.loader import inject
 from server.model.probe import PROBE, probe
-from tests.test_kernel_engine import OPS
 from tests.tiny_models import MODELS, make_config
 
 META = torch.device("meta")
@@ -52,9 +52,7 @@ def fake_stacks(layer: int, gate_up: Tensor, down: Tensor) -> Stacks:
 
 @pytest.mark.parametrize("with_adapters", [False, True], ids=["base only", "adapters"])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_decode_step_can_be_captured(name: str, with_adapters: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    for op in OPS:
-        monkeypatch.setattr(f"kernels.{op}.takes", lambda tensor: True)
+def test_a_decode_step_can_be_captured(name: str, with_adapters: bool) -> None:
     config = make_config(name)
     inputs = DeviceInputs(Capacity(ROWS, SEQUENCES, BLOCKS, slices=8), torch.device("cpu"))
     model = AutoModelForCausalLM.from_config(config, attn_implementation=PROBE, dtype=torch.bfloat16).eval()
@@ -62,8 +60,8 @@ def test_a_decode_step_can_be_captured(name: str, with_adapters: bool, monkeypat
     step = CurrentStep()
     probed = probe(model)
     model.to(META)
-    with torch.inference_mode(), META:
-        injected = inject(model, probed, step, fake_stacks, by_kernels=True)
+    with everywhere(), torch.inference_mode(), META:
+        injected = inject(model, probed, step, fake_stacks)
         install_caches(model, probed, injected, 32, 16, step)
         sites = {site for target in injected.targets for site, _ in target.sites}
         for site in sites:

@@ -1,13 +1,14 @@
 """The whole step by kernels equals the whole step by references: on a GPU, else in Triton's interpreter."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from kernels.compiled import everywhere
 from server.engine.request import Sampling
 from server.model.cuda_graphs import GraphedForward
 from server.model.forward import KernelForward
@@ -18,7 +19,6 @@ from tests.kernel_device import DEVICE
 from tests.tiny_adapters import register, save_esft, write_lora
 from tests.tiny_models import make_model
 
-OPS = ("expert_route", "grouped_gemm", "lora", "paged_attention", "rms_norm", "rope", "sampling", "store_kv")
 SMALL = dict(num_hidden_layers=2, hidden_size=32, intermediate_size=40, vocab_size=97)
 
 pytestmark = [
@@ -27,12 +27,7 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-def by_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, object]]:
-    """Settings of an engine whose ops are all taken by kernels."""
-    for op in OPS:
-        monkeypatch.setattr(f"kernels.{op}.takes", lambda tensor: True)
-    yield dict(by_kernels=True, device=torch.device(DEVICE))
+PLACE = torch.device(DEVICE)
 
 
 def run(engine: Engine, adapters: list[Path], sampling: Sampling) -> list[list[int]]:
@@ -55,8 +50,12 @@ class Rerun:
         self.output.copy_(self._compute())
 
 
+stands_in = pytest.mark.skipif(DEVICE == "cuda", reason="stands in for graphs, which test_a_step_by_kernels has here")
+
+
+@stands_in
 @pytest.mark.parametrize("name", ["llama", "deepseek_v2"])
-def test_padded_decodes_of_static_inputs(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_padded_decodes_of_static_inputs(name: str, tmp_path: Path) -> None:
     """What graphs are captured with serves every later batch: other sizes, other adapters, other blocks."""
     overrides = {**SMALL, "first_k_dense_replace": 1} if name.startswith("deepseek") else SMALL
     plain = make_model(name, **overrides)
@@ -64,26 +63,28 @@ def test_padded_decodes_of_static_inputs(name: str, tmp_path: Path, request: pyt
     if name == "deepseek_v2":
         adapters.append(save_esft(tmp_path / "esft", plain, 3, {1: [0, 2, 5]}))
     expected = run(Engine(make_model(name, attention=PROBE, **overrides)), adapters, GREEDY)
-    settings = request.getfixturevalue("by_kernels")
-    engine = Engine(make_model(name, attention=PROBE, **overrides), **settings)
-    runner = engine.assembly.runner
-    eager = runner.forward
-    assert isinstance(eager, KernelForward)
-    graphed = GraphedForward(eager.model, eager.inputs, engine.residency, 8, Rerun)
-    runner.forward = graphed
-    assert run(engine, adapters, GREEDY) == expected
+    with everywhere():
+        engine = Engine(make_model(name, attention=PROBE, **overrides), device=PLACE)
+        runner = engine.assembly.runner
+        eager = runner.forward
+        assert isinstance(eager, KernelForward)
+        graphed = GraphedForward(eager.model, eager.inputs, engine.residency, 8, Rerun)
+        runner.forward = graphed
+        assert run(engine, adapters, GREEDY) == expected
     assert graphed.num_captured > 0
 
 
-def test_warm_up(request: pytest.FixtureRequest) -> None:
+@stands_in
+def test_warm_up() -> None:
     """Every path is taken, and nothing stays behind: neither a use of a site nor a counter."""
     model = make_model("deepseek_v2", attention=PROBE, **SMALL, first_k_dense_replace=1)
-    engine = Engine(model, tokens_per_step=8, **request.getfixturevalue("by_kernels"))
-    eager = engine.assembly.runner.forward
-    assert isinstance(eager, KernelForward)
-    graphed = GraphedForward(eager.model, eager.inputs, engine.residency, 2, Rerun)
     stages: list[tuple[str, int, int]] = []
-    warm_up(graphed, engine.residency.sites, True, 4, lambda *stage: stages.append(stage))
+    with everywhere():
+        engine = Engine(model, tokens_per_step=8, device=PLACE)
+        eager = engine.assembly.runner.forward
+        assert isinstance(eager, KernelForward)
+        graphed = GraphedForward(eager.model, eager.inputs, engine.residency, 2, Rerun)
+        warm_up(graphed, engine.residency.sites, True, 4, lambda *stage: stages.append(stage))
     assert [done for _, done, _ in stages] == list(range(1, stages[0][2] + 1))
     assert {name for name, _, _ in stages} == {"Compiling kernels", "Capturing graphs"}
     assert graphed.num_captured == 4  # one and two rows, with and without expert adapters
@@ -91,7 +92,7 @@ def test_warm_up(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "deepseek_v2", "deepseek_v3", "qwen3_moe"])
-def test_a_step_by_kernels(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_a_step_by_kernels(name: str, tmp_path: Path) -> None:
     overrides = {**SMALL, "first_k_dense_replace": 1} if name.startswith("deepseek") else SMALL
     plain = make_model(name, **overrides)
     adapters = [
@@ -103,7 +104,7 @@ def test_a_step_by_kernels(name: str, tmp_path: Path, request: pytest.FixtureReq
     if name in ("deepseek_v2", "qwen3_moe"):
         adapters.append(save_esft(tmp_path / "esft", plain, 3, {1: [0, 2, 5]}))
     expected = run(Engine(make_model(name, attention=PROBE, **overrides)), adapters, GREEDY)
-    settings = request.getfixturevalue("by_kernels")
-    engine = Engine(make_model(name, attention=PROBE, **overrides), **settings)
-    assert run(engine, adapters, GREEDY) == expected
+    with everywhere():
+        engine = Engine(make_model(name, attention=PROBE, **overrides), device=PLACE)
+        assert run(engine, adapters, GREEDY) == expected
     assert len({tuple(tokens) for tokens in expected}) > 1, "the adapters make no difference"

@@ -30,7 +30,7 @@ def check(scale: Scale) -> list[dict[str, Any]]:
             ]
             if "moe" in name or name == "deepseek_v2":
                 paths.append(save_esft(Path(folder) / "esft", plain, 3, {1: [0, 2, 5], 3: [1]}))
-            engine = Engine(make_model(name, attention=PROBE), device=scale.device, by_kernels=True)
+            engine = Engine(make_model(name, attention=PROBE), device=scale.device)
             entries = [register(engine, path) for path in paths]
             expected = {None: plain} | {entry.ref: merge(make_model(name), entry) for entry in entries}
             refs = list(expected)

@@ -13,7 +13,6 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from adapters_store.parts import AdapterPackage, ExpertReplacement, LowRank, TensorRef
 from adapters_store.ref import AdapterRef
 from benchmarks.gpu.measure import Clock, Scale
-from kernels.expert_route import Routed
 from server.assembly import assemble
 from server.config import EngineConfig
 from server.engine.request import Request, Sampling
@@ -66,7 +65,7 @@ class Serving:
         self.model = _random_model(name, scale)
         self.weight_bytes = sum(parameter.nbytes for parameter in self.model.parameters())
         config = EngineConfig(model_dir=".", block_size=scale.size(16, 4), **settings)
-        self.assembly = assemble(self.model, config, frozenset(), device=scale.device, by_kernels=True)
+        self.assembly = assemble(self.model, config, frozenset(), device=scale.device)
         self.residency, self.info = self.assembly.residency, self.assembly.info
         self._adapters: list[AdapterRef] = []
         self.experts = [module for module in self.model.modules() if isinstance(module, RoutedExperts)]
@@ -181,20 +180,15 @@ class Serving:
     def expert_slots(self, plan: list[Scheduled]) -> int:
         """How many (layer, expert slot)s this step reads: what no kernel can avoid."""
         seen: list[int] = []
-        import server.model.experts as experts
-
-        original = experts.expert_route
-
-        def counting(*arguments: Any, **named: Any) -> Routed:
-            routed = original(*arguments, **named)
-            seen.append(len(routed.slots.unique()))
-            return routed
-
-        experts.expert_route = counting  # type: ignore[assignment]
-        try:
-            self.eager(plan)
-        finally:
-            experts.expert_route = original
+        hooks = [
+            module.register_forward_pre_hook(
+                lambda it, arguments: seen.append(len(it.route(arguments[1]).slots.unique()))
+            )
+            for module in self.experts
+        ]
+        self.eager(plan)
+        for hook in hooks:
+            hook.remove()
         return sum(seen)
 
     def eager(self, plan: list[Scheduled]) -> torch.Tensor:

@@ -1,11 +1,33 @@
 """Which implementation of an op computes: its compiled kernel or its reference."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
 from torch import Tensor
+
+# every op with a kernel, in the order of a layer
+OPS = ("expert_route", "grouped_gemm", "lora", "paged_attention", "store_kv", "rms_norm", "rope", "sampling")
+
+_everywhere = ContextVar("everywhere", default=False)
 
 
 def takes(tensor: Tensor) -> bool:
-    """Whether kernels compute on tensors that live where this one does; references do elsewhere.
+    """Whether kernels compute on tensors that live where this one does; references do elsewhere."""
+    return tensor.is_cuda or _everywhere.get()
 
-    A function rather than a constant, so that tests can send a whole engine through Triton's interpreter.
-    """
-    return tensor.is_cuda
+
+def takes_on(device: torch.device) -> bool:
+    """The same for all tensors of a device."""
+    return device.type == "cuda" or _everywhere.get()
+
+
+@contextmanager
+def everywhere() -> Iterator[None]:
+    """Send a CPU's tensors through kernels too: Triton's interpreter, or a driver that only compiles."""
+    token = _everywhere.set(True)
+    try:
+        yield
+    finally:
+        _everywhere.reset(token)

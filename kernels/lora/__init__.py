@@ -8,9 +8,20 @@ from torch import Tensor
 from kernels.compiled import takes
 from kernels.expert_route import Routed
 from kernels.lora import reference
-from kernels.lora.site import LoraSite, LoraWeights, Segment, Segments, cut, table_row, tile_rows
+from kernels.lora.site import LoraSite, LoraWeights, Segment, Segments, Split, cut, table_row, tile_rows
 
-__all__ = ["LoraSite", "LoraWeights", "Segment", "Segments", "cut", "expert_lora", "lora", "table_row", "tile_rows"]
+__all__ = [
+    "LoraSite",
+    "LoraWeights",
+    "Segment",
+    "Segments",
+    "Split",
+    "cut",
+    "expert_lora",
+    "lora",
+    "table_row",
+    "tile_rows",
+]
 
 
 def lora(y: Tensor, x: Tensor, site: LoraSite, segments: Segments, bias: Tensor | None = None) -> None:

@@ -1,7 +1,7 @@
 """What lora reads: the adapters' weights at one place of the model, and the rows of a step that each adapter has."""
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -27,6 +27,10 @@ class LoraWeights(NamedTuple):
     b: Tensor
     scale: float
     gain: Tensor | None = None
+
+
+# what an adapter has for one linear -> (slice, weights) at a site
+Split = Callable[[LoraWeights], Sequence[tuple[int, LoraWeights]]]
 
 
 class LoraSite:

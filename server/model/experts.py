@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from kernels.expert_route import expert_route
+from kernels.expert_route import Routed, expert_route
 from kernels.grouped_gemm import Act, Activation, Layout, combine, down, gate_up, tile_rows
 from server.model.families import UnsupportedModelError
 from server.model.inputs import CurrentStep
@@ -43,12 +43,16 @@ class RoutedExperts(nn.Module):
 
     def forward(self, hidden: Tensor, logits: Tensor, _: Tensor) -> Tensor:
         """hidden [T, H]; logits [T, M] float32 (see Router) -> [T, H]."""
-        tokens, stacks, routing = self._step.inputs.tokens, self.stacks, self._router.routing
-        rows = tile_rows(hidden, routing.top_k, self.spec[0])
-        routed = expert_route(logits, routing, stacks.expert_map, len(stacks.gate_up), tokens, rows,
-                              self._router.correction)  # fmt: skip
+        stacks, routed = self.stacks, self.route(logits)
         gated = gate_up(hidden, stacks.gate_up, routed, self._activation, self._layout, self.gate_up_bias)
         return combine(down(gated, stacks.down, routed, self._layout, self.down_bias), routed)
+
+    def route(self, logits: Tensor) -> Routed:
+        """Which slots the tokens of this step go to."""
+        tokens, stacks, routing = self._step.inputs.tokens, self.stacks, self._router.routing
+        rows = tile_rows(logits, routing.top_k, self.spec[0])
+        return expert_route(logits, routing, stacks.expert_map, len(stacks.gate_up), tokens, rows,
+                            self._router.correction)  # fmt: skip
 
 
 def _activation(experts: nn.Module) -> Activation:

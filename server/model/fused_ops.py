@@ -58,7 +58,7 @@ def fuse_rope(attention: nn.Module) -> None:
     """
     forward = inspect.unwrap(type(attention).forward)
     ours = {name: function for name, function in _ROPES.items() if name in forward.__code__.co_names}
-    if not ours or "partial_rotary_factor" in inspect.getsource(forward) or type(attention).__name__ == "Phi3Attention":
+    if type(attention).__name__ == "Phi3Attention" or not ours:
         return
     copied = types.FunctionType(
         forward.__code__, {**forward.__globals__, **ours}, forward.__name__, forward.__defaults__, forward.__closure__

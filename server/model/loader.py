@@ -1,7 +1,7 @@
 """Load a base model and inject what is ours: attention, experts, LoRA. This file is the list of it."""
 
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from kernels.lora import LoraSite, LoraWeights
+from kernels.lora import LoraSite, Split
 from server.model.experts import RoutedExperts, Stacks
 from server.model.families import UnsupportedModelError, check_family
 from server.model.fused_ops import RmsNorm, fuse_rope, is_rms_norm
@@ -24,8 +24,6 @@ from server.model.routers import RULES, Router
 OnProgress = Callable[[str, int, int], None]  # stage, done, total
 # (layer, gate_up, down) of the base -> stacks that begin with the same experts and have room for adapters'
 MakeStacks = Callable[[int, Tensor, Tensor], Stacks]
-# what an adapter has for one linear -> (slice, weights) at a site
-Split = Callable[[LoraWeights], Sequence[tuple[int, LoraWeights]]]
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ def _reported(items: Collection[Any], stage: str, on_progress: OnProgress) -> It
         on_progress(stage, done, len(items))
 
 
-def inject(model: nn.Module, probed: Probed, step: CurrentStep, make_stacks: MakeStacks, by_kernels: bool) -> Injected:
+def inject(model: nn.Module, probed: Probed, step: CurrentStep, make_stacks: MakeStacks) -> Injected:
     """Replace experts, routers, norms and linears in place. Caches follow once their size is known."""
     injected = Injected()
     for name, module in list(model.named_modules()):
@@ -113,8 +111,7 @@ def inject(model: nn.Module, probed: Probed, step: CurrentStep, make_stacks: Mak
         if is_latent(attention):
             keep_latents(attention)
             injected.absorbed[attention] = AbsorbedProjection(attention)
-        if by_kernels:
-            fuse_rope(attention)
+        fuse_rope(attention)
     for siblings in probed.siblings:
         _inject_linears(model, siblings, step, injected)
     return injected

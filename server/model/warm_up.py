@@ -4,7 +4,7 @@ A compilation in the serving loop is a stall of seconds for everybody. What cann
 reason, instead of ending the engine later.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +13,9 @@ from torch import Tensor
 from kernels.lora import LoraSite
 from server.model.cuda_graphs import GraphedForward
 from server.model.device_inputs import padding_step
+from server.model.loader import OnProgress
 from server.model.sampler import sample
 
-OnProgress = Callable[[str, int, int], None]  # stage, done, total
 PREFILLS = (2, 17, 65, 1 << 30)  # tokens: one of each tile size of attention and experts, and the most there can be
 
 

@@ -1,21 +1,18 @@
 """LoRA adapters on the device: one contiguous slab each, at its true rank, and the tables that kernels read."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from adapters_store.parts import LowRank, TensorRef
-from kernels.lora import LoraSite, LoraWeights
+from kernels.lora import LoraSite, LoraWeights, Split
 from server.weights.arena import Arenas
 from server.weights.page_pool import PagePool
 from server.weights.tables import to_device
 
 _ALIGN = 64  # bytes: a cache line, and what vector loads like
 _RANK_STEP = 64  # captured graphs are made for ranks up to a multiple of this
-
-# what an adapter has for one linear -> (slice, weights) at a site
-Split = Callable[[LoraWeights], Sequence[tuple[int, LoraWeights]]]
 
 
 class LoraSlabs:
