@@ -14,6 +14,7 @@ Sums are kept a lane apiece and reduced once a pass, which is more exact and che
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -353,22 +354,8 @@ def _outputs(logits: Tensor, num_logprobs: int) -> tuple[Tensor, Tensor, Tensor,
 
 
 @_sample_op.register_fake
-def _(
-    logits: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    draws: Tensor,
-    presence: Tensor | None,
-    frequency: Tensor | None,
-    repetition: Tensor | None,
-    history: Tensor | None,
-    history_starts: Tensor | None,
-    prompt_lens: Tensor | None,
-    num_logprobs: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _outputs(logits, num_logprobs)
+def _(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _outputs(logits, rest[-1])
 
 
 def sample(
