@@ -5,21 +5,54 @@
     ├── AdapterConflict      the name is taken by other weights, or reserved
     ├── InvalidAdapterName   the name cannot be used in a URL or a metric label
     ├── AdapterPathRefused   the path lies outside the directories that the operator allowed
-    ├── InvalidAdapter       the files are broken, incomplete or not an adapter at all
+    ├── InvalidAdapter       the files are broken, incomplete, not an adapter at all, or cannot be verified in time
     ├── UnsupportedAdapter   a sound adapter of a kind that cannot be served exactly
     └── CoverageError        tensors that do not bind to this base model, or tensors that are missing
 
-Messages name the tensor, key or file and carry the numbers; they never carry file contents.
+Messages name the tensor, key or file, carry the numbers and say what to do. They never carry what a configuration
+holds, beyond booleans, numbers and words of PEFT's own: a path may lead to a file that is nobody's adapter.
 """
+
+from collections.abc import Sequence
+
+MAX_MESSAGE_BYTES = 2000
+_MAX_NAME = 120  # characters of a tensor's, key's or file's name
+_PROBLEMS_SHOWN = 6
+_REMEDIES_SHOWN = 3
+
+
+def clean(text: str, max_bytes: int = MAX_MESSAGE_BYTES) -> str:
+    """Text of strangers as it may be shown: nothing that a terminal or a log would obey, and not too much of it.
+
+    What is not printable (control characters, escape sequences, marks that turn the direction of writing, halves of
+    surrogate pairs) is written as its escape.
+    """
+    kept = text[:max_bytes]
+    if not kept.isprintable():
+        kept = "".join(
+            char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in kept
+        )
+    raw = kept.encode()
+    if len(text) <= max_bytes and len(raw) <= max_bytes:
+        return kept
+    return raw[: max_bytes - 3].decode(errors="ignore") + "…"
+
+
+def shown(name: str) -> str:
+    """A name out of an adapter's files, short enough for a message that shows several."""
+    return name if len(name) <= _MAX_NAME else f"{name[: _MAX_NAME - 1]}…"
 
 
 class AdapterError(Exception):
     """Base of all refusals; the message is meant for the person who sent the adapter."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(clean(message))
+
 
 class AdapterNotFound(AdapterError):
     def __init__(self, name: str) -> None:
-        super().__init__(f"no adapter is named {name!r}")
+        super().__init__(f"no adapter is named {shown(name)!r}")
 
 
 class AdapterConflict(AdapterError):
@@ -43,15 +76,24 @@ class UnsupportedAdapter(AdapterError):
 
 
 class CoverageError(AdapterError):
-    """Not every tensor of the adapter binds to a module of the base with the right shape.
+    """Not every tensor of the adapter binds to a module of the base with the right shape, or some are missing.
 
-    `problems` holds one line a tensor; the message shows the first few and the total.
+    `problems` holds a line for everything that is wrong; the message shows the first few.
     """
 
-    SHOWN = 8
+    def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.problems = tuple(problems)
 
-    def __init__(self, problems: list[str], bound: int) -> None:
-        self.problems = problems
-        shown = "; ".join(problems[: self.SHOWN])
-        more = f"; and {len(problems) - self.SHOWN} more" if len(problems) > self.SHOWN else ""
-        super().__init__(f"{len(problems)} of the adapter's tensors do not fit this base ({bound} do): {shown}{more}")
+
+def coverage_error(problems: Sequence[str], bound: int, total: int, remedies: Sequence[str] = ()) -> CoverageError:
+    """`total` counts the tensors of the files and `bound` those that fit; `remedies` say what to do, each once."""
+    lines = "; ".join(problems[:_PROBLEMS_SHOWN])
+    if len(problems) > _PROBLEMS_SHOWN:
+        lines += f"; and {len(problems) - _PROBLEMS_SHOWN} more"
+    if bound < total:
+        fit = f"{total - bound} of the adapter's tensors do not fit this base ({bound} do)"
+    else:
+        fit = f"all {total} tensors of the adapter fit this base, but it is not whole"
+    todo = "".join(f". To do: {remedy}" for remedy in remedies[:_REMEDIES_SHOWN])
+    return CoverageError(f"{fit}: {lines}{todo}", problems)

@@ -9,10 +9,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from adapters_store.catalog import CatalogEntry
-from adapters_store.errors import AdapterError
+from adapters_store.errors import AdapterError, clean
 from server import front
+from server.api.adapters import warnings_for
 from server.api.service import Service
 from server.config import EngineConfig, ServerConfig
 from server.engine import messages
@@ -30,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return asyncio.run(front.serve(_config(options), _Announcer(console, options.model_dir is None).reports()))
     except HeddleError as error:
-        console.print(f"[bold red]heddle:[/] {error.message}", soft_wrap=True)
+        console.print("[bold red]heddle:[/]", Text(clean(error.message)), soft_wrap=True)
         return 1
 
 
@@ -53,6 +55,12 @@ def _parser() -> argparse.ArgumentParser:
     served.add_argument("--adapter-root", metavar="DIR", action="append", default=[],
                         help="a directory that POST /v1/adapters may read, beside --adapters (repeatable)")  # fmt: skip
     served.add_argument("--model-name", metavar="NAME", help="what requests call the base (the directory's name)")
+    served.add_argument("--base-name", metavar="NAME", action="append", default=[],
+                        help="what the base is known as beside its directory's name and its configuration's: adapters "
+                        "that say they were trained on another get a warning (repeatable)")  # fmt: skip
+    served.add_argument("--strict-base", action="store_true", help="refuse those adapters")
+    served.add_argument("--verify-timeout-s", type=float, default=60.0, metavar="S",
+                        help="seconds that verifying one adapter may take, with reading every byte")  # fmt: skip
     http = serve.add_argument_group("where")
     http.add_argument("--host", default="127.0.0.1", metavar="H", help="address to listen on")
     http.add_argument("--port", type=int, default=8000, metavar="N", help="port to listen on")
@@ -103,6 +111,9 @@ def _config(options: argparse.Namespace) -> ServerConfig:
         adapters_dir=adapters,
         adapter_roots=tuple(options.adapter_root),
         model_name=name,
+        base_names=tuple(options.base_name),
+        strict_base=options.strict_base,
+        verify_timeout_s=options.verify_timeout_s,
         host=options.host,
         port=options.port,
         drain_s=options.drain_s,
@@ -144,12 +155,15 @@ class _Announcer:
             table.add_column(column)
         size = f"{info.num_parameters / 1e6:,.1f} M parameters, {info.dtype}"
         room = f"{info.kv_cache_tokens:,} tokens of KV cache, {info.max_model_len:,} a request"
-        table.add_row(base, f"base ({info.model_type})", size, room)
+        table.add_row(Text(clean(base)), f"base ({info.model_type})", size, room)
         for name, outcome in self._adapters:
             if isinstance(outcome, AdapterError):
-                table.add_row(name, "[red]refused[/]", "", str(outcome))
+                table.add_row(Text(clean(name)), "[red]refused[/]", "", Text(str(outcome)))
             else:
-                table.add_row(name, outcome.ref.kind, f"{outcome.package.file_bytes / 1e6:,.2f} MB", "")
+                declared = outcome.package.declared_base
+                remarks = " ".join(warnings_for(outcome, service)) or (f"trained on {declared}" if declared else "")
+                size = f"{outcome.package.file_bytes / 1e6:,.2f} MB"
+                table.add_row(Text(name), outcome.ref.kind, size, Text(remarks))
         self._console.print(table)
         self._console.print(f"\n[bold]Heddle {VERSION}[/] listens on [bold]{url}[/]  (Ctrl-C to stop). Try:\n")
         self._console.print(self._curl(url, service), soft_wrap=True, markup=False)

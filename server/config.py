@@ -53,6 +53,9 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     adapters_dir: str | None = None
     adapter_roots: tuple[str, ...] = ()
     model_name: str | None = None  # what requests call the base; default: the directory's name
+    base_names: tuple[str, ...] = ()  # what the base is known as beside that, compared with what adapters say
+    strict_base: bool = False  # refuse adapters that say they were trained on another base
+    verify_timeout_s: float = 60.0  # for one adapter, every byte of which is read
     host: str = "127.0.0.1"
     port: int = 8000
     max_body_bytes: int = 2 << 20
@@ -67,6 +70,8 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "max_body_bytes", "max_n", "max_prompts", "max_stop", "max_concurrent_requests")
+        if not 0 < self.verify_timeout_s < 86400:
+            raise ConfigError(f"verify_timeout_s must be above 0 and below 86400, not {self.verify_timeout_s:g}")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port {self.port} is not between 0 and 65535")
         if not Path(self.engine.model_dir).is_dir():

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import signal
 import socket
+import stat
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import AbstractContextManager, nullcontext
@@ -14,8 +15,12 @@ from typing import Any
 import uvicorn
 
 from adapters_store.catalog import Catalog, CatalogEntry
+from adapters_store.declared_base import names_of_base
 from adapters_store.errors import AdapterError
-from server.api.adapters import check_room, register
+from adapters_store.room import Room
+from adapters_store.verifier import Verifier
+from adapters_store.verify import Unforeseen
+from server.api.adapters import register, verified
 from server.api.app import create_app
 from server.api.service import Service
 from server.api.text import Text
@@ -48,20 +53,23 @@ async def serve(config: ServerConfig, reports: Reports) -> int:
     check_kernels_are_ours()
     text = Text.load(Path(config.engine.model_dir))
     with _bind(config.host, config.port) as listener:  # now, not after minutes of loading
-        child = EngineChild()
+        child, verifier = EngineChild(), Verifier(config.verify_timeout_s)
         try:
-            service = await _unless_stopped(_start(config, text, child, reports), stopping)
+            service = await _unless_stopped(_start(config, text, child, verifier, reports), stopping)
             if service is None:
                 return EXIT_STOPPED_EARLY
             return await _serve_http(service, child, listener, stopping, reports)
         finally:
+            await verifier.close()
             await child.stop()
 
 
-async def _start(config: ServerConfig, text: Text, child: EngineChild, reports: Reports) -> Service:
+async def _start(config: ServerConfig, text: Text, child: EngineChild, verifier: Verifier, reports: Reports) -> Service:
     info = await child.start(config.engine, reports.progress, config.startup_timeout_s)
-    catalog = Catalog(config.base_name, info.base, config.roots)
-    service = Service(config, info, child.client, catalog, text, Metrics(child.client), int(time.time()))
+    room = Room(info.adapter_bytes, 4 if info.dtype == "float32" else 2, info.max_experts_per_adapter)
+    names = (*names_of_base(config.engine.model_dir), *config.base_names)
+    catalog = Catalog(config.base_name, info.base, config.roots, room, names)
+    service = Service(config, info, child.client, catalog, verifier, text, Metrics(child.client), int(time.time()))
     await _register_directory(service, reports)
     return service
 
@@ -92,17 +100,19 @@ async def _register_directory(service: Service, reports: Reports) -> None:
     """Every sub-directory of --adapters. One that is refused is reported, and does not keep the others from serving."""
     if service.config.adapters_dir is None:
         return
-    for directory in sorted(Path(service.config.adapters_dir).iterdir()):
-        if not directory.is_dir() or directory.name.startswith("."):
+    for path in sorted(Path(service.config.adapters_dir).iterdir()):
+        if path.name.startswith(".") or stat.S_ISREG(path.lstat().st_mode):
             continue
+        outcome: CatalogEntry | AdapterError
         try:
-            entry = await asyncio.to_thread(service.catalog.read, directory.name, str(directory.resolve()))
-            check_room(entry, service)
-            register(entry, service)
+            outcome = await verified(path.name, str(path.absolute()), service)
+            register(outcome, service)
         except AdapterError as refusal:
-            reports.adapter(directory.name, refusal)
-        else:
-            reports.adapter(directory.name, entry)
+            outcome = refusal
+        except Exception as error:  # whatever it is, it is this adapter's failure
+            log.exception("an adapter could not be registered")
+            outcome = Unforeseen(error)
+        reports.adapter(path.name, outcome)
 
 
 class _Server(uvicorn.Server):
@@ -162,6 +172,7 @@ async def _report_death(service: Service, how: str) -> None:
 async def _drain(service: Service) -> None:
     """Take nothing new, let what runs finish for a while, and end the rest with an error event."""
     service.is_draining = True
+    await service.verifier.close()
     deadline = time.monotonic() + service.config.drain_s
     while service.client.num_requests and time.monotonic() < deadline:
         await asyncio.sleep(0.02)

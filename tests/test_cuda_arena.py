@@ -487,12 +487,12 @@ class Waiting:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_transfer_is_done_when_the_device_is(tmp_path: Path, fails: bool) -> None:
+def test_a_transfer_is_done_when_the_device_is(fails: bool) -> None:
     """Also one that failed: its first copies may still be writing to the pages that will be unmapped."""
     copies, work = Waiting(), PageWork()
     if fails:
         work.add(raise_no_memory)
-    transfer = Transfer(tmp_path, [], [], work, copies)
+    transfer = Transfer([], [], work, copies)
     assert not transfer.done
     transfer.run()
     assert copies.ended and not transfer.done
@@ -549,6 +549,24 @@ def test_out_of_memory_fails_the_transfer_and_nothing_else(monkeypatch: pytest.M
     again = engine.add(prompts()[1], 5, bad.ref)
     engine.run()
     assert generated(again) == reference(merge(make_model("llama"), bad), prompts()[1], 5)
+
+
+def test_staged_bytes_are_hashed_and_compared_before_they_are_installed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fake = Fake()
+    engine = gpu_engine(monkeypatch, fake)
+    entry = register(engine, save_lora(tmp_path / "a", make_model("llama"), 1, ("q_proj",), rank=40))
+    assert entry.package.file_bytes > 2 * 8192  # more than the buffers hold
+    file = Path(entry.package.files[0].path)
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 0x80
+    file.write_bytes(raw)
+    request = engine.add(prompts()[1], 5, entry.ref)
+    engine.run()
+    assert "changed after it was registered" in str(engine.ended[request.id].error)
+    assert not engine.residency.has_lora(1)
+    engine.residency.check()
 
 
 def test_an_evicted_slot_is_unmapped_before_it_is_mapped_for_the_next(

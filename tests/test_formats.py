@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -23,8 +24,9 @@ from adapters_store.errors import (
     InvalidAdapterName,
     UnsupportedAdapter,
 )
-from adapters_store.formats import read_adapter
-from adapters_store.parts import ExpertReplacement, LowRank, describe
+from adapters_store.files import Folder
+from adapters_store.formats import read_adapter as read_folder
+from adapters_store.parts import AdapterPackage, ExpertReplacement, LowRank, describe
 
 HIDDEN, FFN, LAYERS, EXPERTS = 8, 6, 3, 4
 LINEARS = {
@@ -63,6 +65,11 @@ def esft(directory: Path, tuned: dict[int, list[int]], prefix: str = "model.", *
                "non_expert_modules": False}  # fmt: skip
     (directory / "expert_cfg.json").write_text(json.dumps(written | config))
     return directory
+
+
+def read_adapter(directory: Path, base: BaseSpec) -> AdapterPackage:
+    with Folder(str(directory), (os.path.realpath(directory.parent),)) as folder:
+        return read_folder(folder, base)
 
 
 def edit_weights(directory: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
@@ -347,10 +354,17 @@ def test_broken_safetensors(tmp_path: Path, raw: bytes) -> None:
 
 
 def test_a_great_many_tensors_are_refused_by_count(tmp_path: Path) -> None:
-    directory = lora(tmp_path / "a")
-    header = {f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(100_001)}
-    (directory / "adapter_model.safetensors").write_bytes(_header(json.dumps(header).encode()))
-    with pytest.raises(InvalidAdapter, match="100,001 tensors"):
+    """In several files, since the header of one has no room for so many."""
+    directory = tmp_path / "a"
+    directory.mkdir()
+    for shard in range(3):
+        header = {
+            f"{shard}.{i}": {"dtype": "F16", "shape": [1], "data_offsets": [2 * i, 2 * i + 2]} for i in range(7000)
+        }
+        raw = _header(json.dumps(header, separators=(",", ":")).encode(), b"\0" * 14_000)
+        (directory / f"model-{shard}.safetensors").write_bytes(raw)
+    (directory / "expert_cfg.json").write_text('{"experts": {"1": [0]}}')
+    with pytest.raises(InvalidAdapter, match="holds 21,000 tensors; 1 to 20,000"):
         read_adapter(directory, BASE)
 
 

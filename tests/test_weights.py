@@ -1,6 +1,7 @@
 """The paged weight manager: pages under arenas, true sizes in memory, eviction and pins."""
 
 import faulthandler
+import math
 import os
 import random
 import time
@@ -9,15 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from adapters_store.catalog import CatalogEntry
-from adapters_store.parts import ExpertReplacement, SourceFile
+from adapters_store.files import read_exactly
+from adapters_store.parts import ExpertReplacement, SourceFile, tensors_of
 from server.engine.request import FinishReason
 from server.engine.residency import AdapterFailed, Wait
 from server.model.probe import PROBE
-from server.weights.arena import ArenaError, VirtualArena
+from server.weights import transfer
+from server.weights.arena import ArenaError, PageWork, VirtualArena
 from server.weights.host_arena import HostPages
 from server.weights.residency import DeviceResidency
+from server.weights.staging import HostCopy
 from server.weights.transfer import Job, Transfer
 from tests.engine_harness import Engine, generated, prompts
 from tests.test_families import reference
@@ -187,6 +192,58 @@ def test_a_file_that_changed_after_registration_fails_its_requests_only(tmp_path
     assert generated(other) == reference(merge(make_model("llama"), good), prompts()[1], 5)
 
 
+@pytest.mark.parametrize("where", ["header", "first", "last", "link"])
+def test_other_bytes_of_the_same_size_and_time_are_never_served(tmp_path: Path, where: str) -> None:
+    """Registered, served, evicted, changed in place, asked for again: hashed as it is copied, so not installed."""
+    model = make_model("qwen3_moe")
+    engine = Engine(make_model("qwen3_moe", attention=PROBE), adapter_slots=1)
+    entry = register(engine, save_esft(tmp_path / "victim", model, 1, {1: [0, 5], 3: [2]}))
+    other = register(engine, save_lora(tmp_path / "other", model, 2, ("q_proj",)))
+    for it in (entry, other):  # the second evicts the first
+        wait_until_resident(engine.residency, it)
+        engine.residency.release(it.ref)
+    file = Path(entry.package.files[0].path)
+    before, raw = file.stat(), bytearray(file.read_bytes())
+    first = min(tensor.offset for part in entry.package.parts for tensor in tensors_of(part))
+    if where == "link":  # the very same bytes, but nobody has looked where they come from
+        file.rename(tmp_path / "elsewhere")
+        file.symlink_to(tmp_path / "elsewhere")
+    else:
+        at = {"header": 8 + raw[8:].index(b"{") + 1, "first": first, "last": len(raw) - 1}[where]
+        raw[at] ^= 0x80 if where != "header" else 0x02
+        file.write_bytes(raw)
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert (file.stat().st_size, file.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    says = "Not a directory|symbolic links" if where == "link" else "changed after it was registered; register .* again"
+    with pytest.raises(AdapterFailed, match=says):
+        wait_until_resident(engine.residency, entry)
+    assert not engine.residency.has_experts(1) and engine.residency._stacks.num_mapped_pages == 0
+    engine.residency.check()
+
+
+def test_every_byte_is_read_once_and_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = register(
+        Engine(make_model("llama", attention=PROBE)),
+        save_lora(tmp_path / "a", make_model("llama"), 1, ("q_proj", "o_proj")),
+    )
+    reads: list[tuple[int, int]] = []
+
+    def read(descriptor: int, offset: int, into: memoryview) -> None:
+        reads.append((offset, len(into)))
+        read_exactly(descriptor, offset, into)
+
+    monkeypatch.setattr(transfer, "read_exactly", read)
+    tensors = [tensor for part in reversed(entry.package.parts) for tensor in tensors_of(part)]
+    places = [(tensor, torch.full(tensor.shape, math.nan)) for tensor in tensors]
+    copying = Transfer(entry.package.files, places, PageWork(), HostCopy())
+    copying.run()
+    assert copying.error is None
+    ends = [0, *(offset + size for offset, size in reads)]
+    assert [offset for offset, _ in reads] == ends[:-1] and ends[-1] == entry.package.file_bytes
+    weights = load_file(entry.package.files[0].path)
+    assert all(torch.equal(place, weights[tensor.key]) for tensor, place in places)
+
+
 def test_registering_again_says_where_the_files_are_now(tmp_path: Path) -> None:
     engine = Engine(make_model("llama", attention=PROBE))
     entry = register(engine, save_lora(tmp_path / "here", make_model("llama"), 1, ("q_proj",)), "name")
@@ -233,7 +290,7 @@ class SteppedTransfers:
     def run_next(self, fails: bool) -> None:
         job = self.pending.pop(0)
         if fails and isinstance(job, Transfer):
-            job._files = [SourceFile("gone", 0, 0)]
+            job._files = [SourceFile("gone", "/gone", 0, "")]
         job.run()
 
 

@@ -4,28 +4,41 @@ A reader turns files into canonical parts and holds to the coverage contract: ev
 with the right shape, or the adapter is refused with the list. Nothing is ignored in silence.
 """
 
-from pathlib import Path
+import hashlib
 
 from adapters_store.base_spec import BaseSpec
-from adapters_store.errors import InvalidAdapter
-from adapters_store.formats import esft, peft_lora
+from adapters_store.errors import InvalidAdapter, shown
+from adapters_store.files import Folder
+from adapters_store.formats import esft, peft_config, peft_lora
+from adapters_store.formats.reading import Reading
 from adapters_store.parts import AdapterPackage
+from adapters_store.room import Room
+from adapters_store.safetensors_file import hash_and_check
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
-def read_adapter(directory: Path, base: BaseSpec) -> AdapterPackage:
-    """Read, verify and bind the adapter in `directory`. Raises AdapterError; reads every byte once."""
-    if not directory.is_dir():
-        raise InvalidAdapter(f"{directory.name!r} is not a directory")
-    if (directory / "adapter_config.json").is_file():
-        return peft_lora.read(directory, base)
-    if esft.looks_like_esft(directory):
-        return esft.read(directory, base)
-    pickles = sorted(file.name for file in directory.iterdir() if file.suffix in _PICKLES)
+def read_adapter(folder: Folder, base: BaseSpec, room: Room | None = None) -> AdapterPackage:
+    """Read, verify and bind the adapter. Raises AdapterError; reads every byte once, the weights only if all fits."""
+    reading = _read(folder, base)
+    if room is not None:
+        room.check(reading.parts)
+    files = tuple(hash_and_check(weights) for weights in reading.weights)
+    content = f"{reading.kind}:{';'.join(file.sha256 for file in files)}:{reading.meaning}"
+    revision = hashlib.sha256(content.encode()).hexdigest()
+    return AdapterPackage(reading.kind, folder.path, revision, files, reading.parts, reading.declared_base)
+
+
+def _read(folder: Folder, base: BaseSpec) -> Reading:
+    if peft_config.CONFIG in folder.names:
+        return peft_lora.read(folder, base)
+    esft.refuse_a_rank_of_many(folder)
+    if esft.looks_like_esft(folder):
+        return esft.read(folder, base)
+    pickles = [name for name in folder.names if name.endswith(_PICKLES)]
     if pickles:
-        raise InvalidAdapter(f"{pickles[0]} is a pickle, which is never opened; save the adapter as safetensors")
+        raise InvalidAdapter(f"{shown(pickles[0])} is a pickle, which is never opened; save the adapter as safetensors")
     raise InvalidAdapter(
-        f"{directory.name!r} holds no adapter: neither adapter_config.json (PEFT) nor expert_cfg.json or expert "
+        f"{shown(folder.name)!r} holds no adapter: neither adapter_config.json (PEFT) nor expert_cfg.json or expert "
         "weights (ESFT)"
     )

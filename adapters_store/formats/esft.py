@@ -7,87 +7,140 @@
 The key prefix `model.` is absent on the hub's first checkpoints and present in those that the trainer writes today.
 The trainer may leave expert_cfg.json out; the tuned experts are then read off the tensor names. Expert lists are in
 order of relevance, not of id. Mixtral's names (block_sparse_moe, w1, w3, w2) are the same three matrices.
+
+The trainer's expert-parallel form writes one directory a rank, each with the experts of that rank and nothing that says
+so but its name: `last_checkpoint_ep0`, `last_checkpoint_ep1`, …
 """
 
-import hashlib
 import re
-from pathlib import Path
 from typing import Any
 
 from adapters_store.base_spec import BaseSpec, ExpertStack
-from adapters_store.errors import CoverageError, InvalidAdapter, UnsupportedAdapter
-from adapters_store.parts import AdapterPackage, ExpertReplacement, SourceFile, TensorRef
-from adapters_store.safetensors_file import hash_and_check_finite, read_header, read_json
+from adapters_store.declared_base import declared
+from adapters_store.errors import AdapterError, InvalidAdapter, UnsupportedAdapter, coverage_error, shown
+from adapters_store.files import Folder
+from adapters_store.formats.reading import Reading
+from adapters_store.json_file import read_json
+from adapters_store.parts import ExpertReplacement, TensorRef
+from adapters_store.safetensors_file import Weights, check_count, read_header
 
 CONFIG = "expert_cfg.json"
 INDEX = "model.safetensors.index.json"
+MAX_SHARDS = 128  # all are held open together
+_NUMBER = r"(?:0|[1-9][0-9]{0,5})"
 _KEY = re.compile(
-    r"^(?:model\.)?layers\.(?P<layer>\d{1,6})\.(?:mlp|block_sparse_moe)\.experts\.(?P<expert>\d{1,6})\."
-    r"(?P<matrix>gate_proj|up_proj|down_proj|w1|w3|w2)\.weight$"
+    rf"(?:model\.)?layers\.(?P<layer>{_NUMBER})\.(?:mlp|block_sparse_moe)\.experts\.(?P<expert>{_NUMBER})\."
+    r"(?P<matrix>gate_proj|up_proj|down_proj|w1|w3|w2)\.weight"
 )
 _MATRIX = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
-_MAX_INDEX_BYTES = 16 << 20
+_RANK = re.compile(r".*_ep[0-9]+", re.DOTALL)
+_MERGE_RANKS = (
+    f"put the safetensors files of all ranks into one directory, or beside this one's write the {CONFIG} that lists "
+    "every tuned expert"
+)
 
 ExpertKey = tuple[int, int]  # (layer, expert)
 
 
-def looks_like_esft(directory: Path) -> bool:
+def refuse_a_rank_of_many(folder: Folder) -> None:
+    """One rank's experts look like a whole adapter; served as one, the others would be the base's, in silence."""
+    if CONFIG not in folder.names and _RANK.fullmatch(folder.name) and _weight_files(folder):
+        raise InvalidAdapter(
+            f"{shown(folder.name)!r} is what one rank of an expert-parallel run writes, with that rank's experts only, "
+            f"and there is no {CONFIG}: {_MERGE_RANKS}"
+        )
+    ranks = [name for name in folder.directories if _RANK.fullmatch(name)]
+    if ranks and not _weight_files(folder):
+        raise InvalidAdapter(
+            f"{shown(folder.name)!r} holds {len(ranks)} directories of an expert-parallel run ({shown(ranks[0])}, …) "
+            "and no weights: put the safetensors files of all ranks into this directory"
+        )
+
+
+def looks_like_esft(folder: Folder) -> bool:
     """expert_cfg.json, or safetensors whose first tensors are single experts (a copied config.json proves nothing)."""
-    if (directory / CONFIG).is_file():
+    if CONFIG in folder.names:
         return True
-    files = _weight_files(directory)
-    return bool(files) and any(_KEY.match(key) for key in read_header(directory, files[0]))
+    files = _weight_files(folder)
+    return bool(files) and any(_KEY.fullmatch(it.key) for it in read_header(folder.open(files[0])).tensors)
 
 
-def read(directory: Path, base: BaseSpec) -> AdapterPackage:
-    files = _weight_files(directory)
+def read(folder: Folder, base: BaseSpec) -> Reading:
+    files = _weight_files(folder)
     if not files:
-        raise InvalidAdapter("there are no .safetensors files beside expert_cfg.json")
-    tensors = _read_shards(directory, files)
-    tuned = _tuned_experts(directory)
-    parts = _bind(tensors, tuned, base)
-    hashes: list[str] = []
-    sources: list[SourceFile] = []
-    for name in files:
-        file_hash, source = hash_and_check_finite(directory, name)
-        hashes.append(file_hash)
-        sources.append(source)
-    revision = hashlib.sha256(f"esft:{';'.join(hashes)}".encode()).hexdigest()
-    return AdapterPackage("esft", str(directory), revision, tuple(sources), tuple(parts))
+        raise InvalidAdapter(f"there are no .safetensors files beside {CONFIG}")
+    if len(files) > MAX_SHARDS:
+        raise InvalidAdapter(f"there are {len(files):,} .safetensors files; at most {MAX_SHARDS} are served")
+    shards = tuple(read_header(folder.open(name)) for name in files)
+    tensors = _by_key(shards)
+    _check_index(folder, files, tensors)
+    parts = _bind(tensors, _tuned_experts(folder), base)
+    return Reading("esft", shards, tuple(parts), declared_base=_declared_base(folder))
 
 
-def _weight_files(directory: Path) -> list[str]:
-    return sorted(path.name for path in directory.glob("*.safetensors"))
+def _weight_files(folder: Folder) -> list[str]:
+    return [name for name in folder.names if name.endswith(".safetensors")]
 
 
-def _read_shards(directory: Path, files: list[str]) -> dict[str, TensorRef]:
+def _declared_base(folder: Folder) -> str | None:
+    """Hub adapters carry a copy of their base's config.json. It is no part of the adapter, so a broken one is nobody's
+    loss."""
+    if "config.json" not in folder.names:
+        return None
+    try:
+        return declared(read_json(folder, "config.json").get("_name_or_path"))
+    except AdapterError:
+        return None
+
+
+def _by_key(shards: tuple[Weights, ...]) -> dict[str, TensorRef]:
     tensors: dict[str, TensorRef] = {}
-    for name in files:
-        for key, tensor in read_header(directory, name).items():
-            if key in tensors:
-                raise InvalidAdapter(f"{key[:200]} is in both {tensors[key].file} and {name}")
-            tensors[key] = tensor
-    if (directory / INDEX).exists():
-        weight_map = read_json(directory, INDEX, _MAX_INDEX_BYTES).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise InvalidAdapter(f"{INDEX} has no weight_map")
-        for key, name in weight_map.items():
-            if key not in tensors or tensors[key].file != name:
-                raise InvalidAdapter(f"{INDEX} places {key[:200]} in {str(name)[:200]}, where it is not")
+    for shard in shards:
+        for tensor in shard.tensors:
+            if tensor.key in tensors:
+                raise InvalidAdapter(f"{shown(tensor.key)} is in both {tensors[tensor.key].file} and {tensor.file}")
+            tensors[tensor.key] = tensor
+        check_count(len(tensors), "the adapter")
     return tensors
 
 
-def _tuned_experts(directory: Path) -> set[ExpertKey] | None:
+def _check_index(folder: Folder, files: list[str], tensors: dict[str, TensorRef]) -> None:
+    """Where there is an index it must say of every tensor where it is, and nothing else."""
+    if INDEX not in folder.names:
+        return
+    index = read_json(folder, INDEX)
+    unknown = sorted(set(index) - {"metadata", "weight_map"})
+    if unknown:
+        raise InvalidAdapter(f"{INDEX} has the unknown key {shown(unknown[0])!r}")
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise InvalidAdapter(f"{INDEX} has no weight_map")
+    for key, name in weight_map.items():
+        if key not in tensors or tensors[key].file != name:
+            raise InvalidAdapter(f"{INDEX} places {shown(key)} in {shown(str(name))}, where it is not")
+    listed = set(weight_map.values())
+    for name in files:
+        if name not in listed:
+            raise InvalidAdapter(f"{shown(name)} is not in {INDEX}: remove the file, or the index if it is outdated")
+    missing = next((key for key in tensors if key not in weight_map), None)
+    if missing is not None:
+        raise InvalidAdapter(f"{INDEX} does not list {shown(missing)} of {shown(tensors[missing].file)}")
+
+
+def _tuned_experts(folder: Folder) -> set[ExpertKey] | None:
     """The (layer, expert) pairs that expert_cfg.json lists, or None where there is no such file."""
-    if not (directory / CONFIG).is_file():
+    if CONFIG not in folder.names:
         return None
-    config = read_json(directory, CONFIG)
+    config = read_json(folder, CONFIG)
     for flag, what in (("shared_experts", "shared experts"), ("non_expert_modules", "modules outside the experts")):
         if config.get(flag) not in (None, False):
-            raise UnsupportedAdapter(f"{flag} is {config[flag]!r}: an adapter that tunes {what} is not served")
+            raise UnsupportedAdapter(
+                f"{flag} is set: an adapter that tunes {what} is not served; tune routed experts only, or serve the "
+                "tuned model as a base"
+            )
     unknown = sorted(set(config) - {"experts", "shared_experts", "non_expert_modules"})
     if unknown:
-        raise UnsupportedAdapter(f"{CONFIG} has the unknown key {unknown[0][:200]!r}")
+        raise UnsupportedAdapter(f"{CONFIG} has the unknown key {shown(unknown[0])!r}")
     experts = config.get("experts")
     if not isinstance(experts, dict) or not experts:
         raise InvalidAdapter(f"{CONFIG} must map layers to lists of expert ids under 'experts'")
@@ -95,9 +148,9 @@ def _tuned_experts(directory: Path) -> set[ExpertKey] | None:
 
 
 def _layer_entries(key: str, ids: Any) -> list[ExpertKey]:
-    sound = isinstance(ids, list) and all(type(expert) is int and expert >= 0 for expert in ids)
-    if not key.isdecimal() or not sound:
-        raise InvalidAdapter(f"{CONFIG}: layer {key[:80]!r} must be a number with a list of expert ids")
+    sound = isinstance(ids, list) and all(type(expert) is int and 0 <= expert < 10**6 for expert in ids)
+    if not re.fullmatch(_NUMBER, key) or not sound:
+        raise InvalidAdapter(f"{CONFIG}: layer {key[:80]!r} must be a number in plain digits with a list of expert ids")
     if len(set(ids)) != len(ids):
         raise InvalidAdapter(f"{CONFIG}: layer {key} lists an expert twice")
     return [(int(key), expert) for expert in ids]
@@ -109,27 +162,27 @@ def _bind(tensors: dict[str, TensorRef], tuned: set[ExpertKey] | None, base: Bas
     problems: list[str] = []
     found: dict[ExpertKey, dict[str, TensorRef]] = {}
     for key, tensor in tensors.items():
-        match = _KEY.match(key)
+        match = _KEY.fullmatch(key)
         if match is None:
-            problems.append(f"{key[:200]}: not an expert's gate, up or down matrix")
+            problems.append(f"{shown(key)}: not an expert's gate, up or down matrix")
             continue
         where, matrix = (int(match["layer"]), int(match["expert"])), _MATRIX[match["matrix"]]
         problem = _tensor_problem(where, matrix, tensor, tuned, base)
         if problem is None and matrix in found.setdefault(where, {}):
             problem = f"a second {matrix} matrix for this expert"
         if problem is not None:
-            problems.append(f"{key[:200]}: {problem}")
+            problems.append(f"{shown(key)}: {problem}")
         else:
             found[where][matrix] = tensor
-    for layer, expert in sorted((tuned or set()) | set(found)):
+    complete = {where: matrices for where, matrices in sorted(found.items()) if len(matrices) == 3}
+    for layer, expert in sorted(((tuned or set()) | set(found)) - set(complete)):
         missing = [matrix for matrix in ("gate", "up", "down") if matrix not in found.get((layer, expert), {})]
-        if missing:
-            problems.append(f"layer {layer} expert {expert}: {', '.join(missing)} missing or unusable")
+        problems.append(f"layer {layer} expert {expert}: {', '.join(missing)} missing or unusable")
     if problems:
-        raise CoverageError(problems, bound=sum(len(matrices) for matrices in found.values()))
+        raise coverage_error(problems, bound=3 * len(complete), total=len(tensors))
     return [
         ExpertReplacement(layer, expert, (matrices["gate"], matrices["up"]), matrices["down"])
-        for (layer, expert), matrices in sorted(found.items())
+        for (layer, expert), matrices in complete.items()
     ]
 
 

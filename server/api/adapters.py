@@ -1,16 +1,21 @@
 """Adapters while others decode: POST, GET and DELETE /v1/adapters."""
 
-import asyncio
+import logging
 
 from fastapi import APIRouter, Request, Response
 
-from adapters_store.catalog import CatalogEntry
+from adapters_store.catalog import CatalogEntry, entry_of
+from adapters_store.declared_base import difference, is_known, remarks
 from adapters_store.errors import UnsupportedAdapter
-from adapters_store.parts import ExpertReplacement, describe
+from adapters_store.parts import describe
+from adapters_store.verifier import VerifierBusy, VerifierClosed
 from server.api.errors import respond
 from server.api.protocol import AdapterBody
 from server.api.service import Service, service_of
+from server.api.sse import ClientLeft, unless_client_leaves
+from server.errors import Overloaded, ShuttingDown
 
+log = logging.getLogger("heddle.adapters")
 router = APIRouter()
 
 
@@ -21,8 +26,10 @@ async def add(body: AdapterBody, request: Request) -> Response:
     Its weights travel to the device when a request first asks for it.
     """
     service = service_of(request)
-    entry = await asyncio.to_thread(service.catalog.read, body.name, body.path)  # reads every byte
-    check_room(entry, service)
+    try:
+        entry = await unless_client_leaves(request, verified(body.name, body.path, service))
+    except ClientLeft:
+        return Response(status_code=499)  # nobody reads it
     is_new = register(entry, service)
     return respond(201 if is_new else 200, _adapter(entry, service))
 
@@ -50,30 +57,46 @@ async def delete(name: str, request: Request) -> Response:
     return respond(200, {"id": name, "object": "adapter", "deleted": True})
 
 
+async def verified(name: str, path: str, service: Service) -> CatalogEntry:
+    """The adapter at `path`, fit to be registered under this name. Raises AdapterError, Overloaded, ShuttingDown."""
+    try:
+        entry = entry_of(name, await service.verifier.verify(service.catalog.job(name, path)))
+    except VerifierBusy:
+        raise Overloaded("as many adapters wait to be verified as may; try again later") from None
+    except VerifierClosed:
+        raise ShuttingDown from None
+    _check_base(entry, service)
+    return entry
+
+
 def register(entry: CatalogEntry, service: Service) -> bool:
+    """Whether the name is new."""
     is_new = service.catalog.add(entry)
     service.client.add_adapter(entry.ref, entry.package)  # known or not: its files may be elsewhere now
+    if is_new:
+        _log(entry, service)
     return is_new
 
 
-def check_room(entry: CatalogEntry, service: Service) -> None:
-    """Refuse what could never be on the device. Raises UnsupportedAdapter with the numbers."""
-    needed = entry.package.num_elements * (4 if service.info.dtype == "float32" else 2)
-    if needed > service.info.adapter_bytes:
+def warnings_for(entry: CatalogEntry, service: Service) -> list[str]:
+    """What is served and may still not be what was meant, in sentences."""
+    return remarks(entry.package.declared_base, service.catalog.base_names)
+
+
+def _log(entry: CatalogEntry, service: Service) -> None:
+    declared = entry.package.declared_base or "a base that it does not name"
+    log.info("adapter %s: %s, trained on %s", entry.ref.name, entry.ref.kind, declared)
+    for warning in warnings_for(entry, service):
+        log.warning("adapter %s: %s", entry.ref.name, warning)
+
+
+def _check_base(entry: CatalogEntry, service: Service) -> None:
+    declared, known = entry.package.declared_base, service.catalog.base_names
+    if service.config.strict_base and declared is not None and not is_known(declared, known):
         raise UnsupportedAdapter(
-            f"the adapter needs {needed:,} bytes; all adapters together may use {service.info.adapter_bytes:,}"
+            f"{difference(declared, known)} The server was started with --strict-base; if both are the same model, "
+            "start it with --base-name and the adapter's name for it"
         )
-    e_max = service.info.max_experts_per_adapter
-    by_layer: dict[int, int] = {}
-    for part in entry.package.parts:
-        if isinstance(part, ExpertReplacement):
-            by_layer[part.layer] = by_layer.get(part.layer, 0) + 1
-    for layer, count in by_layer.items():
-        if count > e_max:
-            raise UnsupportedAdapter(
-                f"the adapter tunes {count} experts of layer {layer}; this server has room for {e_max} "
-                "(--max-experts-per-adapter)"
-            )
 
 
 def _adapter(entry: CatalogEntry, service: Service) -> dict[str, object]:
@@ -85,6 +108,8 @@ def _adapter(entry: CatalogEntry, service: Service) -> dict[str, object]:
         "revision": entry.ref.revision,
         "root": entry.root,
         "parent": service.catalog.base_name,
+        "declared_base": entry.package.declared_base,
+        "warnings": warnings_for(entry, service),
         "created": entry.created,
         "bytes": entry.package.file_bytes,
         "device": {

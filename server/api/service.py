@@ -9,6 +9,7 @@ from fastapi import Request
 from adapters_store.catalog import Catalog
 from adapters_store.errors import AdapterNotFound
 from adapters_store.ref import AdapterRef
+from adapters_store.verifier import Verifier
 from server.api.text import Text
 from server.config import ServerConfig
 from server.engine.client import EngineClient
@@ -25,6 +26,7 @@ class Service:
     info: EngineInfo
     client: EngineClient
     catalog: Catalog
+    verifier: Verifier
     text: Text
     metrics: Metrics
     started: int  # Unix time, seconds

@@ -2,7 +2,6 @@
 
 import enum
 from dataclasses import dataclass
-from pathlib import Path
 
 from adapters_store.parts import AdapterPackage, ExpertReplacement, LowRank
 from adapters_store.ref import AdapterRef
@@ -170,8 +169,7 @@ class DeviceResidency:
             self._give_back(slot)
             raise AdapterFailed(f"the adapter {adapter.ref.name!r} cannot be loaded: {error}") from None
         adapter.slot, adapter.pages, adapter.state = slot, self._pool.num_used - used, State.LOADING
-        directory, files = Path(adapter.package.path), adapter.package.files
-        adapter.transfer = Transfer(directory, files, places, pages, self._copier.begin())
+        adapter.transfer = Transfer(adapter.package.files, places, pages, self._copier.begin())
         self._transfers.start(adapter.transfer)
         return True
 

@@ -1,13 +1,13 @@
 """How bytes get from a file to their place on the device."""
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-Read = Callable[[memoryview, int], None]  # fill the view with the tensor's bytes from this offset on
+# fill the view with the tensor's bytes from this offset on. Every byte is asked for once, in order: it is hashed then
+Read = Callable[[memoryview, int], None]
 
 BUFFER_BYTES = 32 << 20
 _ALIGN = 64  # bytes between tensors in a buffer: any dtype may begin there
@@ -145,12 +145,3 @@ def pinned_copy(device: torch.device, buffer_bytes: int = BUFFER_BYTES) -> Pinne
     """For a GPU: two buffers of `buffer_bytes` page-locked on the host, and as many bytes again on the device."""
     buffers = [torch.empty(buffer_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
     return PinnedCopy(buffers, torch.empty(buffer_bytes, dtype=torch.uint8, device=device), device)
-
-
-def read_exactly(file: int, offset: int, into: memoryview) -> None:
-    """Fill `into` from a file descriptor. Raises EOFError where the file ends too soon."""
-    while into:
-        count = os.preadv(file, [into], offset)
-        if count == 0:
-            raise EOFError("it ends before its data")
-        into, offset = into[count:], offset + count

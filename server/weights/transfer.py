@@ -1,23 +1,24 @@
 """Adapter bytes from disk to their places, off the step loop."""
 
-import json
+import hashlib
 import os
 import queue
 import threading
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from adapters_store.files import open_resolved, read_exactly
 from adapters_store.parts import SourceFile, TensorRef
 from server.weights.arena import PageWork, log
-from server.weights.staging import CopyRun, read_exactly
+from server.weights.staging import CopyRun
 
 Places = Sequence[tuple[TensorRef, Tensor]]
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_CHUNK_BYTES = 1 << 20
 
 
 class TransferError(Exception):
@@ -34,13 +35,11 @@ class Transfer:
     """One adapter's copy. `done` turns true when it is over; `error` says why it failed, if it did.
 
     Its pages are mapped first, by the thread that runs it. Files are read, not mapped: a file that is cut short while
-    mapped would kill the process with SIGBUS.
+    mapped would kill the process with SIGBUS. They are hashed as they are read: if that is not what was
+    verified the transfer fails, and its places, which nobody looks at yet, are never looked at.
     """
 
-    def __init__(
-        self, directory: Path, files: Sequence[SourceFile], places: Places, pages: PageWork, copies: CopyRun
-    ) -> None:
-        self._directory = directory
+    def __init__(self, files: Sequence[SourceFile], places: Places, pages: PageWork, copies: CopyRun) -> None:
         self._files = files
         self._places = places
         self._pages = pages
@@ -73,33 +72,53 @@ class Transfer:
             self._over.set()
 
     def _copy_from(self, source: SourceFile) -> None:
-        with (self._directory / source.file).open("rb", buffering=0) as file, torch.inference_mode():
-            _require_unchanged(file, source)
-            begin = 8 + int.from_bytes(_read(file, 0, 8), "little")
-            header = json.loads(_read(file, 8, begin - 8))
-            for tensor, place in self._places:
-                if tensor.file == source.file:
-                    start, end = header[tensor.key]["data_offsets"]
-                    read = partial(_read_at, file, begin + start)
-                    self._copies.put(read, end - start, _DTYPES[tensor.dtype], place)
-            _require_unchanged(file, source)
+        """Every byte of the file once, in order: those of tensors to their places, the rest for the hash."""
+        places = [(tensor, place) for tensor, place in self._places if tensor.file == source.file]
+        descriptor = open_resolved(source.path)
+        try:
+            if os.fstat(descriptor).st_size != source.size:
+                raise _changed(source)
+            file = _HashedFile(descriptor)
+            with torch.inference_mode():
+                for tensor, place in sorted(places, key=lambda it: it[0].offset):
+                    file.skip_to(tensor.offset)
+                    read = partial(_fill, file, tensor.offset)
+                    self._copies.put(read, tensor.num_bytes, _DTYPES[tensor.dtype], place)
+            file.skip_to(source.size)
+        finally:
+            os.close(descriptor)
+        if file.hexdigest() != source.sha256:
+            raise _changed(source)
 
 
-def _read_at(file: BinaryIO, start: int, into: memoryview, offset: int) -> None:
-    read_exactly(file.fileno(), start + offset, into)
+class _HashedFile:
+    """A file that is read from its beginning to its end, and hashed on the way. hashlib lets other threads run."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor, self._digest, self._position = descriptor, hashlib.sha256(), 0
+
+    def read_into(self, into: memoryview) -> None:
+        read_exactly(self._descriptor, self._position, into)
+        self._digest.update(into)
+        self._position += len(into)
+
+    def skip_to(self, offset: int) -> None:
+        while self._position < offset:
+            self.read_into(memoryview(bytearray(min(_CHUNK_BYTES, offset - self._position))))
+        assert self._position == offset
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
 
 
-def _read(file: BinaryIO, offset: int, size: int) -> bytearray:
-    """Exactly `size` bytes at `offset`."""
-    raw = bytearray(size)
-    read_exactly(file.fileno(), offset, memoryview(raw))
-    return raw
+def _fill(file: _HashedFile, start: int, into: memoryview, offset: int) -> None:
+    """As staging.Read: it asks for a tensor's bytes in order, so no seek is needed."""
+    file.skip_to(start + offset)
+    file.read_into(into)
 
 
-def _require_unchanged(file: BinaryIO, source: SourceFile) -> None:
-    status = os.fstat(file.fileno())
-    if (status.st_size, status.st_mtime_ns) != (source.size, source.mtime_ns):
-        raise TransferError(f"{source.file} changed after it was registered; register the adapter again")
+def _changed(source: SourceFile) -> TransferError:
+    return TransferError(f"{source.file} changed after it was registered; register the adapter again")
 
 
 class TransferThread:

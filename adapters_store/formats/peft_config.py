@@ -1,0 +1,189 @@
+"""adapter_config.json of a PEFT LoRA: what decides the arithmetic is read, what would change it is refused by its key.
+
+`rank_pattern` and `alpha_pattern` override r and alpha for linears whose name ends in a match, first match first. PEFT
+matches a linear that `target_modules` names by its own name, and one whose weight `target_parameters` names by that of
+the weight (`model.layers.0.self_attn.o_proj.weight`).
+"""
+
+from math import sqrt
+from typing import Any, Generic, TypeVar
+
+import msgspec
+import regex
+
+from adapters_store.declared_base import declared
+from adapters_store.errors import InvalidAdapter, UnsupportedAdapter, shown
+from adapters_store.files import Folder
+from adapters_store.formats import remedies
+from adapters_store.json_file import read_json
+
+CONFIG = "adapter_config.json"
+Number = TypeVar("Number", int, float)
+_MAX_ALPHA = 1e9
+_MAX_RANK = 1 << 31
+_MAX_PATTERNS = 2000
+_PATTERN_SECONDS = 0.1  # a pattern is the sender's regular expression, and this is one match; the whole has its budget
+
+# keys that say how the adapter was trained, or what the tensors say themselves; they do not change how it is served
+_INERT = {
+    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules",
+    "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config",
+    "megatron_core", "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
+}  # fmt: skip
+_READ = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "target_parameters",
+         "init_lora_weights"}  # fmt: skip
+# initialisations that also change the base weights, so that the adapter alone does not describe the model
+_BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
+
+
+class _Fields(msgspec.Struct):
+    """The part of adapter_config.json that decides the arithmetic."""
+
+    r: int
+    lora_alpha: float
+    use_rslora: bool = False
+    rank_pattern: dict[str, int] = {}
+    alpha_pattern: dict[str, float] = {}
+    target_modules: list[str] | str | None = None
+    target_parameters: list[str] = []
+    init_lora_weights: bool | str | None = True
+
+
+class _Patterns(Generic[Number]):
+    """The value of the first pattern that matches the end of a name, as PEFT's get_pattern_key finds it."""
+
+    def __init__(self, key: str, patterns: dict[str, Number], default: Number) -> None:
+        self._key = key
+        self._default: Number = default
+        self._compiled: list[tuple[regex.Pattern[str], Number]] = []
+        for number, (pattern, value) in enumerate(patterns.items(), start=1):
+            try:
+                self._compiled.append((regex.compile(rf"(.*\.)?({pattern})$", cache_pattern=False), value))
+            except regex.error:
+                raise self._refusal(number) from None
+
+    def find(self, name: str) -> Number:
+        for number, (pattern, value) in enumerate(self._compiled, start=1):
+            try:
+                if pattern.match(name, timeout=_PATTERN_SECONDS):
+                    return value
+            except TimeoutError:
+                raise self._refusal(number) from None
+        return self._default
+
+    def _refusal(self, number: int) -> InvalidAdapter:
+        return InvalidAdapter(
+            f"pattern number {number} of {self._key} in {CONFIG} cannot be used: it is no regular expression, or a "
+            f"match takes more than {_PATTERN_SECONDS} s; write the module's name instead"
+        )
+
+
+class LoraConfig:
+    """Rank and scale of each linear."""
+
+    def __init__(self, fields: _Fields, declared_base: str | None) -> None:
+        self.declared_base = declared_base
+        self.target_modules, self.target_parameters = fields.target_modules, fields.target_parameters
+        self._use_rslora = fields.use_rslora
+        self._ranks = _Patterns("rank_pattern", fields.rank_pattern, fields.r)
+        self._alphas = _Patterns("alpha_pattern", fields.alpha_pattern, fields.lora_alpha)
+        self._listed_modules = set(fields.target_modules or ()) if not isinstance(fields.target_modules, str) else set()
+        self._listed_parameters = set(fields.target_parameters)
+
+    def rank_and_scale(self, module: str) -> tuple[int, float]:
+        """Raises InvalidAdapter where the patterns give the linear two meanings."""
+        found = {self._by_name(name) for name in self._names(module)}
+        if len(found) > 1:
+            raise InvalidAdapter(
+                f"{shown(module)} is named by target_modules and, by its weight, by target_parameters, and the "
+                "patterns give it another rank or alpha under each name; PEFT does not load that either. Name it once"
+            )
+        return found.pop()
+
+    def _by_name(self, name: str) -> tuple[int, float]:
+        rank, alpha = self._ranks.find(name), self._alphas.find(name)
+        return rank, alpha / sqrt(rank) if self._use_rslora else alpha / rank
+
+    def _names(self, module: str) -> list[str]:
+        """What PEFT may match the patterns with. Two where both keys name the linear; PEFT's exclude_modules and
+        layers_to_transform could still take one away, and are not followed."""
+        weight = f"{module}.weight"
+        if self._listed_parameters.isdisjoint(endings(weight)):
+            return [module]
+        return [weight, module] if self._is_target(module) else [weight]
+
+    def _is_target(self, module: str) -> bool:
+        targets = self.target_modules
+        if not isinstance(targets, str):
+            return not self._listed_modules.isdisjoint(endings(module))
+        try:
+            return targets == "all-linear" or bool(regex.fullmatch(targets, module, timeout=_PATTERN_SECONDS))
+        except (regex.error, TimeoutError):
+            raise InvalidAdapter(f"target_modules in {CONFIG} cannot be used as a regular expression") from None
+
+
+def endings(name: str) -> list[str]:
+    """a.b.c -> a.b.c, b.c, c: what PEFT takes for the name of a module."""
+    steps = name.split(".")
+    return [".".join(steps[start:]) for start in range(len(steps))]
+
+
+def read_config(folder: Folder) -> LoraConfig:
+    raw = read_json(folder, CONFIG)
+    _refuse_other_methods(raw)
+    _refuse_other_arithmetic(raw)
+    try:
+        fields = msgspec.convert({key: raw[key] for key in _READ if raw.get(key) is not None}, _Fields, strict=True)
+    except (msgspec.ValidationError, RecursionError) as error:
+        what = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise InvalidAdapter(f"{CONFIG}: {what}") from None
+    alphas = [fields.lora_alpha, *fields.alpha_pattern.values()]
+    if not all(1 <= rank <= _MAX_RANK for rank in (fields.r, *fields.rank_pattern.values())):
+        raise InvalidAdapter(f"{CONFIG}: r and rank_pattern must be at least 1 and at most {_MAX_RANK:,}")
+    if not all(abs(alpha) <= _MAX_ALPHA for alpha in alphas):
+        raise InvalidAdapter(f"{CONFIG}: lora_alpha and alpha_pattern must be at most {_MAX_ALPHA:.0e}")
+    num_patterns = len(fields.rank_pattern) + len(fields.alpha_pattern)
+    if num_patterns > _MAX_PATTERNS:
+        raise InvalidAdapter(f"{CONFIG}: {num_patterns:,} patterns; at most {_MAX_PATTERNS:,} are read")
+    return LoraConfig(fields, declared(raw.get("base_model_name_or_path")))
+
+
+def _refuse_other_methods(raw: dict[str, Any]) -> None:
+    peft_type, task = raw.get("peft_type"), raw.get("task_type")
+    if peft_type != "LORA":
+        raise UnsupportedAdapter(
+            f"peft_type {_value(peft_type)} is not served; LORA is: {remedies.for_peft_type(peft_type)}"
+        )
+    if task not in (None, "CAUSAL_LM"):
+        raise UnsupportedAdapter(
+            f"task_type {_value(task)} is not served; CAUSAL_LM is: a head of another task cannot be served, but if "
+            "this is a LoRA of a language model and the key was written by mistake, set it to CAUSAL_LM"
+        )
+    init = raw.get("init_lora_weights")
+    changing = next((it for it in _BASE_CHANGING_INITS if isinstance(init, str) and init.lower().startswith(it)), None)
+    if changing is not None:
+        raise UnsupportedAdapter(
+            f"init_lora_weights {changing!r} also changed the base weights; save it as a plain LoRA first "
+            "(PEFT: path_initial_model_for_weight_conversion)"
+        )
+
+
+def _refuse_other_arithmetic(raw: dict[str, Any]) -> None:
+    """Any key that is neither read nor inert must be off: an unknown one may change the formula.
+
+    An empty object is not off: PEFT takes it for a configuration with its defaults.
+    """
+    for key, value in raw.items():
+        if key in _READ or key in _INERT or value in (None, False, [], "none"):
+            continue
+        remedy = remedies.KEYS.get(key, remedies.UNKNOWN_KEY)
+        raise UnsupportedAdapter(f"{shown(key)} = {_value(value)} in {CONFIG} is not served: {remedy}")
+
+
+def _value(value: object) -> str:
+    """A configuration's value in a message: in full only where it cannot be somebody's text."""
+    if value is None or isinstance(value, bool | int | float):
+        return shown(repr(value))
+    if isinstance(value, str) and value in remedies.WORDS:
+        return repr(value)
+    return "(a text)" if isinstance(value, str) else "(a list)" if isinstance(value, list) else "(an object)"

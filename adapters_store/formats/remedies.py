@@ -1,0 +1,114 @@
+"""What to do about an adapter that is refused: data, not logic. Facts about PEFT are those of version 0.21."""
+
+import re
+from collections.abc import Container
+
+_MERGE = "merge the adapter into its base (PEFT: merge_and_unload)"
+_PLAIN = "train a plain LoRA"
+
+# peft_type values. PEFT's save_as_lora turns these into LoRA; served exactly at full rank
+CONVERTIBLE = frozenset({"C3A", "DELORA", "FOURIERFT", "GRALORA", "LOHA", "LOKR", "MISS", "PSOFT", "RANDLORA",
+                         "TINYLORA", "UNILORA", "VBLORA", "VERA", "WAVEFT"})  # fmt: skip
+# these can only be merged
+MERGEABLE = frozenset({"ADALORA", "ADAMSS", "BEFT", "BOFT", "DEFT", "FROD", "GLORA", "HIRA", "HRA", "IA3",
+                       "LN_TUNING", "OFT", "OSF", "PEANUT", "PVERA", "ROAD", "SHIRA", "SUPERTUNING",
+                       "TRAINABLE_TOKENS"})  # fmt: skip
+# these depend on the prompt or on a router, so that no weights are equal to them
+OTHER_TYPES = frozenset({"ADAPTION_PROMPT", "CARTRIDGE", "CPT", "LILY", "MULTITASK_PROMPT_TUNING", "P_TUNING", "POLY",
+                         "PREFIX_TUNING", "PROMPT_TUNING", "SHADOW", "XLORA"})  # fmt: skip
+
+TASK_TYPES = frozenset({"SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"})
+
+# values of configuration keys that may be repeated in a message: PEFT's own words
+WORDS = frozenset({"all", "lora_only", "none", "gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal",
+                   "lora_ga", "mica"}) | TASK_TYPES | CONVERTIBLE | MERGEABLE | OTHER_TYPES  # fmt: skip
+
+# keys of adapter_config.json that change the arithmetic
+KEYS = {
+    "alora_invocation_tokens": f"an aLoRA acts from its invocation tokens on; {_PLAIN}",
+    "arrow_config": "Arrow routes between several adapters; serve them one by one",
+    "bias": f"train with bias='none', or {_MERGE}; on a base without biases set it to 'none', nothing was trained then",
+    "fan_in_fan_out": "set it to false where the base's linears are nn.Linear: PEFT itself ignores it there",
+    "kasa_config": f"{_MERGE}, or {_PLAIN}",
+    "layer_replication": "it makes a deeper model; build that model, serve it as a base of its own and its LoRA on it",
+    "lora_bias": f"{_MERGE}, or train with lora_bias=False",
+    "megatron_config": "export the adapter to Transformers' names and set the key to null",
+    "modules_to_save": f"{_MERGE}, or train without modules_to_save; LoRA on lm_head is served",
+    "monteclora_config": f"{_MERGE}, or {_PLAIN}",
+    "trainable_token_indices": f"{_MERGE}, or train without new tokens",
+    "use_bdlora": f"{_MERGE}, or {_PLAIN}",
+    "use_dora": f"{_MERGE}, or train with use_dora=False",
+    "use_qalora": "on linears that are not quantised it changes nothing: set it to false there",
+    "velora_config": f"{_MERGE}, or {_PLAIN}",
+}
+UNKNOWN_KEY = "remove the key if it does not change what the adapter computes (a tool's own note, say)"
+
+
+def for_peft_type(peft_type: object) -> str:
+    if peft_type in CONVERTIBLE:
+        return "turn it into a LoRA with peft.save_as_lora, at the rank that loses nothing"
+    if peft_type in MERGEABLE:
+        return f"{_MERGE}, or {_PLAIN}"
+    return _PLAIN
+
+
+EXPERTS = (
+    "LoRA on routed experts is not served: train with target_modules that name attention and shared linears only "
+    f"(since 0.19 PEFT turns 'all-linear' and the names of a mixture's MLP into its experts), or {_MERGE}"
+)
+
+# names of modules that the base has no linear for: (pattern, what it is, what to do). The first match counts
+_MODULES = (
+    (r"(?:^|\.)experts\.\d+\.", "LoRA on single experts, under Transformers 4's names", EXPERTS),
+    (r"\.experts\.w[123]$", "LoRA on routed experts, under Tinker's or SGLang's names", EXPERTS),
+    (r"base_model\.model\.", "the prefix base_model.model. twice", "remove one base_model.model. from the keys"),
+    (r"_orig_mod\.", "torch.compile's prefix", "remove _orig_mod. from the keys, or save the model uncompiled"),
+    (r"^(?:model\.)?language_model\.|\.language_model\.", "the text part of a multimodal model",
+     "remove language_model. from the keys, so that they begin with base_model.model.model.layers"),
+    (r"(?:^|\.)(?:vision_tower|visual|vision_model|multi_modal_projector)\.", "the image part of a multimodal model",
+     "train with target_modules that match the text part only"),
+    (r"\.attn\.|(?:^|\.)unembed_tokens$", "Tinker's names",
+     "convert it to PEFT's names with Tinker's own converter (self_attn, lm_head)"),
+    (r"\.(?:gate|router)(?:\.\w+)?$", "LoRA on a router", f"train without the router (gate), or {_MERGE}"),
+    (r"\.(?:qkv_proj|query_key_value|Wqkv|gate_up_proj)$", "a fused linear, which this base has in parts",
+     "split B by the outputs of q, k, v (or gate, up) and give each part the same A"),
+)  # fmt: skip
+# linears of which some bases have one for several: its name, and the names of its parts
+_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+_OTHER_MODEL = "serve the adapter on the base that it was trained on"
+
+
+def for_module(module: str, linears: Container[str]) -> tuple[str, str]:
+    """What a module is that the base has no linear for, and what to do."""
+    parent, _, name = module.rpartition(".")
+    for fused, parts in _FUSED.items():
+        if name in parts and f"{parent}.{fused}" in linears:
+            return f"a part of {fused}, which is one linear here", f"train with {fused} among target_modules"
+    for pattern, what, remedy in _MODULES:
+        if re.search(pattern, module):
+            return what, remedy
+    return "a module that this base does not have", _OTHER_MODEL
+
+
+# tensors that are no A or B of a linear: (pattern, what it is, what to do). The first match counts
+_TENSORS = (
+    (r"\.lora_embedding_[AB]", "LoRA on an embedding", f"train without embed_tokens among target_modules, or {_MERGE}"),
+    (r"\.base_layer\.weight$|\.(?:embed_tokens|lm_head)\.weight$", "a copy of a base weight",
+     "if the copy equals the base's, save the adapter with save_embedding_layers=False; if it was trained or resized, "
+     f"{_MERGE}"),
+    (r"\.lora_magnitude_vector", "DoRA's magnitudes", KEYS["use_dora"]),
+    (r"\.lora_[AB].*\.bias$", "a LoRA's bias", KEYS["lora_bias"]),
+    (r"\.bias$", "a trained bias", KEYS["bias"]),
+    (r"^(?!base_model\.model\.).*\.lora_[AB]\.", "a key without the prefix base_model.model.",
+     "put base_model.model. before every key"),
+    (r"\.modules_to_save\.", "a module that was trained whole", KEYS["modules_to_save"]),
+    (r"\.token_adapter\.|trainable_tokens", "trained tokens", KEYS["trainable_token_indices"]),
+)  # fmt: skip
+
+
+def for_tensor(key: str) -> tuple[str, str]:
+    """What a tensor is that is not the A or B of a LoRA linear, and what to do."""
+    for pattern, what, remedy in _TENSORS:
+        if re.search(pattern, key):
+            return what, remedy
+    return "the state of another method", f"{_MERGE}, or {_PLAIN}"

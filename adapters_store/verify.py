@@ -1,0 +1,145 @@
+"""Verification, and the process that does it for the server: `python -m adapters_store.verify`.
+
+A directory is read that somebody else filled: a parser may take minutes over it, a regular expression may never end,
+a file may be endless. So the server has this done by a process that it can kill (verifier.py). Jobs come in and answers
+go out as msgspec messages, each behind its length in eight bytes. The process limits its own memory, and, lest it
+outlive its parent, its time on the processor.
+"""
+
+import os
+import resource
+import sys
+import traceback
+from typing import BinaryIO, Literal
+
+import msgspec
+
+from adapters_store import errors
+from adapters_store.base_spec import BaseSpec
+from adapters_store.errors import AdapterError, AdapterPathRefused, InvalidAdapter
+from adapters_store.files import Folder
+from adapters_store.formats import read_adapter
+from adapters_store.parts import AdapterPackage
+from adapters_store.room import Room
+
+MAX_MEMORY_BYTES = 512 << 20  # of addresses: Python and numpy take 110 MB, an adapter a few tens
+MAX_ANSWER_BYTES = 64 << 20
+READY = b"\n"  # written once, when all is imported
+
+
+class Job(msgspec.Struct, frozen=True, tag=True):
+    """`roots` are absolute and free of links; a relative path is taken below the first."""
+
+    path: str
+    roots: tuple[str, ...]
+    base: BaseSpec
+    room: Room | None = None
+    cpu_seconds: int = 0  # at most; 0: no limit
+
+
+class Verified(msgspec.Struct, frozen=True, tag=True):
+    """`root` is the directory's place below its adapter root, for people."""
+
+    package: AdapterPackage
+    root: str
+
+
+Kind = Literal["AdapterPathRefused", "InvalidAdapter", "UnsupportedAdapter", "CoverageError"]
+
+
+_KINDS: dict[Kind, type[AdapterError]] = {
+    "AdapterPathRefused": AdapterPathRefused,
+    "InvalidAdapter": InvalidAdapter,
+    "UnsupportedAdapter": errors.UnsupportedAdapter,
+    "CoverageError": errors.CoverageError,
+}
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    """`details` is a traceback for the log, where the refusal was not foreseen."""
+
+    kind: Kind
+    message: str
+    details: str = ""
+
+
+Answer = Verified | Refused
+
+
+class Unforeseen(InvalidAdapter):
+    """Verification failed in a way that nobody had thought of. The adapter's fault until somebody shows otherwise."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(f"the adapter could not be verified ({type(error).__name__}); the server's log says more")
+        self.details = "".join(traceback.format_exception(error)[-12:])
+
+
+def verify(job: Job) -> Verified:
+    """Read and check the adapter against the base. Slow (reads every byte). Raises AdapterError, and nothing else."""
+    try:
+        with _open(job) as folder:
+            package = read_adapter(folder, job.base, job.room)
+            return Verified(package, os.path.relpath(folder.path, folder.root))
+    except AdapterError:
+        raise
+    except OSError as error:  # its text would show the path
+        raise InvalidAdapter(f"the adapter cannot be read: {error.strerror}") from None
+    except Exception as error:
+        raise Unforeseen(error) from error
+
+
+def _open(job: Job) -> Folder:
+    if not job.roots:
+        raise AdapterPathRefused("this server was started without an adapter directory, so no path may be read")
+    if "\0" in job.path:
+        raise AdapterPathRefused("the path holds a NUL byte")
+    return Folder(os.path.join(job.roots[0], job.path), job.roots)
+
+
+def answer(job: Job) -> Answer:
+    try:
+        return verify(job)
+    except Unforeseen as error:
+        return Refused("InvalidAdapter", str(error), errors.clean(error.details, 8000))
+    except AdapterError as error:
+        kind = type(error).__name__
+        return Refused(msgspec.convert(kind, Kind), str(error))
+
+
+def refusal(refused: Refused) -> AdapterError:
+    """The same refusal as an exception, in another process."""
+    return _KINDS[refused.kind](refused.message)
+
+
+def _limit_cpu(seconds: int) -> None:
+    """For the job at hand: the limit counts from the process's start."""
+    if seconds:
+        spent = resource.getrusage(resource.RUSAGE_SELF)
+        soft = int(spent.ru_utime + spent.ru_stime) + seconds + 1
+        resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.RLIM_INFINITY))
+
+
+def _read_frame(stream: BinaryIO) -> bytes | None:
+    prefix = stream.read(8)
+    return stream.read(int.from_bytes(prefix, "little")) if len(prefix) == 8 else None
+
+
+def main() -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
+    jobs = msgspec.msgpack.Decoder(Job)
+    jobs_in, answers_out = sys.stdin.buffer, sys.stdout.buffer
+    answers_out.write(READY)
+    answers_out.flush()
+    while (frame := _read_frame(jobs_in)) is not None:
+        job = jobs.decode(frame)
+        _limit_cpu(job.cpu_seconds)
+        try:
+            encoded = msgspec.msgpack.encode(answer(job))
+        except UnicodeEncodeError:  # a link's target, say: halves of surrogate pairs have no bytes
+            encoded = msgspec.msgpack.encode(Refused("InvalidAdapter", "a name in the adapter's path is not UTF-8"))
+        answers_out.write(len(encoded).to_bytes(8, "little") + encoded)
+        answers_out.flush()
+
+
+if __name__ == "__main__":
+    main()
