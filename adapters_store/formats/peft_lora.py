@@ -128,9 +128,9 @@ def _refuse_two_names(names: Counter[str | None]) -> None:
     """`lora_A.default` names an adapter; PEFT loads those of one name, and files have none as a rule."""
     if len(names) < 2:
         return
-    counts = ", ".join(f"{count} of {shown(name)!r}" if name else f"{count} without a name"
-                       for name, count in names.most_common(4))  # fmt: skip
+    told = ", ".join(f"{count} of {shown(name)!r}" for name, count in sorted((n, c) for n, c in names.items() if n)[:4])
+    told += f", {names[None]} without a name" if names[None] else ""
     raise InvalidAdapter(
-        f"{WEIGHTS} holds tensors of more than one adapter ({counts}): save each adapter in a directory of its own "
+        f"{WEIGHTS} holds tensors of more than one adapter ({told}): save each adapter in a directory of its own "
         "(PEFT: save_pretrained with selected_adapters)"
     )
