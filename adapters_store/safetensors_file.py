@@ -52,7 +52,9 @@ def read_header(file: OpenFile) -> Weights:
         raise InvalidAdapter(f"{name} has a header of {length:,} bytes; at most {MAX_HEADER_BYTES:,} are read")
     raw = file.read(0, 8 + length)
     header = parse_json(raw[8:], f"the header of {name}")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise InvalidAdapter(f"{name} has a __metadata__ that is no object of texts")
     check_count(len(header), name)
     tensors = sorted((_tensor(file, key, entry, len(raw)) for key, entry in header.items()), key=lambda it: it.offset)
     end = len(raw)

@@ -170,7 +170,7 @@ class Verifier:
 
 def _encode(job: Job, timeout_s: float) -> bytes:
     try:
-        return msgspec.msgpack.encode(msgspec.structs.replace(job, cpu_seconds=math.ceil(timeout_s)))
+        return msgspec.msgpack.encode(msgspec.structs.replace(job, cpu_seconds=math.ceil(timeout_s) + 1))
     except UnicodeEncodeError:
         raise InvalidAdapter("the path is not UTF-8") from None
 

@@ -6,6 +6,7 @@ go out as msgspec messages, each behind its length in eight bytes. The process l
 outlive its parent, its time on the processor.
 """
 
+import math
 import os
 import resource
 import sys
@@ -28,13 +29,14 @@ READY = b"\n"  # written once, when all is imported
 
 
 class Job(msgspec.Struct, frozen=True, tag=True):
-    """`roots` are absolute and free of links; a relative path is taken below the first."""
+    """`roots` are absolute and free of links; a relative path is taken below the first. `cpu_seconds` are what the
+    process may spend on it at most."""
 
     path: str
     roots: tuple[str, ...]
     base: BaseSpec
     room: Room | None = None
-    cpu_seconds: int = 0  # at most; 0: no limit
+    cpu_seconds: int = 60
 
 
 class Verified(msgspec.Struct, frozen=True, tag=True):
@@ -71,7 +73,7 @@ class Unforeseen(InvalidAdapter):
 
     def __init__(self, error: BaseException) -> None:
         super().__init__(f"the adapter could not be verified ({type(error).__name__}); the server's log says more")
-        self.details = "".join(traceback.format_exception(error)[-12:])
+        self.details = errors.clean("".join(traceback.format_exception(error)[-12:]), 8000)
 
 
 def verify(job: Job) -> Verified:
@@ -100,7 +102,7 @@ def answer(job: Job) -> Answer:
     try:
         return verify(job)
     except Unforeseen as error:
-        return Refused("InvalidAdapter", str(error), errors.clean(error.details, 8000))
+        return Refused("InvalidAdapter", str(error), error.details)
     except AdapterError as error:
         kind = type(error).__name__
         return Refused(msgspec.convert(kind, Kind), str(error))
@@ -111,12 +113,15 @@ def refusal(refused: Refused) -> AdapterError:
     return _KINDS[refused.kind](refused.message)
 
 
-def _limit_cpu(seconds: int) -> None:
-    """For the job at hand: the limit counts from the process's start."""
-    if seconds:
-        spent = resource.getrusage(resource.RUSAGE_SELF)
-        soft = int(spent.ru_utime + spent.ru_stime) + seconds + 1
-        resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.RLIM_INFINITY))
+def _limit(kind: int, value: int) -> None:
+    """As far as whoever started the server has not set less."""
+    hard = resource.getrlimit(kind)[1]
+    resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
+
+
+def _cpu_seconds_spent() -> int:
+    spent = resource.getrusage(resource.RUSAGE_SELF)
+    return math.ceil(spent.ru_utime + spent.ru_stime)
 
 
 def _read_frame(stream: BinaryIO) -> bytes | None:
@@ -125,14 +130,14 @@ def _read_frame(stream: BinaryIO) -> bytes | None:
 
 
 def main() -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
+    _limit(resource.RLIMIT_AS, MAX_MEMORY_BYTES)
     jobs = msgspec.msgpack.Decoder(Job)
     jobs_in, answers_out = sys.stdin.buffer, sys.stdout.buffer
     answers_out.write(READY)
     answers_out.flush()
     while (frame := _read_frame(jobs_in)) is not None:
         job = jobs.decode(frame)
-        _limit_cpu(job.cpu_seconds)
+        _limit(resource.RLIMIT_CPU, _cpu_seconds_spent() + job.cpu_seconds)
         try:
             encoded = msgspec.msgpack.encode(answer(job))
         except UnicodeEncodeError:  # a link's target, say: halves of surrogate pairs have no bytes

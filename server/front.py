@@ -2,9 +2,9 @@
 
 import asyncio
 import logging
+import os
 import signal
 import socket
-import stat
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import AbstractContextManager, nullcontext
@@ -100,19 +100,24 @@ async def _register_directory(service: Service, reports: Reports) -> None:
     """Every sub-directory of --adapters. One that is refused is reported, and does not keep the others from serving."""
     if service.config.adapters_dir is None:
         return
-    for path in sorted(Path(service.config.adapters_dir).iterdir()):
-        if path.name.startswith(".") or stat.S_ISREG(path.lstat().st_mode):
+    try:
+        names = sorted(os.listdir(service.config.adapters_dir))
+    except OSError as error:
+        raise StartupError(f"the adapter directory cannot be read ({error.strerror})") from None
+    for name in names:
+        path = os.path.abspath(os.path.join(service.config.adapters_dir, name))
+        if name.startswith(".") or os.path.isfile(path):
             continue
         outcome: CatalogEntry | AdapterError
         try:
-            outcome = await verified(path.name, str(path.absolute()), service)
+            outcome = await verified(name, path, service)
             register(outcome, service)
         except AdapterError as refusal:
             outcome = refusal
         except Exception as error:  # whatever it is, it is this adapter's failure
-            log.exception("an adapter could not be registered")
             outcome = Unforeseen(error)
-        reports.adapter(path.name, outcome)
+            log.error("an adapter could not be registered: %s", outcome.details)
+        reports.adapter(name, outcome)
 
 
 class _Server(uvicorn.Server):

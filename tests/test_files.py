@@ -180,8 +180,14 @@ _ENTRY = st.fixed_dictionaries(
 )
 
 
+_METADATA = st.dictionaries(st.just("k"), st.just("v") | st.just(1), max_size=1)
+
+
 @settings(max_examples=400, deadline=None)
-@given(header=st.dictionaries(st.sampled_from("abc"), _ENTRY, min_size=1, max_size=3), size=st.integers(0, 24))
+@given(
+    header=st.dictionaries(st.sampled_from(["a", "b", "__metadata__"]), _ENTRY | _METADATA, min_size=1),
+    size=st.integers(0, 24),
+)
 def test_what_we_accept_the_library_accepts(
     tmp_path_factory: pytest.TempPathFactory, header: dict[str, Any], size: int
 ) -> None:
@@ -195,7 +201,7 @@ def test_what_we_accept_the_library_accepts(
 @settings(max_examples=100, deadline=None)
 @given(
     tensors=st.dictionaries(
-        st.text(min_size=1, max_size=12),
+        st.text(min_size=1, max_size=12).filter(lambda key: key != "__metadata__"),
         st.tuples(
             st.lists(st.integers(1, 5), min_size=1, max_size=3),
             st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),

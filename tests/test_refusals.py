@@ -226,6 +226,23 @@ def test_tensors_that_are_no_side_of_a_lora(tmp_path: Path, key: str, what: str,
     assert "not the A or B of a LoRA linear but" in message and what in message and remedy in message
 
 
+@pytest.mark.parametrize(
+    ("key", "remedy"),
+    [
+        ("model.layers.1.mlp.experts.5.gate_up_proj.weight", "split gate_up_proj into gate_proj and up_proj"),
+        ("model.layers.1.mlp.experts.gate_up_proj", "split gate_up_proj into gate_proj and up_proj"),
+        ("model.layers.1.mlp.experts.down_proj", "split it by expert"),
+        ("model.layers.1.mlp.shared_experts.gate_proj.weight", "tune routed experts only"),
+        ("model.layers.1.mlp.gate.weight", "tune routed experts only"),
+    ],
+)
+def test_esft_tensors_that_are_no_experts_matrix(tmp_path: Path, key: str, remedy: str) -> None:
+    directory = edit_weights(esft(tmp_path / "a", {1: [0]}), lambda tensors: tensors.update({key: torch.zeros(2, 2)}))
+    message = str(refused(directory))
+    assert message.startswith("1 of the adapter's tensors do not fit this base (3 do)")
+    assert "not an expert's gate, up or down matrix but" in message and remedy in message
+
+
 def test_experts_are_told_of_once(tmp_path: Path) -> None:
     def add(tensors: dict[str, torch.Tensor]) -> None:
         for layer in range(30):

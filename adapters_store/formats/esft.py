@@ -19,6 +19,7 @@ from adapters_store.base_spec import BaseSpec, ExpertStack
 from adapters_store.declared_base import declared
 from adapters_store.errors import AdapterError, InvalidAdapter, UnsupportedAdapter, coverage_error, shown
 from adapters_store.files import Folder
+from adapters_store.formats import remedies
 from adapters_store.formats.reading import Reading
 from adapters_store.json_file import read_json
 from adapters_store.parts import ExpertReplacement, TensorRef
@@ -160,11 +161,14 @@ def _bind(tensors: dict[str, TensorRef], tuned: set[ExpertKey] | None, base: Bas
     if not base.experts:
         raise UnsupportedAdapter(f"an ESFT adapter needs a mixture-of-experts base; this one is {base.model_type}")
     problems: list[str] = []
+    todo: dict[str, None] = {}  # remedies, each once
     found: dict[ExpertKey, dict[str, TensorRef]] = {}
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
         if match is None:
-            problems.append(f"{shown(key)}: not an expert's gate, up or down matrix")
+            what, remedy = remedies.for_esft_tensor(key)
+            problems.append(f"{shown(key)}: not an expert's gate, up or down matrix but {what}")
+            todo[remedy] = None
             continue
         where, matrix = (int(match["layer"]), int(match["expert"])), _MATRIX[match["matrix"]]
         problem = _tensor_problem(where, matrix, tensor, tuned, base)
@@ -179,7 +183,7 @@ def _bind(tensors: dict[str, TensorRef], tuned: set[ExpertKey] | None, base: Bas
         missing = [matrix for matrix in ("gate", "up", "down") if matrix not in found.get((layer, expert), {})]
         problems.append(f"layer {layer} expert {expert}: {', '.join(missing)} missing or unusable")
     if problems:
-        raise coverage_error(problems, bound=3 * len(complete), total=len(tensors))
+        raise coverage_error(problems, 3 * len(complete), len(tensors), list(todo))
     return [
         ExpertReplacement(layer, expert, (matrices["gate"], matrices["up"]), matrices["down"])
         for (layer, expert), matrices in complete.items()

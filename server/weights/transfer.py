@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from adapters_store.errors import clean
 from adapters_store.files import open_resolved, read_exactly
 from adapters_store.parts import SourceFile, TensorRef
 from server.weights.arena import PageWork, log
@@ -118,7 +119,7 @@ def _fill(file: _HashedFile, start: int, into: memoryview, offset: int) -> None:
 
 
 def _changed(source: SourceFile) -> TransferError:
-    return TransferError(f"{source.file} changed after it was registered; register the adapter again")
+    return TransferError(f"{clean(source.file, 200)} changed after it was registered; register the adapter again")
 
 
 class TransferThread:
