@@ -164,7 +164,8 @@ class Verifier:
             await worker.end()
         try:
             return await _Worker.start()
-        except (_WorkerEnded, TimeoutError):
+        except (_WorkerEnded, OSError) as error:  # a TimeoutError is an OSError
+            log.error("a process to verify an adapter did not start: %r", error)
             raise InvalidAdapter("the adapter could not be verified: the process for that did not start") from None
 
 

@@ -160,10 +160,8 @@ class _Announcer:
             if isinstance(outcome, AdapterError):
                 table.add_row(Text(clean(name)), "[red]refused[/]", "", Text(str(outcome)))
             else:
-                declared = outcome.package.declared_base
-                remarks = " ".join(warnings_for(outcome, service)) or (f"trained on {declared}" if declared else "")
                 size = f"{outcome.package.file_bytes / 1e6:,.2f} MB"
-                table.add_row(Text(name), outcome.ref.kind, size, Text(remarks))
+                table.add_row(Text(name), outcome.ref.kind, size, Text(_remarks(outcome, service)))
         self._console.print(table)
         self._console.print(f"\n[bold]Heddle {VERSION}[/] listens on [bold]{url}[/]  (Ctrl-C to stop). Try:\n")
         self._console.print(self._curl(url, service), soft_wrap=True, markup=False)
@@ -179,6 +177,13 @@ class _Announcer:
             route, prompt = "completions", f'"prompt": "{question}"'
         body = f'{{"model": "{model}", {prompt}, "temperature": 0, "max_tokens": 64}}'
         return f"curl {url}/{route} -H 'Content-Type: application/json' -d '{body}'"
+
+
+def _remarks(entry: CatalogEntry, service: Service) -> str:
+    """Which base it says it was trained on, where that is not this one's very name, and what is odd about that."""
+    declared = entry.package.declared_base
+    told = f"trained on {declared}" if declared not in (None, service.catalog.base_name) else ""
+    return " ".join(warnings_for(entry, service)) or told
 
 
 if __name__ == "__main__":

@@ -231,9 +231,8 @@ def test_the_declared_base_is_told_and_a_difference_in_words(server: LiveServer,
             assert all(part in told for part, told in zip(says, answer["warnings"], strict=True))
         http.delete(f"/v1/adapters/{name}")
     log = server.output()
-    assert "adapter foreign: lora, trained on a/B" in log
+    assert "adapter foreign: lora, trained on a/B" in log and "adapter good: The adapter says" not in log
     assert "adapter foreign: The adapter says that it was trained on 'a/B'" in log
-    assert "adapter good: lora, trained on org/Tiny" in log and "adapter good: The adapter says" not in log
     assert "trained on org/Tiny" in " ".join(log[log.index("model ") :].split())  # and in the table
 
 

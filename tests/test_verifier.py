@@ -184,6 +184,20 @@ def test_a_process_that_dies_fails_its_adapter_only(tmp_path: Path, job: Callabl
     run(test)
 
 
+def test_a_process_that_does_not_start_is_a_refusal(
+    tmp_path: Path, job: Callable[[str], Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lora(tmp_path / "a")
+
+    async def test(verifier: Verifier) -> None:
+        for program in ("/nowhere", "/bin/true"):
+            monkeypatch.setattr("sys.executable", program)
+            with pytest.raises(InvalidAdapter, match="the process for that did not start"):
+                await verifier.verify(job("a"))
+
+    run(test)
+
+
 def test_memory_is_limited(tmp_path: Path, job: Callable[[str], Job]) -> None:
     """A pattern of a few bytes that would take terabytes."""
     lora(tmp_path / "a", rank_pattern={"((((a{60}){60}){60}){60}){60}": 2})

@@ -31,6 +31,8 @@ async def add(body: AdapterBody, request: Request) -> Response:
     except ClientLeft:
         return Response(status_code=499)  # nobody reads it
     is_new = register(entry, service)
+    declared = entry.package.declared_base or "a base that it does not name"
+    log.info("adapter %s: %s, trained on %s", entry.ref.name, entry.ref.kind, declared)
     return respond(201 if is_new else 200, _adapter(entry, service))
 
 
@@ -70,24 +72,17 @@ async def verified(name: str, path: str, service: Service) -> CatalogEntry:
 
 
 def register(entry: CatalogEntry, service: Service) -> bool:
-    """Whether the name is new."""
+    """Whether the name did not yet mean these weights."""
     is_new = service.catalog.add(entry)
     service.client.add_adapter(entry.ref, entry.package)  # known or not: its files may be elsewhere now
-    if is_new:
-        _log(entry, service)
+    for warning in warnings_for(entry, service):
+        log.warning("adapter %s: %s", entry.ref.name, warning)
     return is_new
 
 
 def warnings_for(entry: CatalogEntry, service: Service) -> list[str]:
     """What is served and may still not be what was meant, in sentences."""
     return remarks(entry.package.declared_base, service.catalog.base_names)
-
-
-def _log(entry: CatalogEntry, service: Service) -> None:
-    declared = entry.package.declared_base or "a base that it does not name"
-    log.info("adapter %s: %s, trained on %s", entry.ref.name, entry.ref.kind, declared)
-    for warning in warnings_for(entry, service):
-        log.warning("adapter %s: %s", entry.ref.name, warning)
 
 
 def _check_base(entry: CatalogEntry, service: Service) -> None:
