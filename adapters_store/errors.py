@@ -92,8 +92,9 @@ def coverage_error(problems: Sequence[str], bound: int, total: int, remedies: Se
     if len(problems) > _PROBLEMS_SHOWN:
         lines += f"; and {len(problems) - _PROBLEMS_SHOWN} more"
     if bound < total:
-        fit = f"{total - bound} of the adapter's tensors do not fit this base ({bound} do)"
+        fit = f"{total - bound} of the adapter's tensors do not fit this base ({bound} do): "
     else:
-        fit = f"all {total} tensors of the adapter fit this base, but it is not whole"
+        fit = f"all {total} tensors of the adapter fit this base, but it is not whole: "
     todo = "".join(f". To do: {remedy}" for remedy in remedies[:_REMEDIES_SHOWN])
-    return CoverageError(f"{fit}: {lines}{todo}", problems)
+    room = MAX_MESSAGE_BYTES - len((fit + todo).encode())  # what to do is said whatever the names' length
+    return CoverageError(f"{fit}{clean(lines, room)}{todo}", problems)

@@ -152,6 +152,7 @@ def test_so_are_those_of_tensors(tmp_path: Path, layer: str) -> None:
         ({"alora_invocation_tokens": [1]}, "aLoRA acts from its invocation tokens on"),
         ({"fan_in_fan_out": True}, "set it to false where the base's linears are nn.Linear"),
         ({"unsloth_version": "2025.1"}, r"unsloth_version = \(a text\) .* remove the key if it does not change"),
+        ({"peft_type": None}, "peft_type None .*: without the key it is not PEFT's format"),
         ({"peft_type": "LOHA"}, "peft_type 'LOHA' is not served; LORA is: turn it into a LoRA with peft.save_as_lora"),
         ({"peft_type": "IA3"}, "'IA3' .*: merge the adapter into its base"),
         ({"peft_type": "PREFIX_TUNING"}, "'PREFIX_TUNING' .*: train a plain LoRA"),
@@ -294,7 +295,8 @@ def test_messages_are_bounded_whatever_the_names(tmp_path: Path, size: int) -> N
     refused(lora(tmp_path / "a", **{"k" * size: 1}))
     refused(lora(tmp_path / "b", unknown="v" * size))
     names = {f"{'ü' * min(size, 480)}{number}": torch.zeros(1, 1) for number in range(30)}
-    refused(edit_weights(lora(tmp_path / "c"), lambda tensors: tensors.update(names)))
+    message = str(refused(edit_weights(lora(tmp_path / "c"), lambda tensors: tensors.update(names))))
+    assert message.endswith(remedies.for_tensor("x")[1])  # what to do is always said
     refused(esft(tmp_path / "d", {1: [0]}, experts={"9" * size: [0]}))
     assert len(str(AdapterNotFound("n" * size))) < 200
 

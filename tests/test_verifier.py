@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from adapters_store import verify as worker
@@ -263,6 +265,33 @@ def test_hostile_configurations_are_refused_in_few_words(
     answer = worker.answer(job("a"))
     assert isinstance(answer, worker.Refused) and answer.details == "", answer
     assert len(answer.message.encode()) <= MAX_MESSAGE_BYTES
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+_PEFT_KEYS = ["r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "target_parameters",
+              "init_lora_weights", "peft_type", "task_type", "bias", "base_model_name_or_path", "other"]  # fmt: skip
+_ESFT_KEYS = ["experts", "shared_experts", "non_expert_modules", "other"]
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    peft=st.dictionaries(st.sampled_from(_PEFT_KEYS), _JSON, max_size=3),
+    esft_config=st.dictionaries(st.sampled_from(_ESFT_KEYS), _JSON, max_size=3),
+    index=st.dictionaries(st.sampled_from(["metadata", "weight_map", "other"]), _JSON, max_size=3),
+)
+def test_no_configuration_is_unforeseen(
+    tmp_path: Path, job: Callable[[str], Job], peft: Any, esft_config: Any, index: Any
+) -> None:
+    lora(tmp_path / "a", **peft)
+    esft(tmp_path / "b", {1: [0]}, **esft_config)
+    (esft(tmp_path / "c", {1: [0]}) / "model.safetensors.index.json").write_text(json.dumps(index))
+    for path in ("a", "b", "c"):
+        answer = worker.answer(job(path))
+        assert isinstance(answer, worker.Verified) or answer.details == "", answer.details
 
 
 def test_the_event_loop_is_not_held_up(tmp_path: Path) -> None:

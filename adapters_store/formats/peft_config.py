@@ -151,9 +151,8 @@ def read_config(folder: Folder) -> LoraConfig:
 def _refuse_other_methods(raw: dict[str, Any]) -> None:
     peft_type, task = raw.get("peft_type"), raw.get("task_type")
     if peft_type != "LORA":
-        raise UnsupportedAdapter(
-            f"peft_type {_value(peft_type)} is not served; LORA is: {remedies.for_peft_type(peft_type)}"
-        )
+        remedy = remedies.for_peft_type(peft_type if isinstance(peft_type, str) else None)
+        raise UnsupportedAdapter(f"peft_type {_value(peft_type)} is not served; LORA is: {remedy}")
     if task not in (None, "CAUSAL_LM"):
         raise UnsupportedAdapter(
             f"task_type {_value(task)} is not served; CAUSAL_LM is: a head of another task cannot be served, but if "

@@ -44,7 +44,9 @@ KEYS = {
 UNKNOWN_KEY = "remove the key if it does not change what the adapter computes (a tool's own note, say)"
 
 
-def for_peft_type(peft_type: object) -> str:
+def for_peft_type(peft_type: str | None) -> str:
+    if peft_type is None:
+        return "without the key it is not PEFT's format; convert the adapter to that"
     if peft_type in CONVERTIBLE:
         return "turn it into a LoRA with peft.save_as_lora, at the rank that loses nothing"
     if peft_type in MERGEABLE:
