@@ -78,6 +78,7 @@ class Folder:
         self.name = os.path.basename(self.path)
         self.root = next(root for root in roots if _is_below(self.path, root))
         self._files: dict[str, OpenFile] = {}
+        self._links: set[str] = set()
         with ExitStack() as closing:
             try:
                 self._descriptor = open_resolved(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -118,10 +119,9 @@ class Folder:
         return file
 
     def _list(self) -> tuple[list[str], list[str]]:
-        """Names of what is not a directory, and of the directories."""
+        """Names of what is not a directory, and of the directories; notes which are links."""
         names: list[str] = []
         directories: list[str] = []
-        self._links: set[str] = set()
         with os.scandir(self._descriptor) as entries:
             for entry in entries:
                 if len(names) + len(directories) >= MAX_ENTRIES:

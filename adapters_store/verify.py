@@ -28,7 +28,7 @@ MAX_ANSWER_BYTES = 64 << 20
 READY = b"\n"  # written once, when all is imported
 
 
-class Job(msgspec.Struct, frozen=True, tag=True):
+class Job(msgspec.Struct, frozen=True):
     """`roots` are absolute and free of links; a relative path is taken below the first. `cpu_seconds` are what the
     process may spend on it at most."""
 
@@ -47,8 +47,6 @@ class Verified(msgspec.Struct, frozen=True, tag=True):
 
 
 Kind = Literal["AdapterPathRefused", "InvalidAdapter", "UnsupportedAdapter", "CoverageError"]
-
-
 _KINDS: dict[Kind, type[AdapterError]] = {
     "AdapterPathRefused": AdapterPathRefused,
     "InvalidAdapter": InvalidAdapter,

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from adapters_store import safetensors_file
 from adapters_store.catalog import CatalogEntry
 from server.engine.request import FinishReason, Request, Sampling
 from server.model.probe import PROBE
@@ -125,8 +126,13 @@ def test_the_oracle_holds_under_everything_at_once(name: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "qwen3_moe"])
-def test_an_adapter_that_overflows_fails_alone(name: str, tmp_path: Path) -> None:
-    """Finite weights can still give infinite keys; those must not reach others by way of reused blocks or padding."""
+def test_an_adapter_that_overflows_fails_alone(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finite weights can still give infinite keys; those must not reach others by way of reused blocks or padding.
+
+    Verification refuses weights as large as these, and the engine does not rely on that.
+    """
+    view, magnitude, _, infinite = safetensors_file._BITS["F32"]
+    monkeypatch.setitem(safetensors_file._BITS, "F32", (view, magnitude, infinite - 1, infinite))
     engine = Engine(make_model(name, attention=PROBE), kv_cache_bytes=_kv_bytes(name, 40))
     poison = save_lora(tmp_path / "poison", make_model(name), 1, ATTENTION)
     file = poison / "adapter_model.safetensors"

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Container
 
-_MERGE = "merge the adapter into its base (PEFT: merge_and_unload)"
+_MERGE = "merge the adapter into its base (PEFT: merge_and_unload) and serve that"
 _PLAIN = "train a plain LoRA"
 
 # peft_type values. PEFT's save_as_lora turns these into LoRA; served exactly at full rank
