@@ -158,7 +158,7 @@ class EngineClient:
     # -- requests -----------------------------------------------------------
 
     def submit(self, submissions: Sequence[Submission]) -> TokenStream:
-        """Start requests; request_ids of the stream are in the same order."""
+        """Start the requests of one HTTP request; request_ids of the stream are in the same order."""
         self._require_alive()
         first = self._next_id
         self._next_id += len(submissions)
@@ -168,6 +168,7 @@ class EngineClient:
             self._link.send(
                 AddRequest(
                     request_id,
+                    first,
                     submission.prompt,
                     submission.max_tokens,
                     submission.sampling,
