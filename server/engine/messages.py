@@ -89,9 +89,10 @@ class Ready(_Message, frozen=True):
 
 
 class StartFailed(_Message, frozen=True):
-    """The engine cannot serve this configuration, and ends. `message` is for the operator."""
+    """The engine cannot serve, and ends. `message` is for the operator; if `is_final`, starting again mends nothing."""
 
     message: str
+    is_final: bool
 
 
 class TokenEvent(msgspec.Struct, frozen=True, array_like=True):
