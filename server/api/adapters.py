@@ -7,6 +7,7 @@ from fastapi import APIRouter, Request, Response
 from adapters_store.catalog import CatalogEntry
 from adapters_store.errors import UnsupportedAdapter
 from adapters_store.parts import ExpertReplacement, describe
+from server.api.bodies import read_body
 from server.api.errors import respond
 from server.api.protocol import AdapterBody
 from server.api.service import Service, service_of
@@ -15,12 +16,12 @@ router = APIRouter()
 
 
 @router.post("/v1/adapters")
-async def add(body: AdapterBody, request: Request) -> Response:
+async def add(request: Request) -> Response:
     """Verify the adapter and give it a name: 201, or 200 if the name already meant these very weights.
 
     Its weights travel to the device when a request first asks for it.
     """
-    service = service_of(request)
+    service, body = service_of(request), await read_body(request, AdapterBody)
     entry = await asyncio.to_thread(service.catalog.read, body.name, body.path)  # reads every byte
     check_room(entry, service)
     is_new = register(entry, service)
