@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 
 export HF_HUB_OFFLINE = 1
 
-.PHONY: serve test unit lint simulate bench clean
+.PHONY: serve test unit lint simulate bench bench-against clean
 
 serve: $(INSTALLED)  ## serve the demo, or: make serve ARGS="MODEL_DIR --adapters DIR"
 	$(BIN)/heddle serve $(ARGS)
@@ -27,6 +27,9 @@ simulate: $(INSTALLED)  ## a million steps of the engine without a model
 
 bench: $(INSTALLED)  ## throughput beside Transformers and PEFT; rewrites README's table
 	$(BIN)/python -m benchmarks.throughput
+
+bench-against: $(INSTALLED)  ## is this checkout slower than a commit? make bench-against REF=main~3
+	$(BIN)/python -m benchmarks.against $(or $(REF),$(error REF=... is missing: the commit to compare with))
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -8,70 +8,22 @@ are medians of the ratios within a round.
 """
 
 import argparse
-import asyncio
 import json
 import os
 import re
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import httpx
 import torch
 
+from benchmarks.served import NEW_TOKENS, Heddle
 from benchmarks.workload import Job, copy_demo, make_jobs, make_llama
 
-NEW_TOKENS = 64
 README = Path(__file__).resolve().parent.parent / "README.md"
 MARKERS = ("<!-- throughput:begin -->", "<!-- throughput:end -->")
-
-
-class Heddle:
-    """A real server on a free port."""
-
-    def __init__(self, directory: Path) -> None:
-        self.port = free_port()
-        command = [sys.executable, "-m", "server", "serve", str(directory / "base"), "--adapters",
-                   str(directory / "adapters"), "--model-name", "bench-base", "--port", str(self.port)]  # fmt: skip
-        self._process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        self.url = f"http://127.0.0.1:{self.port}"
-        deadline = time.monotonic() + 300
-        while True:
-            try:
-                httpx.get(f"{self.url}/health").raise_for_status()
-                return
-            except httpx.HTTPError:
-                if self._process.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError("the server did not start") from None
-                time.sleep(0.2)
-
-    def run(self, jobs: list[Job]) -> float:
-        """All jobs at once; output tokens a second, from the first request's start to the last one's end."""
-        return asyncio.run(self._run(jobs))
-
-    async def _run(self, jobs: list[Job]) -> float:
-        limits = httpx.Limits(max_connections=len(jobs))
-        async with httpx.AsyncClient(base_url=self.url, timeout=600, limits=limits) as client:
-
-            async def complete(job: Job) -> int:
-                body = {"model": job.adapter or "bench-base", "prompt": job.prompt, "max_tokens": NEW_TOKENS,
-                        "temperature": 0}  # fmt: skip
-                response = await client.post("/v1/completions", json=body)
-                response.raise_for_status()
-                return int(response.json()["usage"]["completion_tokens"])
-
-            start = time.perf_counter()
-            counts = await asyncio.gather(*(complete(job) for job in jobs))
-            return sum(counts) / (time.perf_counter() - start)
-
-    def stop(self) -> None:
-        self._process.terminate()
-        self._process.wait(30)
 
 
 class Peft:
@@ -97,12 +49,6 @@ class Peft:
         self._model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS,
                              do_sample=False, pad_token_id=0, **names)  # fmt: skip
         return len(jobs) * NEW_TOKENS / (time.perf_counter() - start)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def measure(name: str, directory: Path, rounds: int, requests: int) -> dict[str, float]:

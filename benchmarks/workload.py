@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,8 +54,8 @@ def copy_demo(directory: Path) -> None:
             file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": None}))
 
 
-def make_jobs(count: int, adapters: list[str], vocab_size: int, seed: int) -> list[Job]:
-    """Prompts of 64 to 256 random ids; adapter i with a probability like 1 / (i + 1); without any, the base."""
+def make_jobs(count: int, adapters: Sequence[str | None], vocab_size: int, seed: int) -> list[Job]:
+    """Prompts of 64 to 256 random ids; adapter i with a probability like 1 / (i + 1); None is the base."""
     rng = random.Random(seed)
     weights = [1 / (index + 1) for index in range(len(adapters))]
     return [

@@ -18,10 +18,11 @@ from server.api.adapters import warnings_for
 from server.api.service import Service
 from server.config import EngineConfig, ServerConfig
 from server.engine import messages
-from server.errors import HeddleError
+from server.errors import ConfigError, HeddleError
 from server.version import VERSION
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
+EXIT_CONFIG = 78  # EX_CONFIG: a supervisor need not try again
 DEMO_QUESTION = ("roman", "How would Caesar write 1989?")
 
 
@@ -33,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         return asyncio.run(front.serve(_config(options), _Announcer(console, options.model_dir is None).reports()))
     except HeddleError as error:
         console.print("[bold red]heddle:[/]", Text(clean(error.message)), soft_wrap=True)
-        return 1
+        return EXIT_CONFIG if isinstance(error, ConfigError) else front.EXIT_FAILED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,7 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     http.add_argument("--drain-s", type=float, default=5.0, metavar="S",
                       help="seconds in which running requests may finish after Ctrl-C or SIGTERM")  # fmt: skip
     http.add_argument("--engine-silence-s", type=float, default=30.0, metavar="S",
-                      help="/health turns unhealthy when the engine has said nothing for so long")  # fmt: skip
+                      help="new work is refused when the engine has said nothing for so long; see /health")  # fmt: skip
+    http.add_argument("--engine-silence-exit-s", type=float, default=300.0, metavar="S",
+                      help="the server exits (status 70) when it has said nothing for so long; 0: never")  # fmt: skip
     engine, defaults = serve.add_argument_group("engine"), EngineConfig(model_dir="")
     engine.add_argument(
         "--device",
@@ -101,7 +104,7 @@ def _config(options: argparse.Namespace) -> ServerConfig:
     model_dir, adapters, name = options.model_dir, options.adapters, options.model_name
     if model_dir is None:
         if not (DEMO / "base").is_dir():
-            raise HeddleError("MODEL_DIR is missing, and the demo is only in the source checkout")
+            raise ConfigError("MODEL_DIR is missing, and the demo is only in the source checkout")
         model_dir = str(DEMO / "base")
         adapters, name = adapters or str(DEMO / "adapters"), name or "heddle-demo"
     numbers = {field: getattr(options, field) for field in _NUMBERS}
@@ -118,6 +121,7 @@ def _config(options: argparse.Namespace) -> ServerConfig:
         port=options.port,
         drain_s=options.drain_s,
         engine_silence_s=options.engine_silence_s,
+        engine_silence_exit_s=options.engine_silence_exit_s,
     )
 
 

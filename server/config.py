@@ -58,18 +58,33 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     verify_timeout_s: float = 60.0  # for one adapter, every byte of which is read
     host: str = "127.0.0.1"
     port: int = 8000
+    max_connections: int = 2048
+    header_timeout_s: float = 10.0  # for the head of a request to arrive
+    body_timeout_s: float = 30.0  # for its body to arrive
+    write_timeout_s: float = 30.0  # for which a client may leave an answer unread
     max_body_bytes: int = 2 << 20
     max_n: int = 16  # completions of one prompt
     max_prompts: int = 64  # prompts in one completions request
+    max_sequences: int = 128  # prompts times completions in one request
+    max_request_tokens: int = 0  # of all sequences in one request; 0: KV cache, or max_n contexts if that is more
+    max_messages: int = 1024  # in one conversation
+    max_parts: int = 4096  # of content, in all messages of a conversation together
     max_stop: int = 4
+    max_stop_chars: int = 1024  # in one stop string
     max_concurrent_requests: int = 1024
     startup_timeout_s: float = 900.0
-    engine_silence_s: float = 30.0  # /health turns unhealthy when the engine says nothing for so long
+    engine_silence_s: float = 30.0  # after so long without a word from the engine new work is refused
+    engine_silence_exit_s: float = 300.0  # and after so long the server exits; 0: never
     engine_death_grace_s: float = 2.0  # time in which the dead engine is reported before the server exits
     drain_s: float = 5.0  # time in which running requests may finish after Ctrl-C or SIGTERM
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "max_body_bytes", "max_n", "max_prompts", "max_stop", "max_concurrent_requests")
+        _at_least(self, 0, "max_request_tokens", "engine_silence_exit_s", "drain_s")
+        _at_least(self, 1, "max_body_bytes", "max_n", "max_prompts", "max_sequences", "max_messages", "max_parts",
+                  "max_stop", "max_stop_chars", "max_concurrent_requests", "max_connections")  # fmt: skip
+        for name in ("header_timeout_s", "body_timeout_s", "write_timeout_s", "engine_silence_s", "startup_timeout_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be more than 0 seconds, not {getattr(self, name)}")
         if not 0 < self.verify_timeout_s < 86400:
             raise ConfigError(f"verify_timeout_s must be above 0 and below 86400, not {self.verify_timeout_s:g}")
         if not 0 <= self.port <= 65535:

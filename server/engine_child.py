@@ -49,7 +49,7 @@ class EngineChild:
     async def start(
         self, config: EngineConfig, on_progress: Callable[[Progress], None], timeout_s: float
     ) -> EngineInfo:
-        """Start the process and wait until it can serve. Raises StartupError with its reason."""
+        """Start the process and wait until it can serve. Raises ConfigError or StartupError with its reason."""
         root = str(Path(__file__).resolve().parent.parent)
         environment = {
             "GOMP_SPINCOUNT": SPIN_COUNT,
@@ -82,14 +82,14 @@ class EngineChild:
 
     async def wait(self) -> str:
         """Wait for the process to end by itself; returns how it ended."""
-        return describe_exit(await self._running.wait())
+        return f"its process has ended: {describe_exit(await self._running.wait())}"
 
     async def stop(self) -> None:
         """Ask it to end, and make it if it does not; one that still loads is not asked. Safe in any state."""
         if self._process is not None and self._process.returncode is None:
-            if self._is_ready:
+            if self._is_ready and self.client.death is None:
                 self.client.shut_down()
-            else:
+            else:  # it would not hear
                 self._process.kill()
             try:
                 await asyncio.wait_for(self._process.wait(), STOP_TIMEOUT_S)

@@ -45,9 +45,10 @@ def main() -> int:
     try:
         assembly = build(first[0].config, lambda stage, done, total: link.send(Progress(stage, done, total)))
     except Exception as error:  # whatever it is, the operator hears it from the front
-        if not isinstance(error, UnsupportedModelError | ConfigError | ArenaError):
+        is_final = isinstance(error, UnsupportedModelError | ConfigError)
+        if not is_final and not isinstance(error, ArenaError):
             traceback.print_exc()
-        link.send(StartFailed(str(error) or type(error).__name__))
+        link.send(StartFailed(str(error) or type(error).__name__, is_final))
         link.close()
         return 1
     link.send(Ready(assembly.info))

@@ -1,13 +1,16 @@
 """Every way in which Heddle says no, and the HTTP status of each.
 
 HeddleError
-├── ConfigError           a setting is unknown, out of range, or contradicts another       (start fails)
-├── UnsupportedModel      the base model cannot be served exactly                          (start fails)
-├── StartupError          the engine did not come up; the message is the engine's          (start fails)
+├── ConfigError           a setting or the base model cannot be served; starting again will not help  (start fails)
+├── StartupError          the engine did not come up, or the port is taken; starting again may help   (start fails)
 ├── InvalidRequest        400  a field is missing, malformed, out of range or not served
 ├── NotFound              404  an unknown model or route
 ├── PayloadTooLarge       413  the body exceeds the limit
+├── UnsupportedEncoding   415  the body is compressed
+├── TooManyHeaders        431  more headers than are read
 ├── EngineDead            503  the engine process has ended; nothing can be generated
+├── EngineSilent          503  the engine process lives, and has said nothing for too long
+├── ShuttingDown          503  a signal has come; nothing new is taken
 ├── Overloaded            503  as much is under way as is taken at once
 └── GenerationFailed      503  this request failed in the engine (its adapter could not be loaded, say); others go on
 
@@ -57,10 +60,27 @@ class PayloadTooLarge(HeddleError):
     type = "invalid_request_error"
 
 
+class UnsupportedEncoding(HeddleError):
+    status = 415
+    type = "invalid_request_error"
+
+
+class TooManyHeaders(HeddleError):
+    status = 431
+    type = "invalid_request_error"
+    code = "invalid_http"
+
+
 class EngineDead(HeddleError):
     status = 503
     type = "service_unavailable"
     code = "engine_dead"
+
+
+class EngineSilent(HeddleError):
+    status = 503
+    type = "service_unavailable"
+    code = "engine_silent"
 
 
 class ShuttingDown(HeddleError):

@@ -20,8 +20,10 @@ from adapters_store.errors import AdapterError
 from adapters_store.room import Room
 from adapters_store.verifier import Verifier
 from adapters_store.verify import Unforeseen
+from server import listener
 from server.api.adapters import register, verified
 from server.api.app import create_app
+from server.api.connection import ConnectionLimits, limited
 from server.api.service import Service
 from server.api.text import Text
 from server.config import ServerConfig
@@ -32,7 +34,10 @@ from server.kernels_name import check_kernels_are_ours
 from server.metrics import Metrics
 
 log = logging.getLogger("heddle")
-EXIT_ENGINE_DEAD = 70  # EX_SOFTWARE: a supervisor restarts the server
+EXIT_FAILED = 70  # EX_SOFTWARE: the engine died or never came up; a supervisor starts the server again
+SILENCE_CHECK_S = 1.0
+LONGEST_STEPS = 10
+MAX_HEAD_BYTES = 64 << 10
 EXIT_STOPPED_EARLY = 130  # as a shell reports Ctrl-C: a signal came before the server was ready
 
 
@@ -48,17 +53,18 @@ class Reports:
 async def serve(config: ServerConfig, reports: Reports) -> int:
     """Serve until a signal or the engine's death; returns the exit status."""
     stopping = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
+            asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     check_kernels_are_ours()
     text = Text.load(Path(config.engine.model_dir))
-    with _bind(config.host, config.port) as listener:  # now, not after minutes of loading
+    with listener.bind(config.host, config.port) as door:  # now, not after minutes of loading
         child, verifier = EngineChild(), Verifier(config.verify_timeout_s)
         try:
             service = await _unless_stopped(_start(config, text, child, verifier, reports), stopping)
             if service is None:
                 return EXIT_STOPPED_EARLY
-            return await _serve_http(service, child, listener, stopping, reports)
+            return await _serve_http(service, child, door, stopping, reports)
         finally:
             await verifier.close()
             await child.stop()
@@ -83,17 +89,6 @@ async def _unless_stopped(work: Coroutine[Any, Any, Service], stopping: asyncio.
     finally:
         working.cancel()
         stop.cancel()
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        raise StartupError(f"cannot listen on {host}:{port} ({error.strerror})") from None
-    return listener
 
 
 async def _register_directory(service: Service, reports: Reports) -> None:
@@ -128,49 +123,74 @@ class _Server(uvicorn.Server):
 
 
 async def _serve_http(
-    service: Service, child: EngineChild, listener: socket.socket, stopping: asyncio.Event, reports: Reports
+    service: Service, child: EngineChild, door: socket.socket, stopping: asyncio.Event, reports: Reports
 ) -> int:
-    server = _Server(
-        uvicorn.Config(
-            create_app(service),
-            log_level="warning",
-            access_log=False,
-            lifespan="off",
-            http="h11",
-            h11_max_incomplete_event_size=64 << 10,
-            timeout_graceful_shutdown=5,
-        )
-    )
-    http = asyncio.ensure_future(server.serve(sockets=[listener]))
+    server = _http_server(service)
+    http = asyncio.ensure_future(server.serve(sockets=[door]))
     pump = asyncio.ensure_future(child.client.pump())
-    death = asyncio.ensure_future(child.wait())
+    ends = [asyncio.ensure_future(child.wait()), asyncio.ensure_future(_silence(service))]
     stop = asyncio.ensure_future(stopping.wait())
     try:
         while not server.started and not http.done():
             await asyncio.sleep(0.01)
-        reports.ready(service, _url(listener))
-        await asyncio.wait((http, pump, death, stop), return_when=asyncio.FIRST_COMPLETED)
+        door.listen(listener.BACKLOG)  # asyncio has just set it to what it accepts at once
+        reports.ready(service, listener.url(door))
+        await asyncio.wait((http, pump, stop, *ends), return_when=asyncio.FIRST_COMPLETED)
         if stop.done():
             await _drain(service)
-        elif death.done() or pump.done():
-            await _report_death(service, death.result() if death.done() else f"unreadable: {pump.exception()!r}")
+        elif pump.done() or any(end.done() for end in ends):
+            reason = next((end.result() for end in ends if end.done()), "") or f"it is unreadable: {pump.exception()!r}"
+            await _report_death(service, reason)
         server.should_exit = True
         await http
-        return 0 if stop.done() else EXIT_ENGINE_DEAD
+        return 0 if stop.done() else EXIT_FAILED
     finally:
-        for task in (http, pump, death, stop):
+        for task in (http, pump, stop, *ends):
             task.cancel()
 
 
-def _url(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
+def _http_server(service: Service) -> _Server:
+    config = service.config
+    limits = ConnectionLimits(
+        listener.room_for_connections(config.max_connections),
+        config.header_timeout_s,
+        config.body_timeout_s,
+        config.write_timeout_s,
+    )
+    return _Server(
+        uvicorn.Config(
+            create_app(service),
+            log_level="error",  # its warnings are about what clients send, which is theirs to hear, not the log's
+            access_log=False,
+            lifespan="off",
+            http=limited(limits),
+            backlog=listener.ACCEPTED_AT_ONCE,
+            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+            timeout_graceful_shutdown=5,
+        )
+    )
+
+
+async def _silence(service: Service) -> str:
+    """Return once the engine has been silent for too long to come back.
+
+    That is `engine_silence_exit_s`, but never less than ten of its longest steps. Seen twice, a second apart: if it was
+    this process that was stopped for a while, what the engine said meanwhile is read in between.
+    """
+    limit = service.config.engine_silence_exit_s
+    times_seen = 0
+    while times_seen < 2:
+        await asyncio.sleep(SILENCE_CHECK_S)
+        client = service.client
+        is_silent = limit > 0 and client.silence_s > max(limit, LONGEST_STEPS * client.stats.longest_step_s)
+        times_seen = times_seen + 1 if is_silent else 0
+    return f"it has said nothing for {service.client.silence_s:.0f} s"
 
 
 async def _report_death(service: Service, how: str) -> None:
     """End every stream with an error and answer 503 for a while, so that clients and probes see what happened."""
-    log.error("the engine process has ended (%s); the server will exit", how)
-    service.client.declare_dead(f"the engine process has ended ({how})")
+    log.error("the engine is dead (%s); the server will exit", how)
+    service.client.declare_dead(f"the engine is dead ({how})")
     await asyncio.sleep(service.config.engine_death_grace_s)
 
 

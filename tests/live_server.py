@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -38,7 +39,8 @@ def free_port() -> int:
 
 
 class LiveServer:
-    def __init__(self, *arguments: str, log: Path) -> None:
+    def __init__(self, *arguments: str, log: Path, open_files: int | None = None) -> None:
+        """`open_files`: the limit that the server finds when it begins to listen."""
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = log
@@ -47,6 +49,8 @@ class LiveServer:
                 [sys.executable, "-m", "server", "serve", *arguments, "--port", str(self.port), "--threads", "1"],
                 cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
             )  # fmt: skip
+        if open_files is not None:
+            resource.prlimit(self.process.pid, resource.RLIMIT_NOFILE, (open_files, open_files))
 
     def wait_ready(self, timeout_s: float = 90) -> "LiveServer":
         deadline = time.monotonic() + timeout_s

@@ -300,11 +300,20 @@ COMPLETION = {"model": "tiny", "prompt": "x"}
         ("completions", COMPLETION | {"prompt": [3, 1.0]}, 400, "prompt", "prompt"),
         ("completions", COMPLETION | {"prompt": [3, "x"]}, 400, "prompt", "prompt"),
         ("completions", COMPLETION | {"prompt": "<|beyond|>"}, 400, "prompt", "token id 256; the model knows 0 to 255"),
-        ("completions", COMPLETION | {"prompt": "x" * 600}, 400, "max_tokens", "600 tokens"),
+        ("completions", COMPLETION | {"prompt": "x" * 600}, 400, "prompt", "600 tokens; the model's context has 512"),
+        ("completions", COMPLETION | {"prompt": "x" * 500}, 400, "max_tokens", "500 tokens and max_tokens is 16"),
+        ("completions", COMPLETION | {"prompt": [3] * 600}, 400, "prompt", "600 tokens; the model's context has 512"),
+        ("completions", COMPLETION | {"prompt": ["x"] * 64, "n": 3}, 400, None, "192 completions in one request"),
+        ("completions", COMPLETION | {"stop": "x" * 1025}, 400, "stop", "1,025 characters; 1 to 1,024"),
+        ("completions", COMPLETION | {"user": "x" * 1025}, 400, "user", "1024"),
+        ("chat/completions", CHAT | {"messages": [{"role": "user", "content": ""}] * 1025}, 400, "messages", "1,025"),
+        ("chat/completions", CHAT | {"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * 4097}]},
+            400, "messages", "4,097 parts"),
         ("completions", COMPLETION | {"prompt": "x" * 9000}, 400, "prompt", "9,000 characters"),
         ("completions", COMPLETION | {"prompt": ["a", [1]]}, 400, "prompt", "prompt[1] is neither"),
         ("completions", COMPLETION | {"prompt": {"a": 1}}, 400, "prompt", "must be a text"),
-        ("chat/completions", CHAT | {"messages": [{"role": "user", "content": "x" * 600}]}, 400, "messages", "shorter"),
+        ("chat/completions", CHAT | {"messages": [{"role": "user", "content": "x" * 600}]}, 400, "messages",
+            "617 tokens; the model's context has 512"),
         ("completions", COMPLETION | {"prompt": "\ud800"}, 400, "prompt", "Unicode"),
         ("chat/completions", CHAT | {"messages": []}, 400, "messages", "at least 1"),
         ("chat/completions", CHAT | {"messages": [{"role": "user"}]}, 400, "messages", "required"),
@@ -316,7 +325,7 @@ COMPLETION = {"model": "tiny", "prompt": "x"}
         ("chat/completions", CHAT | {"max_tokens": 3, "max_completion_tokens": 4}, 400, "max_tokens", "same thing"),
     ],
 )  # fmt: skip
-def test_bad_requests(http: httpx.Client, path: str, body: Any, status: int, param: str, says: str) -> None:
+def test_bad_requests(http: httpx.Client, path: str, body: Any, status: int, param: str | None, says: str) -> None:
     response = http.post(f"/v1/{path}", content=json.dumps(body), headers={"Content-Type": "application/json"})
     assert response.status_code == status, response.text
     error = response.json()["error"]
@@ -329,6 +338,8 @@ def test_bad_requests(http: httpx.Client, path: str, body: Any, status: int, par
     "raw",
     [b"", b"null", b"[]", b'"x"', b"{", b"[" * 100_000, b"\xff\xfe",
      b'{"model": "tiny", "prompt": "x", "n": ' + b"9" * 5000 + b"}",
+     b'{"model": "tiny", "prompt": "x", "model": "lora"}', '{"model": "tiny", "prompt": "x"}'.encode("utf-16"),
+     b'{"model": "tiny", "prompt": "x", "stream_options": {"a": 1, "a": 1}}', b'{"a": "' + b'\\"' * 500_000,
      b'{"model": "tiny", "prompt": "x", "temperature": NaN}', b'{"model": "tiny", "prompt": "x", "top_p": 1e999}'],
     ids=lambda raw: repr(raw[:30]),
 )  # fmt: skip

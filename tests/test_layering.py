@@ -30,6 +30,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "server/engine_process.py": ("server.assembly", "server.engine", "server.model", "server.weights.arena",
                                  "server.config", "server.errors", "server.device"),
     "server/engine_child.py": ("server.engine", "server.config", "server.errors"),
+    "server/listener.py": ("server.errors",),
     "server/front.py": ("server", "adapters_store"),
     "server/cli.py": ("server", "adapters_store"),
     "server/__main__.py": ("server.cli",),

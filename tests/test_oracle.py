@@ -110,7 +110,7 @@ def test_the_oracle_holds_under_everything_at_once(name: str, tmp_path: Path) ->
             engine.adapters.remove(entries[0].ref)
             served.remove(entries[0].ref)
         if step in (15, 25, 35):
-            victim = rng.choice(engine.scheduler.running or list(engine.scheduler.waiting.values()))
+            victim = rng.choice(engine.scheduler.running or list(engine.scheduler.waiting))
             assert engine.scheduler.abort(victim.id) is not None
             cancelled.append(victim)
 

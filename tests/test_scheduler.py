@@ -1,5 +1,6 @@
 """What the scheduler promises, one promise a test. tests/test_simulation.py proves that they hold together."""
 
+import random
 from typing import Any
 
 import pytest
@@ -9,8 +10,8 @@ from adapters_store.ref import AdapterRef
 from server.engine.adapter_users import AdapterUsers
 from server.engine.fake_runner import FakeResidency, FakeRunner, expected_tokens
 from server.engine.kv_cache import KVCache, chain_root
-from server.engine.request import FinishReason, Request, Sampling
-from server.engine.residency import AdapterFailed
+from server.engine.request import FinishReason, Request, Sampling, Status
+from server.engine.residency import AdapterFailed, Wait
 from server.engine.scheduler import CannotServe, Scheduler, SchedulerLimits
 
 BLOCK = 4
@@ -26,7 +27,7 @@ class Setup:
             SchedulerLimits(**{**defaults, **limits}), self.kv_cache, self.residency, self.adapters
         )
         self.runner = FakeRunner(blocks, BLOCK)
-        self._ids = iter(range(1000))
+        self._ids = iter(range(10_000))
 
     def adapter(self, name: str, revision: str | None = None) -> AdapterRef:
         ref = AdapterRef(name, revision or name, "lora")
@@ -82,7 +83,7 @@ def test_one_that_starves_for_adapter_room_gets_it() -> None:
         setup.step()
         if starving.num_generated:
             break
-        assert base.num_generated or base.id in setup.scheduler.waiting or setup.scheduler.running
+        assert base.num_generated or base in setup.scheduler.waiting or setup.scheduler.running
     assert starving.num_generated > 0
 
 
@@ -163,3 +164,78 @@ def test_an_adapter_that_fails_to_load_ends_all_its_requests_and_no_others() -> 
     assert [it.finish for it in failed] == [FinishReason.ERROR] * 3 and failed[0].error == "the file is gone"
     assert [scheduled.request for scheduled in plan] == [base]
     setup.scheduler.check()
+
+
+def test_waiting_groups_take_turns_and_each_keeps_its_own_order() -> None:
+    setup = Setup(max_running=1)
+    first = [setup.add([1], 1, group=100) for _ in range(3)]
+    second = [setup.add([2], 1, group=200) for _ in range(2)]
+    third = [setup.add([3], 1)]
+    served = [request_id for _ in range(6) for request_id in setup.step()]
+    turns = [first[0], second[0], third[0], first[1], second[1], first[2]]
+    assert served == [request.id for request in turns]
+
+
+@pytest.mark.parametrize(
+    ("hogs", "prompt_len", "blocks", "most_steps"),
+    [(1, 1, 2000, 2), (1, 100, 2000, 2), (1, 1, 60, 2), (1, 100, 60, 2), (3, 1, 2000, 2), (3, 100, 2000, 5)],
+)
+def test_beside_a_thousand_sequences_of_few_http_requests_a_small_one_ends_within_a_few_steps(
+    hogs: int, prompt_len: int, blocks: int, most_steps: int
+) -> None:
+    setup = Setup(blocks=blocks, tokens_per_step=32, max_running=16, max_waiting=5000)
+    for hog in range(hogs):
+        for _ in range(1024 // hogs):
+            setup.add([7] * prompt_len, 100, group=10_000 + hog)
+    rng = random.Random(0)
+    waits: list[int] = []
+    for _ in range(60):
+        for _ in range(rng.randrange(5)):
+            setup.step()
+        small, steps = setup.add([rng.randrange(1000)], 1), 0
+        while not small.num_generated:
+            setup.step()
+            steps += 1
+        waits.append(steps)
+    assert max(waits) <= most_steps
+
+
+def test_one_group_keeps_half_of_the_places_while_others_wait_and_all_of_them_alone() -> None:
+    setup = Setup(blocks=400, max_running=8)
+    large = [setup.add([1], 60, group=100) for _ in range(20)]
+    for _ in range(3):
+        setup.step()
+    assert sum(request.status is Status.RUNNING for request in large) == 8
+    others = [setup.add([2], 12, group=200) for _ in range(20)]
+    setup.step()
+    assert sum(request.status is Status.RUNNING for request in large) == 4
+    assert sum(request.status is Status.RUNNING for request in others) == 4
+    setup.run()
+    setup.step()
+    assert not setup.scheduler.has_requests
+    for request in large:
+        assert request.tokens[1:] == expected_tokens(None, [1], 60, 1000)
+
+
+def test_a_request_larger_than_a_share_is_not_preempted_for_small_ones_again_and_again() -> None:
+    setup = Setup(blocks=20, max_running=8)
+    large = setup.add([1] * 30, 30)  # 15 of 20 blocks
+    for number in range(100):
+        setup.add([number], 3)
+        setup.step()
+        if large.status is Status.FINISHED:
+            break
+    assert large.num_generated == 30
+
+
+def test_a_long_prompt_leaves_half_of_the_budget_to_prompts_behind_it_and_takes_what_they_leave() -> None:
+    setup = Setup(blocks=100, tokens_per_step=16)
+    long = setup.add([1] * 200, 1)
+    assert setup.step() == {long.id: 16}
+    other = setup.add([2] * 40, 1)
+    assert setup.step() == {long.id: 8, other.id: 8}
+    short = setup.add([3], 1)
+    assert setup.step() == {long.id: 8 + 3, other.id: 4, short.id: 1}
+    blocked = setup.add([4], 1, setup.adapter("not on the device"))
+    setup.residency.acquire = lambda ref: Wait.LOADING  # type: ignore[method-assign]
+    assert sum(setup.step().values()) == 16 and blocked.num_skips == 0

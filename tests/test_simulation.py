@@ -42,6 +42,7 @@ class Simulation:
         self.counts: Counter[str] = Counter()
         self.idle_steps = 0
         self._next_id = 0
+        self._group = 0
 
     def add_adapter(self) -> None:
         self._next_id += 1
@@ -63,7 +64,9 @@ class Simulation:
         prompt = shared + [rng.randrange(VOCAB) for _ in range(rng.randrange(1, 20))]
         stops = frozenset(rng.sample(range(VOCAB), rng.randrange(3)))
         max_tokens = rng.randrange(1, 90)
-        request = Request(self._next_id, prompt, max_tokens, Sampling(), adapter, stops)
+        if rng.random() < 0.4:  # else it is one more of the last group
+            self._group = self._next_id
+        request = Request(self._next_id, prompt, max_tokens, Sampling(), adapter, stops, self._group)
         try:
             self.scheduler.add(request)
         except CannotServe:

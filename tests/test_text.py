@@ -38,7 +38,7 @@ def text(tmp_path: Path) -> Text:
 
 
 def test_a_character_of_several_tokens_comes_out_whole(text: Text) -> None:
-    tokens = text.encode("aé€b")
+    tokens = text.encode(["aé€b"], 100, "prompt")[0]
     assert len(tokens) == 7
     decoder = text.decoder()
     assert [decoder.push(token) for token in tokens] == ["a", "", "é", "", "", "€", "b"]
@@ -59,7 +59,7 @@ def test_a_template_cannot_reach_out_of_its_sandbox(tmp_path: Path) -> None:
 
 def test_lone_surrogates_are_refused(text: Text) -> None:
     with pytest.raises(InvalidRequest, match="Unicode"):
-        text.encode("a\ud800")
+        text.encode(["a\ud800"], 100, "prompt")
 
 
 def test_a_model_without_a_fast_tokenizer_is_refused(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,8 @@ from adapters_store.errors import (
 )
 from adapters_store.verifier import Verifier, VerifierBusy, VerifierClosed
 from adapters_store.verify import Job
+from server.api.adapters import verified
+from server.errors import HeddleError, Overloaded, ShuttingDown
 from tests.test_formats import BASE, esft, lora
 
 # matching this against a module's name takes for ever, and has a limit of its own; so many of them take minutes
@@ -341,3 +344,17 @@ def test_an_index_over_a_mebibyte_costs_nothing(tmp_path: Path, job: Callable[[s
     with pytest.raises(InvalidAdapter, match="at most 1,048,576 are read"):
         worker.verify(job("a"))
     assert time.process_time() - start < 0.5
+
+
+@pytest.mark.parametrize(("raised", "told"), [(VerifierBusy, Overloaded), (VerifierClosed, ShuttingDown)])
+def test_over_http_what_is_the_servers_own_lack_is_a_503(
+    tmp_path: Path, raised: type[Exception], told: type[HeddleError]
+) -> None:
+    class Refusing:
+        async def verify(self, job: Job) -> None:
+            raise raised
+
+    service: Any = SimpleNamespace(catalog=Catalog("base", BASE, (tmp_path,)), verifier=Refusing())
+    with pytest.raises(told) as error:
+        asyncio.run(verified("x", "a", service))
+    assert error.value.status == 503

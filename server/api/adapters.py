@@ -9,6 +9,7 @@ from adapters_store.declared_base import difference, is_known, remarks
 from adapters_store.errors import UnsupportedAdapter
 from adapters_store.parts import describe
 from adapters_store.verifier import VerifierBusy, VerifierClosed
+from server.api.bodies import read_body
 from server.api.errors import respond
 from server.api.protocol import AdapterBody
 from server.api.service import Service, service_of
@@ -20,12 +21,12 @@ router = APIRouter()
 
 
 @router.post("/v1/adapters")
-async def add(body: AdapterBody, request: Request) -> Response:
+async def add(request: Request) -> Response:
     """Verify the adapter and give it a name: 201, or 200 if the name already meant these very weights.
 
     Its weights travel to the device when a request first asks for it.
     """
-    service = service_of(request)
+    service, body = service_of(request), await read_body(request, AdapterBody)
     try:
         entry = await unless_client_leaves(request, verified(body.name, body.path, service))
     except ClientLeft:

@@ -3,7 +3,7 @@
 from fastapi import FastAPI
 
 from server.api import adapters, completions, errors, health, models
-from server.api.limits import BodyLimit
+from server.api.limits import RequestLimits
 from server.api.service import Service
 from server.version import VERSION
 
@@ -21,5 +21,5 @@ def create_app(service: Service) -> FastAPI:
     for module in (completions, models, adapters, health):
         app.include_router(module.router)
     errors.install(app)
-    app.add_middleware(BodyLimit, max_bytes=service.config.max_body_bytes)
+    app.add_middleware(RequestLimits, max_bytes=service.config.max_body_bytes)
     return app

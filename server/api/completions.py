@@ -1,64 +1,48 @@
 """POST /v1/completions and /v1/chat/completions.
 
-A request's way: parse and refuse (protocol) -> prompt to tokens (text) -> sizes, seeds and adapter (generation.plan) ->
-engine client -> pieces of text -> one JSON body, or events.
+A request's way: parse and refuse (bodies, protocol) -> room for it (service.admit) -> prompt to tokens (text) -> sizes,
+seeds and adapter (generation.plan) -> engine client -> pieces of text -> one JSON body, or events.
 """
 
 import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator
+from typing import cast
 
 from fastapi import APIRouter, Request, Response
 
+from server.api.bodies import read_body
 from server.api.errors import respond
 from server.api.generation import Generation, Piece, plan
 from server.api.protocol import ChatBody, CompletionBody, GenerationBody
-from server.api.service import Service, service_of
+from server.api.service import service_of
 from server.api.sse import ClientLeft, event_stream, unless_client_leaves
-from server.errors import InvalidRequest
 
 router = APIRouter()
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions; chat may fill the context
 
 
 @router.post("/v1/completions")
-async def completions(body: CompletionBody, request: Request) -> Response:
-    service = service_of(request)
-    prompts = await _prompts(body, service)
-    generation = plan(service, body, prompts, body.max_tokens or DEFAULT_COMPLETION_TOKENS)
-    return await _answer(request, body, generation, CompletionShape(body.model))
+async def completions(request: Request) -> Response:
+    service, body = service_of(request), await read_body(request, CompletionBody)
+    service.adapter_for(body.model)  # an unknown model is the first thing to say
+    with service.admit(len(body.prompt) * (body.n or 1)) as admission:
+        texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
+        prompts = await service.encode(texts, "prompt") if texts else cast(list[list[int]], body.prompt)
+        generation = plan(service, body, prompts, body.max_tokens or DEFAULT_COMPLETION_TOKENS, admission)
+        return await _answer(request, body, generation, CompletionShape(body.model))
 
 
 @router.post("/v1/chat/completions")
-async def chat_completions(body: ChatBody, request: Request) -> Response:
-    service = service_of(request)
-    service.adapter_for(body.model)  # an unknown model is the first thing to say
-    messages = [{"role": message.template_role, "content": message.text} for message in body.messages]
-    prompt = await service.encode(service.text.render_chat(messages), "messages", add_special_tokens=False)
-    generation = plan(service, body, [prompt], body.max_tokens or body.max_completion_tokens)
-    return await _answer(request, body, generation, ChatShape(body.model))
-
-
-async def _prompts(body: CompletionBody, service: Service) -> list[list[int]]:
-    """One list of token ids a prompt."""
+async def chat_completions(request: Request) -> Response:
+    service, body = service_of(request), await read_body(request, ChatBody)
     service.adapter_for(body.model)
-    if not 0 < len(body.prompt) <= service.config.max_prompts:
-        raise InvalidRequest(
-            f"{len(body.prompt)} prompts in one request; 1 to {service.config.max_prompts} are served", param="prompt"
-        )
-    return [
-        await service.encode(prompt, "prompt") if isinstance(prompt, str) else _checked(prompt, service)
-        for prompt in body.prompt
-    ]
-
-
-def _checked(ids: list[int], service: Service) -> list[int]:
-    vocab_size = service.info.vocab_size
-    for index, token in enumerate(ids):
-        if not 0 <= token < vocab_size:
-            raise InvalidRequest(f"prompt[{index}] is {token}; token ids are 0 to {vocab_size - 1}", param="prompt")
-    return ids
+    with service.admit(body.n or 1) as admission:
+        messages = [{"role": message.template_role, "content": message.text} for message in body.messages]
+        prompt = await service.encode_chat(messages)
+        generation = plan(service, body, [prompt], body.max_tokens or body.max_completion_tokens, admission)
+        return await _answer(request, body, generation, ChatShape(body.model))
 
 
 class Shape(ABC):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from adapters_store.ref import AdapterRef
 from server.api.protocol import GenerationBody
-from server.api.service import Service
+from server.api.service import Admission, Service
 from server.api.text import Decoder, StopMatcher
 from server.engine.client import Submission
 from server.engine.messages import TokenEvent
@@ -67,15 +67,16 @@ class Generation:
     submissions: list[Submission]
     stops: list[str]
     choices_per_prompt: int
+    admission: Admission
     usage: Usage = field(default_factory=Usage)
 
     async def pieces(self) -> AsyncGenerator[Piece]:
         """Pieces of all choices as they come. Closing the iterator cancels what still runs."""
-        self.service.admit(self.submissions)
         metrics, started = self.service.metrics, time.monotonic()
         self.usage.prompt_tokens = sum(len(it.prompt) for it in self.submissions[:: self.choices_per_prompt])
         metrics.prompt_tokens.labels(self.model).inc(self.usage.prompt_tokens)
         stream = self.service.client.submit(self.submissions)
+        self.admission.end()  # from here on the client counts them
         finish = "cancelled"  # what becomes of the choices that do not end by themselves
         choices = {
             request_id: _Choice(index, self.service.text.decoder(), self.stops)
@@ -110,12 +111,13 @@ class Generation:
                 metrics.forget_model(self.model)
 
 
-def plan(service: Service, body: GenerationBody, prompts: list[list[int]], max_tokens: int | None) -> Generation:
+def plan(
+    service: Service, body: GenerationBody, prompts: list[list[int]], max_tokens: int | None, admission: Admission
+) -> Generation:
     """Check sizes against the model and spread `n` choices of each prompt over requests.
 
     `max_tokens` None: as many as the context leaves.
     """
-    body.check(service.config.max_n, service.config.max_stop)
     adapter = service.adapter_for(body.model)
     submissions: list[Submission] = []
     seed = random.getrandbits(63) if body.seed is None else body.seed
@@ -141,7 +143,14 @@ def plan(service: Service, body: GenerationBody, prompts: list[list[int]], max_t
         for _ in range(n):
             sampling = _sampling(body, seed + len(submissions), service.info.vocab_size)
             submissions.append(_submission(service, prompt, max_tokens or room, sampling, adapter))
-    return Generation(service, body.model, submissions, body.stops, n)
+    tokens, limit = sum(len(it.prompt) + it.max_tokens for it in submissions), service.max_request_tokens
+    if tokens > limit:
+        raise InvalidRequest(
+            f"{len(submissions)} completions of up to {tokens:,} tokens in one request, prompts included; at most "
+            f"{limit:,} are served",
+            param="max_tokens",
+        )
+    return Generation(service, body.model, submissions, body.stops, n, admission)
 
 
 def _submission(

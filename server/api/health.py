@@ -13,13 +13,13 @@ router = APIRouter()
 async def health(request: Request) -> Response:
     """200 while the engine lives and speaks, else 503 with the reason."""
     service = service_of(request)
-    silence = service.client.silence_s
     if service.client.death is not None:
         return respond(503, {"status": "engine_dead", "reason": service.client.death})
     if service.is_draining:
         return respond(503, {"status": "shutting_down"})
-    if silence > service.config.engine_silence_s:
-        return respond(503, {"status": "engine_silent", "reason": f"the engine has said nothing for {silence:.0f} s"})
+    if service.is_silent:
+        reason = f"the engine has said nothing for {service.client.silence_s:.0f} s"
+        return respond(503, {"status": "engine_silent", "reason": reason})
     return respond(200, {"status": "ok"})
 
 

@@ -1,18 +1,20 @@
-"""Limits on what is read, enforced while it is read."""
+"""Limits on a request's head and body, enforced while they are read."""
 
 import asyncio
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.errors import body_of, respond
-from server.errors import InvalidRequest, PayloadTooLarge
+from server.errors import HeddleError, InvalidRequest, PayloadTooLarge, TooManyHeaders, UnsupportedEncoding
 
 DRAIN_BYTES = 64 << 20
 DRAIN_SECONDS = 5.0
+MAX_HEADERS = 100
 
 
-class BodyLimit:
-    """Refuses a body that is longer than `max_bytes`, or compressed, before it is parsed."""
+class RequestLimits:
+    """Refuses a head that can be read in two ways or is too long, and a body that is longer than `max_bytes` or
+    compressed, before it is parsed."""
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app = app
@@ -22,16 +24,11 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = dict(scope["headers"])
-        if headers.get(b"content-encoding", b"identity") != b"identity":
-            refusal = InvalidRequest("compressed bodies are not served", param="Content-Encoding")
-            await respond(415, body_of(refusal))(scope, receive, send)
-            return
-        length = headers.get(b"content-length", b"0")
-        if not length.isdigit() or int(length) > self._max_bytes:
-            if b"expect" not in headers:  # a client that asks first has sent nothing yet
-                await _drain(receive)
-            await respond(413, body_of(self._refusal()), {"Connection": "close"})(scope, receive, send)
+        refusal = self._refusal_of_head(scope)
+        if refusal is not None:
+            if isinstance(refusal, PayloadTooLarge) and b"expect" not in dict(scope["headers"]):
+                await _drain(receive)  # a client that asks first has sent nothing yet
+            await respond(refusal.status, body_of(refusal), {"Connection": "close"})(scope, receive, send)
             return
         read = 0
 
@@ -41,12 +38,24 @@ class BodyLimit:
             read += len(message.get("body", b""))
             if read > self._max_bytes:
                 await _drain(receive)
-                raise self._refusal()
+                raise self._too_large()
             return message
 
         await self._app(scope, limited, send)
 
-    def _refusal(self) -> PayloadTooLarge:
+    def _refusal_of_head(self, scope: Scope) -> HeddleError | None:
+        headers = dict(scope["headers"])
+        if len(scope["headers"]) > MAX_HEADERS:
+            return TooManyHeaders(f"{len(scope['headers']):,} headers; at most {MAX_HEADERS} are read")
+        if b"content-length" in headers and b"transfer-encoding" in headers:
+            # two servers in a row may believe different ones, and find different requests in the same bytes
+            return InvalidRequest("Content-Length beside Transfer-Encoding", code="invalid_http")
+        if headers.get(b"content-encoding", b"identity") != b"identity":
+            return UnsupportedEncoding("compressed bodies are not served", param="Content-Encoding")
+        length = headers.get(b"content-length", b"0")
+        return None if length.isdigit() and int(length) <= self._max_bytes else self._too_large()
+
+    def _too_large(self) -> PayloadTooLarge:
         return PayloadTooLarge(f"the body exceeds {self._max_bytes:,} bytes")
 
 

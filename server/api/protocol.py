@@ -4,9 +4,10 @@ A field of OpenAI's API that is not served is listed in UNSERVED and refused by 
 Any other unknown field is refused as unknown.
 """
 
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationInfo, field_validator, model_validator
 
 from server.errors import InvalidRequest
 
@@ -30,8 +31,37 @@ def _asks_for_nothing(value: object, harmless: tuple[object, ...]) -> bool:
     return value is None or any(value == free and type(value) is type(free) for free in harmless)
 
 
+@dataclass(frozen=True)
+class BodyLimits:
+    """Counts that are checked before the items they count. pydantic hands them to validators as their context."""
+
+    max_model_len: int  # tokens
+    vocab_size: int
+    max_prompts: int
+    max_n: int
+    max_stop: int
+    max_stop_chars: int
+    max_messages: int
+    max_parts: int  # of all messages together
+
+
+def _limits(info: ValidationInfo) -> BodyLimits:
+    return cast(BodyLimits, info.context)
+
+
 class Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown(cls, body: Any) -> Any:
+        """At the first; pydantic would collect an error for each of a hundred thousand."""
+        for name in body if isinstance(body, dict) else ():
+            if name not in cls.model_fields:
+                raise InvalidRequest(
+                    f"{name[:100]!r} is not a field of this request", param=name[:100], code="unknown_parameter"
+                )
+        return body
 
 
 class StreamOptions(Body):
@@ -52,9 +82,9 @@ class GenerationBody(Body):
     n: Annotated[int, Field(ge=1)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = None
+    user: Annotated[str, Field(max_length=1024)] | None = None
 
-    @model_validator(mode="before")
+    @model_validator(mode="before")  # the validators of a class run last to first: this one before its parent's
     @classmethod
     def _refuse_unserved(cls, body: Any) -> Any:
         if not isinstance(body, dict):
@@ -64,16 +94,28 @@ class GenerationBody(Body):
                 raise InvalidRequest(f"{name} is not served", param=name, code="unsupported_parameter")
         return {name: value for name, value in body.items() if name not in UNSERVED}
 
-    def check(self, max_n: int, max_stop: int) -> None:
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _count_stops(cls, stop: Any, info: ValidationInfo) -> Any:
+        limits = _limits(info)
+        stops = [stop] if isinstance(stop, str) else stop if isinstance(stop, list) else []
+        if len(stops) > limits.max_stop:
+            raise InvalidRequest(f"{len(stops)} stop strings; at most {limits.max_stop} are served", param="stop")
+        for text in stops:
+            if isinstance(text, str) and not 0 < len(text) <= limits.max_stop_chars:
+                problem = f"a stop string has {len(text):,} characters" if text else "a stop string may not be empty"
+                raise InvalidRequest(f"{problem}; 1 to {limits.max_stop_chars:,} are served", param="stop")
+        return stop
+
+    @model_validator(mode="after")
+    def _check(self, info: ValidationInfo) -> Self:
         """Limits that are the server's, and rules between fields."""
+        max_n = _limits(info).max_n
         if self.n is not None and self.n > max_n:
             raise InvalidRequest(f"n is {self.n}; at most {max_n} completions of one prompt are served", param="n")
-        if len(self.stops) > max_stop:
-            raise InvalidRequest(f"{len(self.stops)} stop strings; at most {max_stop} are served", param="stop")
-        if not all(self.stops):
-            raise InvalidRequest("a stop string may not be empty", param="stop")
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options needs stream to be true", param="stream_options")
+        return self
 
     @property
     def stops(self) -> list[str]:
@@ -84,32 +126,48 @@ class GenerationBody(Body):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-def _prompts(value: Any) -> list[str] | list[list[int]]:
+def _prompts(value: Any, info: ValidationInfo) -> list[str] | list[list[int]]:
     """A text, token ids, or several of either, as a list of them.
 
     Checked by hand: a union of lists would collect an error for every item and branch, which for a small body of wrong
     items takes seconds and gigabytes.
     """
+    limits = _limits(info)
     if isinstance(value, str):
         return [value]
     if not isinstance(value, list):
         raise InvalidRequest("prompt must be a text, a list of token ids, or a list of either", param="prompt")
     if value and type(value[0]) is int:
-        return [_token_ids(value, "prompt")]
-    if value and isinstance(value[0], list):
-        return [_token_ids(ids, f"prompt[{index}]") for index, ids in enumerate(value)]
+        return [_token_ids(value, "prompt", limits)]
+    if not 0 < len(value) <= limits.max_prompts:
+        raise InvalidRequest(
+            f"{len(value)} prompts in one request; 1 to {limits.max_prompts} are served", param="prompt"
+        )
+    if isinstance(value[0], list):
+        return [_token_ids(ids, f"prompt[{index}]", limits) for index, ids in enumerate(value)]
     for index, text in enumerate(value):
         if not isinstance(text, str):
             raise InvalidRequest(f"prompt[{index}] is neither text nor token ids like the first", param="prompt")
     return value
 
 
-def _token_ids(ids: Any, where: str) -> list[int]:
+def _token_ids(ids: Any, where: str, limits: BodyLimits) -> list[int]:
     if not isinstance(ids, list):
         raise InvalidRequest(f"{where} is not a list of token ids like the first", param="prompt")
-    for index, token in enumerate(ids):
-        if type(token) is not int:
-            raise InvalidRequest(f"{where}[{index}] is not a token id", param="prompt")
+    if len(ids) > limits.max_model_len:
+        raise InvalidRequest(
+            f"{where} has {len(ids):,} tokens; the model's context has {limits.max_model_len:,}",
+            param="prompt",
+            code="context_length_exceeded",
+        )
+    if set(map(type, ids)) - {int}:
+        index = next(index for index, token in enumerate(ids) if type(token) is not int)
+        raise InvalidRequest(f"{where}[{index}] is not a token id", param="prompt")
+    if ids and not (min(ids) >= 0 and max(ids) < limits.vocab_size):
+        index = next(index for index, token in enumerate(ids) if not 0 <= token < limits.vocab_size)
+        raise InvalidRequest(
+            f"{where}[{index}] is {str(ids[index])[:40]}; token ids are 0 to {limits.vocab_size - 1}", param="prompt"
+        )
     return ids
 
 
@@ -167,12 +225,31 @@ class ChatBody(GenerationBody):
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
 
-    def check(self, max_n: int, max_stop: int) -> None:
-        super().check(max_n, max_stop)
+    @field_validator("messages", mode="before")
+    @classmethod
+    def _count(cls, messages: Any, info: ValidationInfo) -> Any:
+        limits = _limits(info)
+        if not isinstance(messages, list):
+            return messages
+        if len(messages) > limits.max_messages:
+            raise InvalidRequest(
+                f"{len(messages):,} messages; at most {limits.max_messages:,} are served", param="messages"
+            )
+        contents = (message.get("content") for message in messages if isinstance(message, dict))
+        parts = sum(len(content) for content in contents if isinstance(content, list))
+        if parts > limits.max_parts:
+            raise InvalidRequest(
+                f"{parts:,} parts of content; at most {limits.max_parts:,} are served", param="messages"
+            )
+        return messages
+
+    @model_validator(mode="after")
+    def _check_max_tokens(self) -> Self:
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise InvalidRequest(
                 "max_tokens and max_completion_tokens are the same thing; send one", param="max_tokens"
             )
+        return self
 
 
 class AdapterBody(Body):

@@ -1,8 +1,11 @@
 """What every route needs, passed in once."""
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import ParamSpec, Self, TypeVar
 
 from fastapi import Request
 
@@ -10,18 +13,24 @@ from adapters_store.catalog import Catalog
 from adapters_store.errors import AdapterNotFound
 from adapters_store.ref import AdapterRef
 from adapters_store.verifier import Verifier
+from server.api.protocol import BodyLimits
 from server.api.text import Text
 from server.config import ServerConfig
 from server.engine.client import EngineClient
 from server.engine.messages import EngineInfo
-from server.errors import NotFound, Overloaded, ShuttingDown
+from server.errors import EngineSilent, InvalidRequest, NotFound, Overloaded, ShuttingDown
 from server.metrics import Metrics
 
 _LONG_TEXT = 10_000  # characters: about 10 ms to tokenize
+_MESSAGE = 100  # rendering a message of a conversation is as much work as tokenizing so many characters
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 @dataclass
 class Service:
+    """Also the one place where requests are admitted and long texts leave the event loop."""
+
     config: ServerConfig
     info: EngineInfo
     client: EngineClient
@@ -31,6 +40,8 @@ class Service:
     metrics: Metrics
     started: int  # Unix time, seconds
     is_draining: bool = False
+    _admitted: int = 0  # sequences that the engine does not have yet
+    _long_texts: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "long-texts"))
 
     def adapter_for(self, model: str) -> AdapterRef | None:
         """The adapter that this model name means now; None for the base. Raises NotFound."""
@@ -44,20 +55,78 @@ class Service:
     def is_served(self, model: str) -> bool:
         return model == self.catalog.base_name or any(entry.ref.name == model for entry in self.catalog)
 
-    async def encode(self, text: str, param: str, add_special_tokens: bool = True) -> list[int]:
-        """Tokens of a text, without holding up the event loop for a long one."""
-        self.text.refuse_if_longer(text, self.info.max_model_len, param)
-        if len(text) < _LONG_TEXT:
-            return self.text.encode(text, param, add_special_tokens)
-        return await asyncio.to_thread(self.text.encode, text, param, add_special_tokens)
+    async def encode(self, texts: Sequence[str], param: str) -> list[list[int]]:
+        """Tokens of each text."""
+        return await self._off_the_loop(sum(map(len, texts)), self.text.encode, texts, self.info.max_model_len, param)
 
-    def admit(self, submissions: Sequence[object]) -> None:
-        """Refuse work that could only pile up."""
+    async def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Tokens of a conversation, ready for the model's answer."""
+        num_chars = sum(len(message["content"]) + _MESSAGE for message in messages)
+        return await self._off_the_loop(num_chars, self.text.encode_chat, messages, self.info.max_model_len)
+
+    async def _off_the_loop(
+        self, num_chars: int, work: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
+    ) -> Result:
+        """Work on long texts goes to one thread: it takes no more than one core from the engine."""
+        if num_chars < _LONG_TEXT:
+            return work(*args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._long_texts, partial(work, *args, **kwargs))
+
+    def admit(self, num_sequences: int) -> "Admission":
+        """Room for so many sequences; taken before any work is done for them, so that work cannot pile up.
+
+        Raises EngineDead, EngineSilent, ShuttingDown, InvalidRequest or Overloaded.
+        """
         if self.is_draining:
             raise ShuttingDown
-        limit = self.config.max_concurrent_requests
-        if self.client.num_requests + len(submissions) > limit:
-            raise Overloaded(f"{self.client.num_requests} completions are under way; at most {limit} are taken at once")
+        self.client.require_alive()
+        if self.is_silent:
+            raise EngineSilent(f"the engine has said nothing for {self.client.silence_s:.0f} s")
+        if num_sequences > self.config.max_sequences:
+            raise InvalidRequest(
+                f"{num_sequences:,} completions in one request; at most {self.config.max_sequences:,} are served"
+            )
+        limit, under_way = self.config.max_concurrent_requests, self.client.num_requests + self._admitted
+        if under_way + num_sequences > limit:
+            raise Overloaded(f"{under_way:,} completions are under way; at most {limit:,} are taken at once")
+        return Admission(self, num_sequences)
+
+    @property
+    def is_silent(self) -> bool:
+        return self.client.silence_s > self.config.engine_silence_s
+
+    @cached_property
+    def body_limits(self) -> BodyLimits:
+        it = self.config
+        return BodyLimits(
+            self.info.max_model_len, self.info.vocab_size, it.max_prompts, it.max_n, it.max_stop, it.max_stop_chars,
+            it.max_messages, it.max_parts,
+        )  # fmt: skip
+
+    @property
+    def max_request_tokens(self) -> int:
+        """Prompt and completion tokens that all sequences of one HTTP request may come to."""
+        derived = max(self.info.kv_cache_tokens, self.config.max_n * self.info.max_model_len)
+        return self.config.max_request_tokens or derived
+
+
+class Admission:
+    """Room for some sequences until the engine has them, or the request has failed before."""
+
+    def __init__(self, service: Service, num_sequences: int) -> None:
+        self._service, self._num_sequences = service, num_sequences
+        service._admitted += num_sequences
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Safe at any time, any number of times."""
+        self._service._admitted -= self._num_sequences
+        self._num_sequences = 0
 
 
 def service_of(request: Request) -> Service:

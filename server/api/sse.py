@@ -8,7 +8,7 @@ import msgspec
 from fastapi import Request
 from fastapi.responses import StreamingResponse
 
-from server.api.errors import body_of
+from server.api.errors import body_of, internal_error
 from server.errors import HeddleError
 
 DONE = b"data: [DONE]\n\n"
@@ -39,6 +39,8 @@ async def event_stream(request: Request, bodies: AsyncGenerator[Mapping[str, obj
             yield DONE
         except HeddleError as error:
             yield _event(body_of(error))
+        except Exception as error:  # ours to mend; without an event the client would take the stream for whole
+            yield _event(internal_error(request, error))
         finally:
             await bodies.aclose()
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from server.api.control_tokens import ControlTokens
 from server.errors import ConfigError, InvalidRequest
 
 
@@ -24,6 +26,8 @@ class Text:
         self._special_tokens = special_tokens
         self._longest_token = max(map(len, tokenizer.get_vocab()), default=1)
         self._template = _environment().from_string(chat_template) if chat_template else None
+        written = (chat_template or "") + self._rendered_turns()
+        self._control_tokens = ControlTokens(tokenizer, written) if chat_template else None
 
     @classmethod
     def load(cls, model_dir: Path) -> "Text":
@@ -49,22 +53,38 @@ class Text:
     def has_chat_template(self) -> bool:
         return self._template is not None
 
-    def encode(self, text: str, param: str = "prompt", add_special_tokens: bool = True) -> list[int]:
-        """`param` is the request's field that the text came in."""
-        try:
-            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
-        except (TypeError, UnicodeEncodeError):  # a lone surrogate
-            raise InvalidRequest("the text is not valid Unicode", param=param) from None
+    def encode(
+        self, texts: Sequence[str], max_tokens: int, param: str, add_special_tokens: bool = True
+    ) -> list[list[int]]:
+        """Token ids of each text. `param` is the request's field that they came in.
 
-    def refuse_if_longer(self, text: str, max_tokens: int, param: str) -> None:
-        """Raise InvalidRequest for a text that cannot be so few tokens, before the work of tokenizing it."""
-        if len(text) > max_tokens * self._longest_token:
+        Raises InvalidRequest for a text of more than `max_tokens`; one that cannot be so few costs nothing.
+        """
+        for text in texts:
+            self._refuse_if_longer(len(text), max_tokens, param)
+        return [_ids(it, max_tokens, param) for it in _encoded(self._tokenizer, texts, param, add_special_tokens)]
+
+    def _refuse_if_longer(self, num_chars: int, max_tokens: int, param: str) -> None:
+        if num_chars > max_tokens * self._longest_token:
             raise InvalidRequest(
-                f"the text has {len(text):,} characters; the model's {max_tokens:,} tokens are at most "
+                f"the text has {num_chars:,} characters; the model's {max_tokens:,} tokens are at most "
                 f"{max_tokens * self._longest_token:,}",
                 param=param,
                 code="context_length_exceeded",
             )
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]], max_tokens: int) -> list[int]:
+        """Token ids of a conversation. What messages say is text, even where it spells a control token; an assistant's
+        earlier turn is the exception, since the model may have generated it."""
+        if self._control_tokens is None:
+            raise InvalidRequest("this model has no chat template; use /v1/completions", param="messages")
+        self._refuse_if_longer(sum(len(it["content"]) for it in messages), max_tokens, "messages")
+        hide = self._control_tokens.hide
+        hidden = [it if it["role"] == "assistant" else {**it, "content": hide(it["content"])} for it in messages]
+        tokenizer, text = self._tokenizer, self.render_chat(hidden)
+        if hidden != list(messages):
+            tokenizer, text = self._control_tokens.seal(text)
+        return _ids(_encoded(tokenizer, [text], "messages", add_special_tokens=False)[0], max_tokens, "messages")
 
     def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
         """The messages as the model was trained to read them, special tokens and all, ready for its answer."""
@@ -76,6 +96,14 @@ class Text:
             )
         except (TemplateError, TypeError, ValueError) as error:  # by the template itself, for roles it does not take
             raise InvalidRequest(f"the chat template refuses these messages: {error}", param="messages") from None
+
+    def _rendered_turns(self) -> str:
+        """What the template writes around the turns of every role that it takes."""
+        rendered = ""
+        for roles in (("user", "assistant", "user"), ("system", "user"), ("user", "assistant", "tool")):
+            with suppress(InvalidRequest):
+                rendered += self.render_chat([{"role": role, "content": ""} for role in roles])
+        return rendered
 
     def decoder(self) -> "Decoder":
         return Decoder(self._tokenizer)
@@ -134,6 +162,25 @@ class _GenerationTag(Extension):
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _encoded(tokenizer: Tokenizer, texts: Sequence[str], param: str, add_special_tokens: bool) -> list[Encoding]:
+    """In batch, which lets other threads run meanwhile."""
+    try:
+        return tokenizer.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+    except (TypeError, UnicodeEncodeError):  # a lone surrogate
+        raise InvalidRequest("the text is not valid Unicode", param=param) from None
+
+
+def _ids(encoding: Encoding, max_tokens: int, param: str) -> list[int]:
+    """Counted before they are built."""
+    if len(encoding) > max_tokens:
+        raise InvalidRequest(
+            f"the text has {len(encoding):,} tokens; the model's context has {max_tokens:,}",
+            param=param,
+            code="context_length_exceeded",
+        )
+    return list(encoding.ids)
 
 
 def _content(token: str | dict[str, Any]) -> str:

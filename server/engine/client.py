@@ -28,7 +28,7 @@ from server.engine.messages import (
     TokenEvent,
 )
 from server.engine.request import Sampling
-from server.errors import EngineDead, HeddleError, StartupError
+from server.errors import ConfigError, EngineDead, HeddleError, StartupError
 
 
 class Link(Protocol):
@@ -98,7 +98,7 @@ class EngineClient:
     # -- life of the engine -----------------------------------------------------------
 
     async def wait_ready(self, on_progress: Callable[[Progress], None]) -> EngineInfo:
-        """Follow the engine's start. Raises StartupError with its reason."""
+        """Follow the engine's start. Raises ConfigError or StartupError with its reason."""
         while True:
             match await self._link.receive():
                 case Progress() as progress:
@@ -106,8 +106,8 @@ class EngineClient:
                 case Ready(info=info):
                     self.last_heard = time.monotonic()
                     return info
-                case StartFailed(message=message):
-                    raise StartupError(message)
+                case StartFailed(message=message, is_final=is_final):
+                    raise ConfigError(message) if is_final else StartupError(message)
 
     async def pump(self) -> None:
         """Deliver what the engine sends, for ever. Run as one task."""
@@ -158,8 +158,8 @@ class EngineClient:
     # -- requests -----------------------------------------------------------
 
     def submit(self, submissions: Sequence[Submission]) -> TokenStream:
-        """Start requests; request_ids of the stream are in the same order."""
-        self._require_alive()
+        """Start the requests of one HTTP request; request_ids of the stream are in the same order."""
+        self.require_alive()
         first = self._next_id
         self._next_id += len(submissions)
         stream = TokenStream(range(first, self._next_id), self)
@@ -168,6 +168,7 @@ class EngineClient:
             self._link.send(
                 AddRequest(
                     request_id,
+                    first,
                     submission.prompt,
                     submission.max_tokens,
                     submission.sampling,
@@ -185,13 +186,14 @@ class EngineClient:
     # -- adapters -----------------------------------------------------------
 
     def add_adapter(self, ref: AdapterRef, package: AdapterPackage) -> None:
-        self._require_alive()
+        self.require_alive()
         self._link.send(AddAdapter(ref, package))
 
     def remove_adapter(self, ref: AdapterRef) -> None:
-        self._require_alive()
+        self.require_alive()
         self._link.send(RemoveAdapter(ref))
 
-    def _require_alive(self) -> None:
+    def require_alive(self) -> None:
+        """Raises EngineDead."""
         if self._death is not None:
             raise EngineDead(self._death)

@@ -66,6 +66,7 @@ class EngineCore:
         self._publish = publish
         self.scheduler = Scheduler(limits, kv_cache, residency, self._adapters)
         self._steps = 0
+        self._longest_step_s = 0.0
         self._computed_tokens = 0
         self._last_said = time.monotonic()
         self._wait_ms = 0  # how long the next step may wait for a message
@@ -74,10 +75,11 @@ class EngineCore:
     def step(self) -> None:
         """Drain the inbox, schedule, run, record, publish."""
         emitted = self._apply(self._inbox.receive_all(self._wait_ms))
+        start = time.monotonic()
         plan, failed = self.scheduler.schedule()
         sampled = self._runner.run(plan) if plan else {}
         emitted += failed + self.scheduler.update(plan, sampled)
-        self._account(plan)
+        self._account(plan, time.monotonic() - start)
         if emitted or not plan or self._is_silent():
             self._say(emitted)
 
@@ -107,6 +109,7 @@ class EngineCore:
             message.sampling,
             message.adapter,
             message.stop_token_ids,
+            message.group,
         )
         try:
             self.scheduler.add(request)
@@ -122,8 +125,9 @@ class EngineCore:
         """A long prefill emits nothing for many steps; a front that hears nothing would take us for dead."""
         return time.monotonic() - self._last_said > MAX_SILENCE_S
 
-    def _account(self, plan: list[Scheduled]) -> None:
+    def _account(self, plan: list[Scheduled], seconds: float) -> None:
         self._steps += bool(plan)
+        self._longest_step_s = max(self._longest_step_s, seconds)
         self._computed_tokens += sum(scheduled.num_tokens for scheduled in plan)
         if plan:
             self._wait_ms = 0
@@ -145,6 +149,7 @@ class EngineCore:
             prefix_hits=self._kv_cache.num_prefix_hits,
             preemptions=self.scheduler.num_preemptions,
             steps=self._steps,
+            longest_step_s=self._longest_step_s,
             computed_tokens=self._computed_tokens,
             adapters=self._residency.report(),
         )

@@ -6,7 +6,7 @@ from adapters_store.base_spec import BaseSpec
 from adapters_store.parts import AdapterPackage
 from adapters_store.ref import AdapterRef
 from server.config import EngineConfig
-from server.engine.request import FinishReason, Sampling
+from server.engine.request import FinishReason, Group, Sampling
 
 
 class _Message(msgspec.Struct, frozen=True, tag=True):
@@ -23,7 +23,10 @@ class Configure(_Message, frozen=True):
 
 
 class AddRequest(_Message, frozen=True):
+    """`group` is the id of the first request that came with the same HTTP request: they share one turn."""
+
     request_id: int
+    group: Group
     prompt: list[int]
     max_tokens: int
     sampling: Sampling
@@ -86,9 +89,10 @@ class Ready(_Message, frozen=True):
 
 
 class StartFailed(_Message, frozen=True):
-    """The engine cannot serve this configuration, and ends. `message` is for the operator."""
+    """The engine cannot serve, and ends. `message` is for the operator; if `is_final`, starting again mends nothing."""
 
     message: str
+    is_final: bool
 
 
 class TokenEvent(msgspec.Struct, frozen=True, array_like=True):
@@ -121,6 +125,7 @@ class Stats(msgspec.Struct, frozen=True):
     prefix_hits: int = 0
     preemptions: int = 0
     steps: int = 0
+    longest_step_s: float = 0.0
     computed_tokens: int = 0
     adapters: tuple[AdapterOnDevice, ...] = ()
 

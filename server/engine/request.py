@@ -6,6 +6,8 @@ import msgspec
 
 from adapters_store.ref import AdapterRef
 
+Group = int  # the requests of one HTTP request, by the id of its first
+
 
 class Sampling(msgspec.Struct, frozen=True):
     """How to choose the next token. temperature 0 is greedy; top_k 0 and top_p 1 are off.
@@ -50,9 +52,12 @@ class Request:
         sampling: Sampling,
         adapter: AdapterRef | None = None,
         stop_token_ids: frozenset[int] = frozenset(),
+        group: Group | None = None,
     ) -> None:
+        """`group` None: the request is alone in its own."""
         assert prompt and max_tokens > 0
         self.id = request_id
+        self.group = request_id if group is None else group
         self.tokens = list(prompt)
         self.prompt_len = len(prompt)
         self.max_tokens = max_tokens

@@ -2,17 +2,21 @@
 
 One rule covers chunked prefill, prefix reuse and preemption: a step hands out tokens so that every request's
 `num_computed_tokens` catches up with its tokens, under a budget. Requests that run are served first, in order of
-admission; then waiting ones are admitted. The scheduler does no I/O and knows no clock.
+admission; then waiting ones are admitted, group by group in turn (queue.py), and a group that holds more than its share
+gives way (shares.py). The scheduler does no I/O and knows no clock.
 """
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from adapters_store.ref import AdapterRef
 from server.engine.adapter_users import AdapterUsers
 from server.engine.kv_cache import KVCache
-from server.engine.request import FinishReason, Request, Status
+from server.engine.queue import WaitingQueue
+from server.engine.request import FinishReason, Group, Request, Status
 from server.engine.residency import BASE_SLOT, AdapterFailed, Residency, Slot, Wait
+from server.engine.shares import Shares
 
 
 class CannotServe(Exception):
@@ -40,6 +44,22 @@ class Scheduled:
         return self.start + self.num_tokens == len(self.request.tokens)
 
 
+class _Plan:
+    """A step as it takes shape, and the tokens that are left of its budget."""
+
+    def __init__(self, budget: int) -> None:
+        self.scheduled: dict[int, Scheduled] = {}  # by request
+        self.budget = budget
+
+    def add(self, request: Request, count: int) -> None:
+        self.scheduled[request.id] = Scheduled(request, request.num_computed_tokens, count)
+        self.budget -= count
+
+    def drop(self, request: Request) -> None:
+        scheduled = self.scheduled.pop(request.id, None)
+        self.budget += scheduled.num_tokens if scheduled else 0
+
+
 @dataclass(frozen=True)
 class Emitted:
     """What a step produced for one request: a token, an end, or both."""
@@ -59,7 +79,8 @@ class Scheduler:
         self._residency = residency
         self._adapters = adapters
         self._requests: dict[int, Request] = {}
-        self.waiting: dict[int, Request] = {}  # by id, in order of service; preempted requests come first
+        self._group_sizes: Counter[Group] = Counter()  # unfinished requests
+        self.waiting = WaitingQueue()
         self.running: list[Request] = []  # in order of admission
         self.num_preemptions = 0
 
@@ -79,7 +100,8 @@ class Scheduler:
                 raise CannotServe(f"the adapter {request.adapter.name!r} is no longer served")
             self._adapters.hold(request.adapter)
         self._requests[request.id] = request
-        self.waiting[request.id] = request
+        self._group_sizes[request.group] += 1
+        self.waiting.push(request)
 
     def abort(self, request_id: int) -> Emitted | None:
         """End a request at its owner's wish. None if it has already ended."""
@@ -95,86 +117,143 @@ class Scheduler:
     def schedule(self) -> tuple[list[Scheduled], list[Emitted]]:
         """The tokens of the next step, and requests that ended instead because their adapter failed to load."""
         self._residency.poll()
+        plan = _Plan(self._limits.tokens_per_step)
         preemptions = self.num_preemptions
-        plan = self._serve_running()
-        if self.num_preemptions > preemptions:  # memory is short: admitting more would only preempt again
-            return plan, []
-        return plan, self._admit(plan)
+        self._serve_running(plan)
+        failed = self._admit(plan, is_short=self.num_preemptions > preemptions)
+        self._spend_the_rest(plan)
+        return list(plan.scheduled.values()), failed
 
-    def _serve_running(self) -> list[Scheduled]:
-        plan: list[Scheduled] = []
-        budget = self._limits.tokens_per_step
-        index = 0
-        while index < len(self.running):
-            request = self.running[index]
-            # only the newest can still be in its prompt: while it takes what the others leave, nobody is admitted
-            count = min(request.num_uncomputed_tokens, budget)
-            assert count == 1 or request is self.running[-1]
-            if not self._make_room(request, count):
-                break  # it was the newest of all and gave way itself
-            plan.append(Scheduled(request, request.num_computed_tokens, count))
-            budget -= count
-            index += 1
-        return plan
+    def _serve_running(self, plan: _Plan) -> None:
+        """At least one token for each that runs, in order of admission."""
+        for index, request in enumerate(tuple(self.running)):
+            if request.status is not Status.RUNNING:
+                continue  # it gave way to an older one
+            unserved = len(self.running) - len(plan.scheduled) - 1
+            count = self._chunk(request, plan.budget - unserved, self.running[index + 1 :])
+            if self._make_room(request, count, plan):
+                plan.add(request, count)
 
-    def _make_room(self, request: Request, count: int) -> bool:
-        """Blocks for `count` tokens, if need be by preempting newer requests. False if `request` itself went."""
+    def _chunk(self, request: Request, budget: int, behind: Sequence[Request]) -> int:
+        """How many of its tokens a running request computes. A long prompt leaves half of the budget while another
+        group's prompt stands behind it, so that a short one does not wait until the long one is through."""
+        needed = request.num_uncomputed_tokens
+        if needed <= max(1, budget // 2):
+            return needed
+        is_awaited = self.waiting.has_others(request.group) or any(
+            other.group != request.group and other.num_uncomputed_tokens > 1 for other in behind
+        )
+        return max(1, budget // 2) if is_awaited else min(needed, budget)
+
+    def _make_room(self, request: Request, count: int, plan: _Plan) -> bool:
+        """Blocks for `count` tokens, if need be by preempting others. False if `request` itself went."""
         while not self._kv_cache.grow(request, count):
-            victim = self.running.pop()
-            self._stop_running(victim)
-            victim.status = Status.WAITING
-            self.waiting = {victim.id: victim, **self.waiting}
-            self.num_preemptions += 1
+            victim = self._shares().newest_beyond() or self.running[-1]
+            self._preempt(victim, plan)
             if victim is request:
                 return False
         return True
 
-    def _admit(self, plan: list[Scheduled]) -> list[Emitted]:
-        """Start waiting requests, in order, as long as budget, places and blocks last; adds to `plan`."""
-        budget = self._limits.tokens_per_step - sum(scheduled.num_tokens for scheduled in plan)
-        starved = self._starved()
+    def _preempt(self, victim: Request, plan: _Plan) -> None:
+        plan.drop(victim)
+        self.running.remove(victim)
+        self._stop_running(victim)
+        victim.status = Status.WAITING
+        self.waiting.push_front(victim)
+        self.num_preemptions += 1
+
+    def _shares(self) -> Shares:
+        return Shares(self.running, len(self._group_sizes), self._limits.max_running, self._kv_cache.pool.num_blocks)
+
+    def _admit(self, plan: _Plan, is_short: bool) -> list[Emitted]:
+        """Start waiting requests, in order, as long as budget, places and blocks last; adds to `plan`.
+
+        `is_short`: a request that ran was preempted for want of blocks in this step. To admit more would only preempt
+        again, unless it is at the cost of a group that holds more than its share.
+        """
         failed: list[Emitted] = []
+        if not self.waiting:
+            return failed
+        shares, starved = self._shares(), self._starved()
         absent: dict[AdapterRef | None, Wait] = {}  # found so in this step: a thousand requests may want the same one
-        for request in list(self.waiting.values()):
-            if request.id not in self.waiting:  # it failed together with an earlier one
-                continue
-            if budget == 0 or len(self.running) == self._limits.max_running:
+        for request in self._candidates(shares):
+            if plan.budget == 0 or not self._has_place(request, shares, is_short):
                 break
             if self._is_held_back(request, starved):
                 continue
             try:
                 slot = absent.get(request.adapter) or self._pin(request)
             except AdapterFailed as error:
-                together = [it for it in self.waiting.values() if it.adapter == request.adapter]
+                together = [it for it in self.waiting if it.adapter == request.adapter]
                 failed += [self._finish(it, FinishReason.ERROR, str(error)) for it in together]
                 continue
             if isinstance(slot, Wait):  # passed over, never a wall: those behind it may run
                 absent[request.adapter] = slot
                 request.num_skips += slot is Wait.NO_ROOM
                 continue
-            scheduled = self._start(request, slot, budget)
-            if scheduled is None:
+            if not self._start(request, slot, plan, shares):
                 break  # first come, first served for blocks: else a large request would wait for ever
-            plan.append(scheduled)
-            budget -= scheduled.num_tokens
         return failed
 
-    def _start(self, request: Request, slot: Slot, budget: int) -> Scheduled | None:
+    def _candidates(self, shares: Shares) -> Iterator[Request]:
+        """Who waits, in order. Groups that have used up their share come last, for what nobody else wants."""
+        later: list[Request] = []
+        for request in self.waiting.order():
+            if request.status is not Status.WAITING:
+                continue  # its adapter failed to load for another request
+            if shares.is_used_up(request.group):
+                later.append(request)
+            else:
+                yield request
+        yield from (request for request in later if request.status is Status.WAITING)
+
+    def _has_place(self, request: Request, shares: Shares, is_short: bool) -> bool:
+        """Whether a place is free, or another group has one beyond its share."""
+        if len(self.running) < self._limits.max_running and not is_short:
+            return True
+        return not shares.is_used_up(request.group) and shares.newest_beyond() is not None
+
+    def _start(self, request: Request, slot: Slot, plan: _Plan, shares: Shares) -> bool:
+        """Let a pinned request run, in the place and the blocks of others where they have more than their share."""
+        may_displace = not shares.is_used_up(request.group)
+        if len(self.running) == self._limits.max_running:
+            self._displace_one(plan, shares)
         self._kv_cache.attach_prefix(request)
-        count = min(request.num_uncomputed_tokens, budget)
-        if not self._kv_cache.grow(request, count):
-            self._kv_cache.release(request)
-            self._unpin(request)
-            return None
+        count = min(request.num_uncomputed_tokens, plan.budget)
+        while not self._kv_cache.grow(request, count):
+            if not (may_displace and self._displace_one(plan, shares)):
+                self._kv_cache.release(request)
+                self._unpin(request)
+                return False
         if not request.was_admitted:
             self._kv_cache.count_prefix(request)
             request.was_admitted = True
-        del self.waiting[request.id]
+        self.waiting.remove(request)
+        self.waiting.charge(request.group)
         self.running.append(request)
         request.status = Status.RUNNING
         request.slot = slot
         request.num_skips = 0
-        return Scheduled(request, request.num_computed_tokens, count)
+        shares.take(request)
+        plan.add(request, count)
+        return True
+
+    def _displace_one(self, plan: _Plan, shares: Shares) -> bool:
+        victim = shares.newest_beyond()
+        if victim is None:
+            return False
+        shares.give_back(victim)
+        self._preempt(victim, plan)
+        return True
+
+    def _spend_the_rest(self, plan: _Plan) -> None:
+        """Long prompts take what they left for others and nobody took."""
+        for scheduled in tuple(plan.scheduled.values()):
+            request = scheduled.request
+            count = min(request.num_uncomputed_tokens, scheduled.num_tokens + plan.budget)
+            if count > scheduled.num_tokens and self._kv_cache.grow(request, count):
+                plan.drop(request)
+                plan.add(request, count)
 
     def update(self, plan: list[Scheduled], sampled: Mapping[int, int | None]) -> list[Emitted]:
         """Record a finished step. `sampled` has the id of every request that was to sample; None ends it."""
@@ -198,9 +277,9 @@ class Scheduler:
     # -- adapters -----------------------------------------------------------
 
     def _starved(self) -> Request | None:
-        """The first request that was passed over too often for want of adapter room."""
-        waiting = self.waiting.values()
-        return next((request for request in waiting if request.num_skips > self._limits.max_skips), None)
+        """The request that was passed over most often for want of adapter room, if that was too often."""
+        starving = (request for request in self.waiting if request.num_skips > self._limits.max_skips)
+        return max(starving, key=lambda request: request.num_skips, default=None)
 
     @staticmethod
     def _is_held_back(request: Request, starved: Request | None) -> bool:
@@ -232,20 +311,26 @@ class Scheduler:
             self.running.remove(request)
             self._stop_running(request)
         else:
-            del self.waiting[request.id]
+            self.waiting.remove(request)
         request.status = Status.FINISHED
         del self._requests[request.id]
+        self._group_sizes[request.group] -= 1
+        if not self._group_sizes[request.group]:
+            del self._group_sizes[request.group]
         if request.adapter is not None:
             self._adapters.let_go(request.adapter)
         return Emitted(request, token, reason, error)
 
     def check(self) -> None:
         """Every invariant of the engine, recomputed."""
-        assert {request.id for request in self.running} | set(self.waiting) == set(self._requests)
-        assert not {request.id for request in self.running} & set(self.waiting)
+        waiting = {request.id for request in self.waiting}
+        assert {request.id for request in self.running} | waiting == set(self._requests)
+        assert not {request.id for request in self.running} & waiting
         assert len(self.running) <= self._limits.max_running
         assert all(request.status is Status.RUNNING for request in self.running)
-        assert all(request.status is Status.WAITING and not request.block_table for request in self.waiting.values())
+        assert all(request.status is Status.WAITING and not request.block_table for request in self.waiting)
+        assert self._group_sizes == Counter(request.group for request in self._requests.values())
+        self.waiting.check()
         assert all(request.num_uncomputed_tokens > 0 for request in self._requests.values())
         self._kv_cache.check(self._requests.values())
         self._adapters.check(self._requests.values())

@@ -1,0 +1,77 @@
+"""A real server on a free port, for benchmarks."""
+
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import psutil
+
+from benchmarks.workload import Job
+
+NEW_TOKENS = 64
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Heddle:
+    """The server of the checkout at `root`, over the base and the adapters in `directory`."""
+
+    def __init__(self, directory: Path, root: Path = ROOT) -> None:
+        self.port = free_port()
+        command = [sys.executable, "-m", "server", "serve", str(directory / "base"), "--adapters",
+                   str(directory / "adapters"), "--model-name", "bench-base", "--port", str(self.port)]  # fmt: skip
+        # in its own root, and first on the path: the environment may hold another checkout of the same packages
+        environment = {**os.environ, "PYTHONPATH": str(root)}
+        self._process = subprocess.Popen(command, cwd=root, env=environment, stderr=subprocess.DEVNULL)
+        self.url = f"http://127.0.0.1:{self.port}"
+        deadline = time.monotonic() + 300
+        while True:
+            try:
+                httpx.get(f"{self.url}/health").raise_for_status()
+                return
+            except httpx.HTTPError:
+                if self._process.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(f"the server of {root} did not start") from None
+                time.sleep(0.2)
+
+    def run(self, jobs: list[Job]) -> float:
+        """All jobs at once; output tokens a second, from the first request's start to the last one's end."""
+        start = time.perf_counter()
+        return asyncio.run(self._run(jobs)) / (time.perf_counter() - start)
+
+    def cpu_seconds_per_token(self, jobs: list[Job]) -> float:
+        """CPU time of both processes, user and system, for each output token."""
+        before = self._cpu_seconds()
+        tokens = asyncio.run(self._run(jobs))
+        return (self._cpu_seconds() - before) / tokens
+
+    async def _run(self, jobs: list[Job]) -> int:
+        limits = httpx.Limits(max_connections=len(jobs))
+        async with httpx.AsyncClient(base_url=self.url, timeout=600, limits=limits) as client:
+
+            async def complete(job: Job) -> int:
+                body = {"model": job.adapter or "bench-base", "prompt": job.prompt, "max_tokens": NEW_TOKENS,
+                        "temperature": 0}  # fmt: skip
+                response = await client.post("/v1/completions", json=body)
+                response.raise_for_status()
+                return int(response.json()["usage"]["completion_tokens"])
+
+            return sum(await asyncio.gather(*(complete(job) for job in jobs)))
+
+    def _cpu_seconds(self) -> float:
+        front = psutil.Process(self._process.pid)
+        return sum(sum(it.cpu_times()[:2]) for it in (front, *front.children(recursive=True)))
+
+    def stop(self) -> None:
+        self._process.terminate()
+        self._process.wait(30)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

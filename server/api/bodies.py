@@ -1,0 +1,88 @@
+"""From the bytes of a request to a checked body: strict JSON, counted before it is built.
+
+Python's parser takes UTF-16, lets the last of two equal keys win, and holds the interpreter while it builds hundreds of
+thousands of lists. A proxy that read the first of two `model` keys would have checked another model than is served.
+"""
+
+import asyncio
+import json
+import re
+from collections import Counter
+from typing import Any, TypeVar
+
+from fastapi import Request
+from pydantic import ValidationError
+
+from server.api.protocol import Body, BodyLimits
+from server.api.service import service_of
+from server.errors import InvalidRequest
+
+INLINE_BYTES = 64 << 10  # parsed at once; longer bodies in a thread, where only the parser's own steps hold others up
+MAX_CONTAINERS = 10_000  # lists and objects in one body
+MAX_KEYS = 50_000
+# possessive, and an unfinished string ends with the body: linear whatever is sent
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
+Parsed = TypeVar("Parsed", bound=Body)
+
+
+async def read_body(request: Request, kind: type[Parsed]) -> Parsed:
+    """The body of the request as a `kind`. Raises InvalidRequest."""
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type != "application/json":
+        raise InvalidRequest(
+            "the body must be a JSON object, sent with Content-Type: application/json", code="invalid_body"
+        )
+    raw = await request.body()
+    value = parse(raw) if len(raw) <= INLINE_BYTES else await asyncio.to_thread(parse, raw)
+    return validated(kind, value, service_of(request).body_limits)
+
+
+def parse(raw: bytes) -> dict[str, Any]:
+    """A JSON object. Raises InvalidRequest for anything else, for equal keys, and for more structure than is served."""
+    if len(raw) > INLINE_BYTES:
+        _refuse_too_many(_STRING.sub(b'"', raw))
+    try:
+        value = json.loads(raw.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
+    except UnicodeDecodeError:
+        raise InvalidRequest("the body is not UTF-8", code="invalid_json") from None
+    except (ValueError, RecursionError):
+        raise InvalidRequest("the body is not valid JSON", code="invalid_json") from None
+    if not isinstance(value, dict):
+        raise InvalidRequest("the body must be a JSON object", code="invalid_body")
+    return value
+
+
+def validated(kind: type[Parsed], value: dict[str, Any], limits: BodyLimits) -> Parsed:
+    """Raises InvalidRequest with the first problem, by field, and without an echo of what was sent."""
+    try:
+        return kind.model_validate(value, context=limits)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    # for a union, pydantic names each alternative that it tried; the field is enough
+    path = ".".join(str(step) for step in first["loc"] if str(step).isidentifier() or str(step).isdecimal())[:200]
+    param = str(first["loc"][0])[:200] if first["loc"] else None
+    raise InvalidRequest(f"{path or 'the body'}: {first['msg']}", param=param, code="invalid_value")
+
+
+def _refuse_too_many(structure: bytes) -> None:
+    """`structure` is the body without its strings."""
+    containers = structure.count(b"[") + structure.count(b"{")
+    keys = structure.count(b":")
+    if containers > MAX_CONTAINERS or keys > MAX_KEYS:
+        raise InvalidRequest(
+            f"the body has {containers:,} lists and objects and {keys:,} keys; at most {MAX_CONTAINERS:,} and "
+            f"{MAX_KEYS:,} are read",
+            code="invalid_body",
+        )
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise InvalidRequest(f"the key {twice[:100]!r} is in one object twice", code="duplicate_key")
+    return found
+
+
+def _no_constant(token: str) -> Any:
+    raise InvalidRequest(f"the body holds {token}, which is not JSON", code="invalid_json")
