@@ -15,7 +15,7 @@ _MAX_BYTES = 200
 # `models--org--Name` is how a hub cache spells org/Name; the directory below it is called by a hash
 _HUB_CACHE = re.compile(r"models--([^/]+)")
 _QUANTISED = re.compile(
-    r"(?<![a-z0-9])(bnb|[48][-_]?bits?|nf4|fp4|int[48]|w[48]a(8|16)|gptq|awq|gguf|exl[23]|hqq|aqlm|qlora|q[48]_[01k])"
+    r"(?<![a-z0-9])(bnb|[48][-_]?bits?|nf4|(?:nv|mx)?fp[48]|int[48]|w[48]a(8|16)|gptq|awq|gguf|exl[23]|hqq|aqlm|qlora|q[48]_[01k])"
     r"(?![a-z0-9])"
 )
 # initialisations that move a part of the base's weights into the adapter, and publish what is left as a base

@@ -46,6 +46,7 @@ def test_names_are_compared_by_their_last_step_without_case(name: str, known: tu
         "a-nf4",
         "a-int4",
         "a.w4a16",
+        "a-FP8",
         "a-4bit",
         "a-8bit",
         "a_q4_k_m",
