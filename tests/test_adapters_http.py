@@ -83,7 +83,7 @@ def refusals(root: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def server(root: Path, refusals: dict[str, str]) -> Iterator[LiveServer]:
-    server = start(root, "--base-name", BASE_NAME, "--verify-timeout-s", "3")
+    server = start(root, "--base-name", BASE_NAME, "--verify-timeout-s", "5")
     yield server
     assert server.stop() == 0, server.output()
 
@@ -172,7 +172,7 @@ def test_others_are_served_while_an_adapter_takes_too_long(server: LiveServer, h
     assert not answers
     thread.join(20)
     error = answers[0].json()["error"]
-    assert answers[0].status_code == 422 and "took more than 3 s" in error["message"], error
+    assert answers[0].status_code == 422 and "took more than 5 s" in error["message"], error
     assert "--verify-timeout-s" in error["message"]
 
 
@@ -182,7 +182,7 @@ def test_a_client_that_leaves_ends_its_verification(server: LiveServer) -> None:
         client.post("/v1/adapters", json={"name": "slow", "path": "../more/slow"}, timeout=httpx.Timeout(10, read=0.7))
     begin = time.monotonic()
     eventually(lambda: busy(server) == 0)
-    assert time.monotonic() - begin < 2  # it would have had two seconds more
+    assert time.monotonic() - begin < 2  # it would have had four seconds more
     assert {it.pid for it in verifying(server)} <= before
 
 
