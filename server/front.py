@@ -56,6 +56,7 @@ async def serve(config: ServerConfig, reports: Reports) -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
             asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the other cores are the engine's
     check_kernels_are_ours()
     text = Text.load(Path(config.engine.model_dir))
     with listener.bind(config.host, config.port) as door:  # now, not after minutes of loading

@@ -57,7 +57,12 @@ class Service:
 
     async def encode(self, texts: Sequence[str], param: str) -> list[list[int]]:
         """Tokens of each text."""
-        return await self._off_the_loop(sum(map(len, texts)), self.text.encode, texts, self.info.max_model_len, param)
+        num_chars, most = sum(map(len, texts)), self.text.most_chars(self.max_request_tokens)
+        if num_chars > most:
+            raise InvalidRequest(
+                f"all prompts together have {num_chars:,} characters; at most {most:,} are served", param=param
+            )
+        return await self._off_the_loop(num_chars, self.text.encode, texts, self.info.max_model_len, param)
 
     async def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Tokens of a conversation, ready for the model's answer."""

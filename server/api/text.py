@@ -64,11 +64,15 @@ class Text:
             self._refuse_if_longer(len(text), max_tokens, param)
         return [_ids(it, max_tokens, param) for it in _encoded(self._tokenizer, texts, param, add_special_tokens)]
 
+    def most_chars(self, num_tokens: int) -> int:
+        """Characters that so many tokens can stand for."""
+        return num_tokens * self._longest_token
+
     def _refuse_if_longer(self, num_chars: int, max_tokens: int, param: str) -> None:
-        if num_chars > max_tokens * self._longest_token:
+        if num_chars > self.most_chars(max_tokens):
             raise InvalidRequest(
                 f"the text has {num_chars:,} characters; the model's {max_tokens:,} tokens are at most "
-                f"{max_tokens * self._longest_token:,}",
+                f"{self.most_chars(max_tokens):,}",
                 param=param,
                 code="context_length_exceeded",
             )
