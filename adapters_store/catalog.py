@@ -78,10 +78,9 @@ class Catalog:
             return True
 
     def get(self, name: str) -> CatalogEntry:
-        entry = self._entries.get(name.casefold())
-        if entry is None or entry.ref.name != name:
+        if name not in self:
             raise AdapterNotFound(name)
-        return entry
+        return self._entries[name.casefold()]
 
     def remove(self, name: str) -> CatalogEntry:
         """New requests no longer find it; requests that hold its reference are the engine's to finish."""
@@ -93,8 +92,9 @@ class Catalog:
     def __iter__(self) -> Iterator[CatalogEntry]:
         return iter(sorted(self._entries.values(), key=lambda entry: entry.ref.name))
 
-    def __len__(self) -> int:
-        return len(self._entries)
+    def __contains__(self, name: str) -> bool:
+        entry = self._entries.get(name.casefold())
+        return entry is not None and entry.ref.name == name
 
     def _check_name(self, name: str) -> None:
         if not _NAME.fullmatch(name):

@@ -22,6 +22,7 @@ from server.errors import ConfigError, HeddleError
 from server.version import VERSION
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
+LOG_WIDTH = 200  # columns, where the console is a file or a journal
 EXIT_CONFIG = 78  # EX_CONFIG: a supervisor need not try again
 DEMO_QUESTION = ("roman", "How would Caesar write 1989?")
 
@@ -29,7 +30,7 @@ DEMO_QUESTION = ("roman", "How would Caesar write 1989?")
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else LOG_WIDTH)
     try:
         return asyncio.run(front.serve(_config(options), _Announcer(console, options.model_dir is None).reports()))
     except HeddleError as error:
@@ -184,10 +185,9 @@ class _Announcer:
 
 
 def _remarks(entry: CatalogEntry, service: Service) -> str:
-    """Which base it says it was trained on, where that is not this one's very name, and what is odd about that."""
+    """Which base it says it was trained on, and what is odd about that."""
     declared = entry.package.declared_base
-    told = f"trained on {declared}" if declared not in (None, service.catalog.base_name) else ""
-    return " ".join(warnings_for(entry, service)) or told
+    return " ".join(warnings_for(entry, service)) or (f"trained on {declared}" if declared else "")
 
 
 if __name__ == "__main__":

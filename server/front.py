@@ -1,6 +1,7 @@
 """The front process: engine, catalogue and HTTP, from start to exit."""
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -134,6 +135,7 @@ async def _serve_http(
     try:
         while not server.started and not http.done():
             await asyncio.sleep(0.01)
+        gc.freeze()  # what was made until now stays: a collection that walked it would hold up everybody
         door.listen(listener.BACKLOG)  # asyncio has just set it to what it accepts at once
         reports.ready(service, listener.url(door))
         await asyncio.wait((http, pump, stop, *ends), return_when=asyncio.FIRST_COMPLETED)

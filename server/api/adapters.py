@@ -1,6 +1,7 @@
 """Adapters while others decode: POST, GET and DELETE /v1/adapters."""
 
 import logging
+from collections.abc import Mapping
 
 from fastapi import APIRouter, Request, Response
 
@@ -8,12 +9,14 @@ from adapters_store.catalog import CatalogEntry, entry_of
 from adapters_store.declared_base import difference, is_known, remarks
 from adapters_store.errors import UnsupportedAdapter
 from adapters_store.parts import describe
+from adapters_store.ref import AdapterRef
 from adapters_store.verifier import VerifierBusy, VerifierClosed
 from server.api.bodies import read_body
 from server.api.errors import respond
 from server.api.protocol import AdapterBody
 from server.api.service import Service, service_of
 from server.api.sse import ClientLeft, unless_client_leaves
+from server.engine.messages import AdapterOnDevice
 from server.errors import Overloaded, ShuttingDown
 
 log = logging.getLogger("heddle.adapters")
@@ -34,20 +37,22 @@ async def add(request: Request) -> Response:
     is_new = register(entry, service)
     declared = entry.package.declared_base or "a base that it does not name"
     log.info("adapter %s: %s, trained on %s", entry.ref.name, entry.ref.kind, declared)
-    return respond(201 if is_new else 200, _adapter(entry, service))
+    return respond(201 if is_new else 200, _adapter(entry, service, _on_device(service)))
 
 
 @router.get("/v1/adapters")
 async def list_all(request: Request) -> Response:
     service = service_of(request)
-    return respond(200, {"object": "list", "data": [_adapter(entry, service) for entry in service.catalog]})
+    on_device = _on_device(service)
+    data = [_adapter(entry, service, on_device) for entry in service.catalog]
+    return respond(200, {"object": "list", "data": data})
 
 
 @router.get("/v1/adapters/{name}")
 async def get_one(name: str, request: Request) -> Response:
     service = service_of(request)
     entry = service.catalog.get(name)
-    return respond(200, _adapter(entry, service) | describe(entry.package))
+    return respond(200, _adapter(entry, service, _on_device(service)) | describe(entry.package))
 
 
 @router.delete("/v1/adapters/{name}")
@@ -95,8 +100,14 @@ def _check_base(entry: CatalogEntry, service: Service) -> None:
         )
 
 
-def _adapter(entry: CatalogEntry, service: Service) -> dict[str, object]:
-    on_device = next((it for it in service.client.stats.adapters if it.ref == entry.ref), None)
+def _on_device(service: Service) -> dict[AdapterRef, AdapterOnDevice]:
+    return {it.ref: it for it in service.client.stats.adapters}
+
+
+def _adapter(
+    entry: CatalogEntry, service: Service, residents: Mapping[AdapterRef, AdapterOnDevice]
+) -> dict[str, object]:
+    on_device = residents.get(entry.ref)
     return {
         "id": entry.ref.name,
         "object": "adapter",

@@ -53,7 +53,7 @@ class Service:
             raise NotFound(f"the model {model[:128]!r} does not exist", param="model", code="model_not_found") from None
 
     def is_served(self, model: str) -> bool:
-        return model == self.catalog.base_name or any(entry.ref.name == model for entry in self.catalog)
+        return model == self.catalog.base_name or model in self.catalog
 
     async def encode(self, texts: Sequence[str], param: str) -> list[list[int]]:
         """Tokens of each text."""
