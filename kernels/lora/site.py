@@ -48,14 +48,12 @@ class LoraSite:
         self.widths = tuple(widths)
         self.own_inputs, self.transposed = own_inputs, transposed
         self.by_slot: dict[int, list[LoraWeights | None]] = {}
-        self.is_used = False  # whether any adapter so far acted here; it stays so, since captured graphs do
         self.table: Tensor | None = None
         self.offsets: Tensor | None = None  # [slices + 1] int32 on the device: first column of each slice, and the end
 
     def put(self, slot: int, slice_index: int, weights: LoraWeights) -> None:
         """The host's form; whoever owns the table copies `rows` there."""
         self.by_slot.setdefault(slot, [None] * len(self.widths))[slice_index] = weights
-        self.is_used = True
 
     def remove(self, slot: int) -> None:
         self.by_slot.pop(slot, None)
@@ -102,11 +100,11 @@ class Segments(NamedTuple):
     tile_rows: int = 0  # the most rows of a tile
     max_rank: int = 0  # no adapter of the batch has more
     counters: Tensor | None = None  # [1 + most * slices] int32, zero; left zero
+    at_all_sites: bool = False  # of a captured batch: it is replayed with adapters that were not there yet
 
-    @property
-    def is_empty(self) -> bool:
-        """A captured batch is never empty: what it holds is read from the device."""
-        return not self.spans and self.tiles is None
+    def act_at(self, site: LoraSite) -> bool:
+        """Whether a launch may have work at this site. What a captured batch holds is read from the device."""
+        return self.at_all_sites or (bool(site.by_slot) and (bool(self.spans) or self.tiles is not None))
 
 
 def cut(spans: Sequence[Segment], tile_rows: int) -> list[tuple[int, int, int]]:

@@ -1,16 +1,18 @@
 """Adapters while others decode: POST, GET and DELETE /v1/adapters."""
 
 import asyncio
+import logging
 
 from fastapi import APIRouter, Request, Response
 
 from adapters_store.catalog import CatalogEntry
 from adapters_store.errors import UnsupportedAdapter
-from adapters_store.parts import ExpertReplacement, describe
+from adapters_store.parts import ExpertReplacement, LowRank, describe
 from server.api.errors import respond
 from server.api.protocol import AdapterBody
 from server.api.service import Service, service_of
 
+log = logging.getLogger("heddle.adapters")
 router = APIRouter()
 
 
@@ -52,6 +54,8 @@ async def delete(name: str, request: Request) -> Response:
 
 def register(entry: CatalogEntry, service: Service) -> bool:
     is_new = service.catalog.add(entry)
+    if (warning := _graph_warning(entry, service)) is not None:
+        log.warning("the adapter %r: %s", entry.ref.name, warning)
     service.client.add_adapter(entry.ref, entry.package)  # known or not: its files may be elsewhere now
     return is_new
 
@@ -76,6 +80,18 @@ def check_room(entry: CatalogEntry, service: Service) -> None:
             )
 
 
+def _graph_warning(entry: CatalogEntry, service: Service) -> str | None:
+    """What a LoRA of a higher rank than decodes were captured for costs, if this is one."""
+    limit = service.info.graph_rank
+    rank = max((part.rank for part in entry.package.parts if isinstance(part, LowRank)), default=0)
+    if limit is None or rank <= limit:
+        return None
+    return (
+        f"its rank {rank} is above {limit}, the highest that decodes are captured for: every step with one of its "
+        f"requests launches its kernels one by one, and the requests beside it wait too; --max-rank {rank} captures it"
+    )
+
+
 def _adapter(entry: CatalogEntry, service: Service) -> dict[str, object]:
     on_device = next((it for it in service.client.stats.adapters if it.ref == entry.ref), None)
     return {
@@ -87,6 +103,7 @@ def _adapter(entry: CatalogEntry, service: Service) -> dict[str, object]:
         "parent": service.catalog.base_name,
         "created": entry.created,
         "bytes": entry.package.file_bytes,
+        "warnings": [warning for warning in (_graph_warning(entry, service),) if warning is not None],
         "device": {
             "state": on_device.state if on_device else "absent",
             "bytes": on_device.bytes if on_device else 0,
