@@ -25,6 +25,7 @@ from kernels.compiled.kernel import Configuration, dot, stages
 from kernels.expert_route import Routed
 from kernels.lora.site import FEW_TILE_ROWS, LoraSite, Segments
 
+DECODE_COLUMNS = 64  # of an expand: one item of work
 _RANKS = 16  # ranks at a time: a matrix instruction's
 _TRITON_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -305,7 +306,7 @@ def expert_lora(
 
 def _blocks(tile: int, itemsize: int) -> tuple[int, int, int]:
     """Columns of an expand, depth of a shrink's step, warps of an expand."""
-    return (64, 256 // itemsize, 4) if tile <= 16 else (64, 128 // itemsize, 8)
+    return (DECODE_COLUMNS, 256 // itemsize, 4) if tile <= 16 else (64, 128 // itemsize, 8)
 
 
 def _splits(depth: int, tile: int, in_experts: bool = False) -> int:

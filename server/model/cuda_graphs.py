@@ -39,7 +39,8 @@ class CudaCapture:
     """Captures into graphs that share one pool of memory: what they compute is read before the next is replayed."""
 
     def __init__(self, cuda: Any = torch.cuda) -> None:
-        self._cuda, self._pool = cuda, cuda.graph_pool_handle()
+        self._cuda = cuda
+        self.take_new_pool()
         # one for all: libraries keep a workspace for every stream that they have seen
         self._stream = cuda.Stream()
 
@@ -59,9 +60,13 @@ class CudaCapture:
             # torch ends the capture before it restores the stream, and where ending fails it does not restore it; the
             # allocator then goes on to take the old pool for one that is being captured into
             self._cuda.set_stream(before)
-            self._pool = self._cuda.graph_pool_handle()
+            self.take_new_pool()
             raise
         return graph.replay  # type: ignore[no-any-return]
+
+    def take_new_pool(self) -> None:
+        """A pool cannot be captured into again once all of its graphs are gone, or one that failed has kept it."""
+        self._pool = self._cuda.graph_pool_handle()
 
 
 def batch_sizes(largest: int) -> list[int]:
