@@ -18,8 +18,7 @@ from server.weights.padded_arena import PaddedArenas
 
 
 def assumptions(bench: Bench) -> Iterator[Row]:
-    yield {"case": "copy", "TB/s": bench.bandwidth / 1e12}
-    yield {"case": "matrix product of 8192 in bfloat16", "TFLOP/s": bench.matrix_rate / 1e12}
+    yield bench.rates()
     yield from _products(bench)
     yield _launch_gap(bench)
     yield from _arena_beside_allocations(bench)

@@ -19,13 +19,13 @@ from benchmarks.gpu.report import Row
 
 def correctness(bench: Bench) -> Iterator[Row]:
     """Fresh random inputs in every run. A case that fails is a row, and the others still run."""
-    scale = bench.scale
+    scale, seed = bench.scale, int(time.time())
     dtypes = (torch.float32, torch.bfloat16) if scale.is_cuda else (torch.float32,)
     for dtype in dtypes:
         for op in bench.parts:
             try:
-                for case in cases_of(op, Draw(scale, dtype, int(time.time()))):
-                    yield _compared(case)
+                for case in cases_of(op, Draw(scale, dtype, seed)):
+                    yield _compared(case) | {"seed": seed}
             except Exception as error:
                 traceback.print_exc()
                 yield {"op": op, "case": "making the cases", "failed": f"{type(error).__name__}: {error}"}

@@ -2,9 +2,7 @@
 
 import statistics
 import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -112,6 +110,13 @@ class Bench:
         a, b = (torch.randn(size, size, device=self.scale.device, dtype=torch.bfloat16) for _ in range(2))
         return 2 * size**3 / self.clock.seconds([lambda: a @ b])
 
+    def rates(self) -> Row:
+        """What floors are computed from. Before a model: they need memory, and leave none of it taken."""
+        row = {"case": "rates", "copy TB/s": self.bandwidth / 1e12, "matrix TFLOP/s": self.matrix_rate / 1e12}
+        if self.scale.is_cuda:
+            torch.cuda.empty_cache()
+        return row
+
     def timed(self, calls: Sequence[Callable[[], object]], num_bytes: int, num_ops: int = 0) -> Row:
         """Microseconds of one of `calls`, beside the least that anybody could take."""
         seconds = self.clock.seconds(calls)
@@ -119,13 +124,3 @@ class Bench:
         floor = max(by_bytes, by_ops)
         return {"us": seconds * 1e6, "floor us": floor * 1e6, "share of ceiling": floor / seconds,
                 "bound by": "bytes" if by_bytes >= by_ops else "matrix rate"}  # fmt: skip
-
-
-@contextmanager
-def noted(rows: list[Row], **named: str) -> Iterator[None]:
-    """What fails is a row of these names, and what follows still runs."""
-    try:
-        yield
-    except Exception as error:
-        traceback.print_exc()
-        rows.append({**named, "failed": f"{type(error).__name__}: {error}"})

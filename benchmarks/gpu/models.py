@@ -15,6 +15,7 @@ from server.device import reserved_bytes
 ESFT_ADAPTERS = 20
 _SLACK = 3 << 30  # libraries' workspaces, a prompt's activations
 _PAGE = 2 << 20
+_FAVOUR = 32.0  # a power of two: the weights come back exactly
 
 
 class Decodes:
@@ -45,11 +46,12 @@ class Decodes:
 
 
 def esft(bench: Bench) -> Iterator[Row]:
-    name, size = "DeepSeek-V2-Lite", bench.scale.size
+    yield bench.rates()
+    size = bench.scale.size
     context, tuned_count = size(1024, 9), size(6, 2)
     kv_tokens = size(256, 4) * context + size(4096, 64)
     layers, adapter_bytes = esft_sizes(bench, kv_tokens, tuned_count)
-    serving = Serving(name, bench, layers, kv_cache_bytes=kv_tokens * layers * size(576 * 2, 512),
+    serving = Serving("DeepSeek-V2-Lite", bench, layers, kv_cache_bytes=kv_tokens * layers * size(576 * 2, 512),
                       adapter_bytes=adapter_bytes, adapter_slots=ESFT_ADAPTERS, max_experts_per_adapter=tuned_count,
                       max_running=size(256, 2), tokens_per_step=size(2048, 16), max_model_len=size(4096, 64),
                       max_rank=0)  # fmt: skip
@@ -67,15 +69,21 @@ def esft(bench: Bench) -> Iterator[Row]:
             yield _memory(bench, serving, adapters)
     yield decodes.row(f"base, {resident} resident", size(32, 2), 0)
     yield from _prompts(bench, serving, context, resident)
-    table = [(label, serving.decodes(size(32, 2), context, count)) for label, count in
-             (("base, batch 32", 0), (f"{resident} ESFT, batch 32", resident))]  # fmt: skip
-    serving.favour(tuned)
+    serving.favour(tuned, _FAVOUR)
     decodes.forget_base()
     for batch in batches:
         yield decodes.row("base, router favours the tuned", batch, 0)
         yield decodes.row(f"{resident} ESFT, router favours the tuned", batch, resident)
-    for label, plan in table[: size(2, 1)]:
-        yield from by_kernel(bench, label, serving.work(plan), serving.time(plan).device, layers)
+    serving.favour(tuned, 1 / _FAVOUR)
+    yield from _tables(bench, serving, context, (("base", 0), (f"{resident} ESFT", resident)))
+
+
+def _tables(bench: Bench, serving: Serving, context: int, kinds: Sequence[tuple[str, int]]) -> Iterator[Row]:
+    """One replay by kernel, without and with adapters."""
+    batch, layers = bench.scale.size(32, 2), serving.model.config.num_hidden_layers
+    for name, adapters in kinds[: bench.scale.size(2, 1)]:
+        plan = serving.decodes(batch, context, adapters)
+        yield from by_kernel(bench, f"{name}, batch {batch}", serving.work(plan), serving.time(plan).device, layers)
 
 
 def esft_sizes(bench: Bench, kv_tokens: int, tuned: int) -> tuple[int, int]:
@@ -133,6 +141,7 @@ def _prompts(bench: Bench, serving: Serving, context: int, adapters: int) -> Ite
 
 
 def lora(bench: Bench) -> Iterator[Row]:
+    yield bench.rates()
     size = bench.scale.size
     context, batches = size(1024, 9), (1, 8, 32, 128) if not bench.scale.is_toy else (2,)
     kv_tokens = batches[-1] * context + size(4096, 64)
@@ -154,10 +163,9 @@ def lora(bench: Bench) -> Iterator[Row]:
     yield decodes.row(f"base, {resident} resident", size(32, 2), 0)
     yield from _prompts(bench, serving, context, resident)
     serving.add_lora(1, (size(128, 16),))
+    yield decodes.row("base", resident + 1, 0)
     yield decodes.row("one of a rank that no graph has", resident + 1, resident + 1)
-    for label, count in (("base, batch 32", 0), ("8 LoRA, batch 32", size(8, 2)))[: size(2, 1)]:
-        plan = serving.decodes(size(32, 2), context, count)
-        yield from by_kernel(bench, label, serving.work(plan), serving.time(plan).device, layers)
+    yield from _tables(bench, serving, context, (("base", 0), ("8 LoRA", 8)))
 
 
 _LORA: Sequence[tuple[int, Sequence[int]]] = ((0, ()), (1, (16,)), (8, (16,)), (32, (8, 16, 32, 64)))

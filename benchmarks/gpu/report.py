@@ -52,8 +52,9 @@ def _plain(value: object) -> object:
 def failures(rows: list[Row]) -> list[str]:
     """Of a section's file: what went wrong, a line each. A section that measured nothing has failed."""
     found = [_as_line(row) for row in rows if row.get("failed") or row.get("ok") is False]
-    found += [row[ENDED] for row in rows if ENDED in row and row[ENDED] != "well"]
-    if not any(ENDED in row for row in rows):
+    ends = [row for row in rows if ENDED in row]
+    found += [f"{row[ENDED]} {row.get('parts', '')}".strip() for row in ends if row[ENDED] != "well"]
+    if not ends:
         found.append("it has not ended")
     return found or ([] if figures(rows) else ["it gave no rows"])
 

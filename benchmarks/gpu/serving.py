@@ -28,6 +28,8 @@ from server.model.loader import layer_of
 from server.model.probe import PROBE
 from server.model.routers import Router
 from server.model.warm_up import warm_up
+from server.weights.choice import choose_arenas
+from server.weights.padded_arena import PaddedArenas
 
 GREEDY = Sampling(temperature=0.0)
 LOAD_TIMEOUT_S = 60
@@ -71,7 +73,7 @@ class Serving:
             "case": "start", "layers": f"{self.model.config.num_hidden_layers} of {wanted}",
             "weight bytes": self.weight_bytes, "KV bytes": self.info.kv_cache_bytes,
             "adapter bytes": self.info.adapter_bytes, "model s": made - start, "engine s": time.perf_counter() - made,
-            "graphs": self.graphs.num_captured,
+            "graphs": self.graphs.num_captured, "memory": _kind_of_memory(bench.scale.device),
         }  # fmt: skip
 
     def _stand_in_for_graphs(self, config: EngineConfig) -> None:
@@ -113,18 +115,19 @@ class Serving:
                     module.stacks.gate_up[place].normal_(0, 0.02)
                     module.stacks.down[place].normal_(0, 0.02)
 
-    def favour(self, tuned: Mapping[int, Sequence[int]], factor: float = 30.0) -> None:
-        """Scale the router's rows of these experts: half of the tokens then rank each of them above all others."""
+    def favour(self, tuned: Mapping[int, Sequence[int]], factor: float) -> None:
+        """Scale the router's rows of these experts. If by much, half of the tokens rank each of them above all others,
+        and the others last."""
         for name, module in self.model.named_modules():
             if isinstance(module, Router):
                 module.weight.data[list(tuned[layer_of(name)])] *= factor
 
-    def add_lora(self, count: int, ranks: Sequence[int], modules: Callable[[str], bool] = lambda _: True) -> None:
+    def add_lora(self, count: int, ranks: Sequence[int]) -> None:
         for index in range(count):
             rank = ranks[index % len(ranks)]
             parts = [
                 _low_rank(name, rank, shape) for name, shape in self.info.base.linears.items()
-                if modules(name) and name != "lm_head"
+                if name != "lm_head"
             ]  # fmt: skip
             slot = self._make_resident("lora", tuple(parts))
             for site in self.residency.sites:
@@ -178,7 +181,7 @@ class Serving:
         return decodes + self._prefill(tokens, batch * -(-context // self._block_size), 1 if adapters else 0)
 
     def _prefill(self, tokens: int, first_block: int, slot: int) -> list[Scheduled]:
-        request = self._request(len(self._adapters) + (1 << 20), tokens, first_block)
+        request = self._request(1 << 20, tokens, first_block)
         request.slot = slot
         return [Scheduled(request, 0, tokens)]
 
@@ -219,6 +222,8 @@ class Serving:
         return lay_out(sorted(plan, key=lambda it: it.request.slot), self.residency, self._block_size)
 
     def picks(self, plan: list[Scheduled]) -> Picks:
+        if not self.experts:
+            return Picks(0, 0.0)
         seen: list[Picks] = []
 
         def note(module: RoutedExperts, arguments: tuple[torch.Tensor, ...]) -> None:
@@ -229,7 +234,7 @@ class Serving:
         self.eager(plan)
         for hook in hooks:
             hook.remove()
-        return Picks(sum(it.slots for it in seen), sum(it.tuned for it in seen) / max(1, len(seen)))
+        return Picks(sum(it.slots for it in seen), sum(it.tuned for it in seen) / len(seen))
 
     def eager(self, plan: list[Scheduled]) -> torch.Tensor:
         """The step's logits, each kernel launched in turn."""
@@ -287,6 +292,10 @@ def _random_model(name: str, scale: Scale, layers: int) -> nn.Module:
     torch.manual_seed(0)
     with scale.device:
         return AutoModelForCausalLM.from_config(config, dtype=scale.dtype, attn_implementation=PROBE).eval()
+
+
+def _kind_of_memory(device: torch.device) -> str:
+    return "padded" if isinstance(choose_arenas(device), PaddedArenas) else "virtual"
 
 
 def _ref(key: str, *shape: int) -> TensorRef:
