@@ -35,7 +35,7 @@ class Scale:
 
     def copies(self, num_bytes: int) -> int:
         """How many copies of what a call reads outgrow the caches."""
-        return 1 if self.is_toy else max(1, min(16, -(-_ROTATED_BYTES // max(1, num_bytes))))
+        return 1 if self.is_toy else max(1, min(128, -(-_ROTATED_BYTES // max(1, num_bytes))))
 
 
 class Clock:

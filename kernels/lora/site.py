@@ -38,7 +38,8 @@ class LoraSite:
 
     widths: output features of each slice. `by_slot[slot][i]`: what the adapter in `slot` adds to slice i, if anything.
     `table` is the same for kernels: [slots + 1, slices, 4] int64 on the device, rows as `table_row` makes them; a view
-    of one table for all sites, so that an adapter is installed with one copy.
+    of one table for all sites, so that an adapter is installed with one copy. No adapter is in slot 0, so its first
+    number is free to say whether any acts here; where none does, a launch ends at once.
 
     own_inputs: slice i reads the i-th part of x's columns, not all of them (the heads of absorbed attention).
     transposed: a is [in, rank] and b [rank, out].
@@ -52,7 +53,8 @@ class LoraSite:
         self.offsets: Tensor | None = None  # [slices + 1] int32 on the device: first column of each slice, and the end
 
     def put(self, slot: int, slice_index: int, weights: LoraWeights) -> None:
-        """The host's form; whoever owns the table copies `rows` there."""
+        """The host's form; whoever owns the table copies `rows` of the slot, and those of slot 0, there."""
+        assert slot > 0
         self.by_slot.setdefault(slot, [None] * len(self.widths))[slice_index] = weights
 
     def remove(self, slot: int) -> None:
@@ -65,6 +67,8 @@ class LoraSite:
 
     def rows(self, slot: int) -> list[tuple[int, int, int, int]]:
         """What the table says of `slot`: [slices] rows."""
+        if slot == 0:
+            return [(int(bool(self.by_slot)), 0, 0, 0)] * len(self.widths)
         adapter = self.by_slot.get(slot, [None] * len(self.widths))
         assert self.own_inputs or all(it is None or it.a.data_ptr() % 16 == 0 for it in adapter)
         return [_NOTHING if weights is None else table_row(weights, self.transposed) for weights in adapter]

@@ -118,8 +118,8 @@ class GraphedForward:
         except RuntimeError as error:  # out of memory is one too
             raise CaptureError(
                 f"a decode of {key.rows} rows{' with LoRA' * key.with_lora}{' with expert adapters' * key.with_experts}"
-                f" cannot be captured as a CUDA graph, after {len(self._graphs)} others: {error}. If memory is short, "
-                "lower kv_cache_bytes or max_running"
+                f" cannot be captured as a CUDA graph, after {len(self._graphs)} others: {_first(error)}. If memory is "
+                "short, lower kv_cache_bytes or max_running"
             ) from error
 
     def replay(self, key: GraphKey) -> Callable[[], object]:
@@ -136,3 +136,10 @@ class GraphedForward:
 
     def _reach(self, key: GraphKey) -> LoraReach | None:
         return LoraReach(self.max_rank, at_all_sites=True) if key.with_lora else None
+
+
+def _first(error: BaseException) -> BaseException:
+    """What went wrong, where ending the capture then failed because of it."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error

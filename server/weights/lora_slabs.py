@@ -70,14 +70,12 @@ class LoraSlabs:
             for site, split in self._bindings[part.module]:
                 for index, weights in split(LoraWeights(a, b, part.scale)):
                     site.put(slot, index, weights)
-        if self._table is not None:
-            to_device(self._table[slot], [row for site in self.sites for row in site.rows(slot)])
+        self._show(slot)
 
     def unmap(self, slot: int) -> None:
         for site in self.sites:
             site.remove(slot)
-        if self._table is not None:
-            self._table[slot].zero_()
+        self._show(slot)
         del self._ranks[slot]
         self._pool.give_back(self._arena.unmap(self._start(slot), self._sizes.pop(slot)))
 
@@ -92,6 +90,12 @@ class LoraSlabs:
     @property
     def num_mapped_pages(self) -> int:
         return self._arena.num_mapped_pages
+
+    def _show(self, slot: int) -> None:
+        """To kernels: what the slot holds now, and at which sites any slot holds anything."""
+        if self._table is not None:
+            for row in (slot, 0):
+                to_device(self._table[row], [numbers for site in self.sites for numbers in site.rows(row)])
 
     def _start(self, slot: int) -> int:
         return (slot - 1) * self._stride
