@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.aot import Compiled, as_table
 from benchmarks.gpu import models, sections
 from benchmarks.gpu.measure import Bench, Scale
 from benchmarks.gpu.processes import run_limited
@@ -152,9 +151,3 @@ def test_a_device_that_is_too_small_is_refused_with_the_numbers(monkeypatch: pyt
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (16 * GIB, 24 * GIB))
     with pytest.raises(RuntimeError, match=rf"{16 * GIB:,} of {24 * GIB:,} bytes are free"):
         models.esft_sizes(Bench(Scale(torch.device("cpu"), is_toy=False)), 266_240, 6)
-
-
-def test_the_table_of_compiled_kernels_says_what_spills() -> None:
-    rows = [Compiled("sampling", "fp32", "sm_90", 128, 0, spilled, 16) for spilled in (0, 8)]
-    assert "None spills." in as_table(rows[:1]).splitlines()[0]
-    assert "Spilled by a thread of sampling fp32 on sm_90: 8 bytes." in as_table(rows).splitlines()[0]

@@ -35,3 +35,12 @@ def test_an_engine_of_real_width_compiles_as_it_is_launched(model_type: str) -> 
     if model_type != "llama":
         wanted += ["route_kernel", "gate_up_kernel", "down_kernel", "combine_kernel"]
     assert all(f"'{kernel}'" in done.stdout for kernel in wanted), done.stdout
+
+
+def test_the_table_of_compiled_kernels_says_what_spills() -> None:
+    """In a process of its own: benchmarks.aot turns the interpreter off."""
+    row = "aot.Compiled('sampling', 'fp32', 'sm_90', 128, 0, {spilled}, 16)"
+    rows = f"[{row.format(spilled=0)}, {row.format(spilled=8)}]"
+    done = run("-c", f"from benchmarks import aot; print(aot.as_table({rows})); print(aot.as_table({rows}[:1]))")
+    first, *_, last = [line for line in done.stdout.splitlines() if line.startswith("Triton")]
+    assert first.endswith("Spilled by a thread of sampling fp32 on sm_90: 8 bytes.") and last.endswith("None spills.")
