@@ -99,7 +99,7 @@ class Bench:
     @cached_property
     def bandwidth(self) -> float:
         """Bytes a second that a device-to-device copy reads and writes."""
-        source = torch.randint(256, (self.scale.size(2 << 30, 1 << 16),), dtype=torch.uint8, device=self.scale.device)
+        source = torch.randint(256, (self.scale.size(1 << 30, 1 << 16),), dtype=torch.uint8, device=self.scale.device)
         target = torch.empty_like(source)
         return 2 * len(source) / self.clock.seconds([lambda: target.copy_(source)])
 
