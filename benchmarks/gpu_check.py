@@ -39,7 +39,7 @@ def main() -> int:
     facts = gather_facts()
     if facts["driver"] == "":
         if not options.toy:
-            print("nvidia-smi finds no GPU here; --toy shows whether the check itself runs")
+            print("there is no NVIDIA GPU here; --toy shows whether the check itself runs")
             return 2
         os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel's module is imported, here or in a section's process
     if options.once:

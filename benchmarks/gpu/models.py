@@ -53,7 +53,7 @@ def esft(bench: Bench) -> Iterator[Row]:
     layers, adapter_bytes = esft_sizes(bench, kv_tokens, tuned_count)
     serving = Serving("DeepSeek-V2-Lite", bench, layers, kv_cache_bytes=kv_tokens * layers * size(576 * 2, 512),
                       adapter_bytes=adapter_bytes, adapter_slots=ESFT_ADAPTERS, max_experts_per_adapter=tuned_count,
-                      max_running=size(256, 2), tokens_per_step=size(2048, 16), max_model_len=size(4096, 64),
+                      max_running=size(256, 2), tokens_per_step=size(2048, 6), max_model_len=size(4096, 64),
                       max_rank=0)  # fmt: skip
     yield serving.started
     rng = random.Random(1)
@@ -128,7 +128,7 @@ def _memory(bench: Bench, serving: Serving, adapters: int) -> Row:
 
 def _prompts(bench: Bench, serving: Serving, context: int, adapters: int) -> Iterator[Row]:
     """Steps with prompt tokens, which are launched kernel by kernel: alone, and beside decodes."""
-    tokens, decodes, beside = bench.scale.size(2048, 12), bench.scale.size(31, 1), bench.scale.size(512, 6)
+    tokens, decodes, beside = bench.scale.size(2048, 6), bench.scale.size(31, 1), bench.scale.size(512, 3)
     for label, slots in (("base", 0), ("adapters", adapters)):
         taken = serving.time(serving.prefill(tokens, min(1, slots)))
         share = serving.prefill_ops(tokens) / taken.device / bench.matrix_rate
@@ -151,7 +151,7 @@ def lora(bench: Bench) -> Iterator[Row]:
     )  # fmt: skip
     serving = Serving("Llama-3.1-8B", bench, layers, kv_cache_bytes=kv_tokens * layers * size(4096, 512),
                       adapter_bytes=size(12 << 30, 1 << 26), adapter_slots=40, max_running=size(128, 2),
-                      tokens_per_step=size(2048, 16), max_model_len=size(4096, 64),
+                      tokens_per_step=size(2048, 6), max_model_len=size(4096, 64),
                       max_rank=size(64, 8))  # fmt: skip
     yield serving.started
     decodes, resident = Decodes(serving, bench, context), 0

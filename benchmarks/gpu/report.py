@@ -105,6 +105,8 @@ def gather_facts() -> Row:
     """What runs where, and when. Without opening the device."""
     asked = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     name, driver, memory = ([*_output(asked).split(", "), "", "", ""])[:3]
+    if not driver and Path("/dev/nvidiactl").exists():
+        name, driver = "NVIDIA GPU", "unknown: there is no nvidia-smi"
     return {
         "device": name or "no GPU: the interpreter",
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
