@@ -110,7 +110,9 @@ def as_table(rows: list[Compiled]) -> str:
     for row in rows:
         by_name.setdefault((row.op, row.name), {})[row.target] = row
     targets = [target for target in TARGETS if any(target in found for found in by_name.values())]
-    lines = [f"Triton {triton.__version__}: registers a thread / KB of shared memory a program. None spills.", "",
+    spilling = [f"{row.op} {row.name} on {row.target}: {row.spilled} bytes" for row in rows if row.spilled]
+    spills = f"Spilled by a thread of {'; '.join(spilling)}." if spilling else "None spills."
+    lines = [f"Triton {triton.__version__}: registers a thread / KB of shared memory a program. {spills}", "",
              f"| op | configuration | {' | '.join(targets)} |", f"|---|---|{'---:|' * len(targets)}"]  # fmt: skip
     for (op, name), found in by_name.items():
         cells = [f"{found[it].registers} / {found[it].shared / 1024:.1f}" if it in found else "" for it in targets]
@@ -136,7 +138,7 @@ def main() -> int:
     table = as_table(rows)
     print(table)
     problems = [f"{row.op} {row.name} on {row.target} {row.problem}" for row in rows if row.problem]
-    print("\n".join(problems) or f"{len(rows)} compiled, none spills or passes a limit")
+    print("\n".join(problems) or f"{len(rows)} compiled by Triton {triton.__version__}, none spills or passes a limit")
     if problems:
         return 1
     if options.write:

@@ -87,8 +87,10 @@ def assemble(
     if takes_on(device):
         blocks = min(num_blocks, -(-length // config.block_size))
         forward = _by_kernels(Model(model, step), adapters.residency, limits, blocks, device)
-    if isinstance(forward, GraphedForward):
-        warm_up(forward, adapters.residency.sites, bool(injected.experts), config.block_size, on_progress)
+    if isinstance(forward, KernelForward) and device.type == "cuda":
+        logits = torch.empty(limits.max_running, model.config.vocab_size, dtype=dtype, device=device)
+        forward = GraphedForward(forward, logits, config.max_rank, CudaCapture())
+        warm_up(forward, bool(injected.experts), config.block_size, on_progress)
     on_progress("Building the engine", 1, 1)
     info = EngineInfo(
         base=_base_spec(model.config.model_type, injected),
@@ -105,6 +107,7 @@ def assemble(
         adapter_slots=config.adapter_slots,
         max_experts_per_adapter=adapters.stacks.e_max,
         stop_token_ids=stops,
+        graph_rank=config.max_rank if isinstance(forward, GraphedForward) else None,
     )
     cache = KVCache(num_blocks, config.block_size)
     runner = ModelRunner(forward, adapters.residency, config.block_size)
@@ -146,13 +149,11 @@ def install_caches(
 
 def _by_kernels(
     function: Model, residency: DeviceResidency, limits: SchedulerLimits, blocks: int, device: torch.device
-) -> Forward:
-    """Kernels, and captured graphs where there are any. blocks: of one sequence, at most."""
+) -> KernelForward:
+    """blocks: of one sequence, at most."""
     most_slices = max((len(site.widths) for site in residency.sites), default=1)
-    inputs = DeviceInputs(Capacity(limits.tokens_per_step, limits.max_running, blocks, most_slices), device)
-    if device.type == "cuda":
-        return GraphedForward(function, inputs, residency, limits.max_running, CudaCapture())
-    return KernelForward(function, inputs, residency)
+    capacity = Capacity(limits.tokens_per_step, limits.max_running, blocks, most_slices)
+    return KernelForward(function, DeviceInputs(capacity, device))
 
 
 def _base_spec(model_type: str, injected: Injected) -> BaseSpec:

@@ -97,6 +97,7 @@ _NUMBERS = {
     "max_running": "requests decoded together",
     "adapter_bytes": "memory for adapters",
     "adapter_slots": "adapters in memory at once",
+    "max_rank": "highest LoRA rank that decodes are captured for on a GPU; higher ones run without a graph; 0: all do",
     "max_experts_per_adapter": "experts that an ESFT adapter may tune in one layer; 0: all",
 }
 

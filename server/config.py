@@ -32,11 +32,13 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_waiting: int = 2048
     adapter_bytes: int = 4 << 30  # weights of adapters on the device
     adapter_slots: int = 64  # adapters on the device at once
+    max_rank: int = 64  # the highest LoRA rank that a GPU's decodes are captured for; higher ones run without
     max_experts_per_adapter: int = 0  # E_max: tuned experts of one adapter in one layer; 0: as many as the base has
     max_skips: int = 200  # steps that a request may be passed over before others stop taking room from it
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "threads", "max_model_len", "kv_cache_bytes", "max_experts_per_adapter", "tokens_per_step")
+        _at_least(self, 0, "max_rank")
         _at_least(self, 1 << 16, "adapter_bytes")
         _at_least(self, 1, "block_size", "max_running", "max_waiting", "adapter_slots", "max_skips")
         if 0 < self.tokens_per_step < self.max_running:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from kernels.compiled import everywhere
 from server.assembly import install_caches
-from server.model.device_inputs import Capacity, DeviceInputs
+from server.model.device_inputs import Capacity, DeviceInputs, LoraReach
 from server.model.experts import Stacks
 from server.model.families import pin_rope
 from server.model.forward import Model
@@ -66,11 +66,11 @@ def test_a_decode_step_can_be_captured(name: str, with_adapters: bool) -> None:
         sites = {site for target in injected.targets for site, _ in target.sites}
         for site in sites:
             site.attach(torch.empty(SLOTS + 1, len(site.widths), 4, dtype=torch.int64))
-            site.is_used = True
         inputs._block_tables = torch.empty(SEQUENCES, BLOCKS, dtype=torch.int32)
         for attribute in ("_device", "_attention_counters", "_route_counters", "_lora_counters"):
             setattr(inputs, attribute, torch.empty(len(getattr(inputs, attribute)), dtype=torch.int32))
-        views = inputs.views(ROWS, ROWS, ROWS, 1, 64, with_lora=with_adapters, with_experts=with_adapters)
+        reach = LoraReach(64, at_all_sites=True) if with_adapters else None
+        views = inputs.views(ROWS, ROWS, ROWS, 1, reach, with_experts=with_adapters)
         with Watch() as watch:
             logits = Model(model, step)(views)
     assert logits.shape == (ROWS, config.vocab_size) and logits.device == META

@@ -565,7 +565,7 @@ def test_staged_bytes_are_hashed_and_compared_before_they_are_installed(
     request = engine.add(prompts()[1], 5, entry.ref)
     engine.run()
     assert "changed after it was registered" in str(engine.ended[request.id].error)
-    assert not engine.residency.has_lora(1)
+    assert engine.residency.lora_rank(1) == 0
     engine.residency.check()
 
 

@@ -5,21 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from server.model.families import FAMILIES, UnsupportedModelError, check_family, max_model_len
 from server.model.loader import load_model
 from server.model.probe import PROBE
 from tests.engine_harness import Engine, generated, prompts
-from tests.tiny_models import MODELS, make_config, make_model, save_model
-
-NEW_TOKENS = 10
-
-
-def reference(model: nn.Module, prompt: list[int], count: int = NEW_TOKENS) -> list[int]:
-    with torch.inference_mode():
-        ids = model.generate(torch.tensor([prompt]), max_new_tokens=count, do_sample=False, eos_token_id=None)
-    return ids[0, len(prompt) :].tolist()
+from tests.tiny_models import MODELS, NEW_TOKENS, make_config, make_model, reference, save_model
 
 
 def test_every_family_has_a_model_here() -> None:

@@ -1,4 +1,4 @@
-"""Commands that nobody runs by hand often enough: every kernel compiled, as listed and as launched; the GPU check."""
+"""Commands that nobody runs by hand often enough: every kernel compiled, as listed and as launched."""
 
 import os
 import subprocess
@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -38,10 +37,10 @@ def test_an_engine_of_real_width_compiles_as_it_is_launched(model_type: str) -> 
     assert all(f"'{kernel}'" in done.stdout for kernel in wanted), done.stdout
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_the_gpu_check_runs_at_toy_size() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU: run it at full size")
-    done = run("benchmarks/gpu_check.py", "--toy", TRITON_INTERPRET="1")
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+def test_the_table_of_compiled_kernels_says_what_spills() -> None:
+    """In a process of its own: benchmarks.aot turns the interpreter off."""
+    row = "aot.Compiled('sampling', 'fp32', 'sm_90', 128, 0, {spilled}, 16)"
+    rows = f"[{row.format(spilled=0)}, {row.format(spilled=8)}]"
+    done = run("-c", f"from benchmarks import aot; print(aot.as_table({rows})); print(aot.as_table({rows}[:1]))")
+    first, *_, last = [line for line in done.stdout.splitlines() if line.startswith("Triton")]
+    assert first.endswith("Spilled by a thread of sampling fp32 on sm_90: 8 bytes.") and last.endswith("None spills.")

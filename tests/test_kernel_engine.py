@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from kernels.compiled import everywhere
 from server.engine.request import Sampling
@@ -39,15 +38,27 @@ def run(engine: Engine, adapters: list[Path], sampling: Sampling) -> list[list[i
     return [generated(request) for request in engine.requests]
 
 
-class Rerun:
-    """Stands for a captured graph where there is none: the same computation on the same memory."""
+class StandIns:
+    """Where there are no graphs: the same computations on the same memory, in the place of an engine's forward."""
 
-    def __init__(self, compute: Callable[[], Tensor]) -> None:
-        self._compute = compute
-        self.output = compute()
+    def __init__(self, engine: Engine, largest_batch: int, max_rank: int, has_experts: bool | None = None) -> None:
+        """has_experts: of the graphs to capture; None: none yet."""
+        eager = engine.assembly.runner.forward
+        assert isinstance(eager, KernelForward)
+        self.num_replays = 0
+        self.forward = GraphedForward(eager, torch.empty(largest_batch, SMALL["vocab_size"]), max_rank, self._capture)
+        engine.assembly.runner.forward = self.forward
+        with torch.inference_mode():
+            for key in self.forward.keys(has_experts) if has_experts is not None else ():
+                self.forward.capture(key)
 
-    def replay(self) -> None:
-        self.output.copy_(self._compute())
+    def _capture(self, compute: Callable[[], object]) -> Callable[[], object]:
+        def replay() -> None:
+            self.num_replays += 1
+            compute()
+
+        compute()
+        return replay
 
 
 stands_in = pytest.mark.skipif(DEVICE == "cuda", reason="stands in for graphs, which test_a_step_by_kernels has here")
@@ -56,7 +67,7 @@ stands_in = pytest.mark.skipif(DEVICE == "cuda", reason="stands in for graphs, w
 @stands_in
 @pytest.mark.parametrize("name", ["llama", "deepseek_v2"])
 def test_padded_decodes_of_static_inputs(name: str, tmp_path: Path) -> None:
-    """What graphs are captured with serves every later batch: other sizes, other adapters, other blocks."""
+    """What was captured before any adapter came serves every later batch: other sizes, other adapters, other blocks."""
     overrides = {**SMALL, "first_k_dense_replace": 1} if name.startswith("deepseek") else SMALL
     plain = make_model(name, **overrides)
     adapters = [write_lora(tmp_path / "lora", plain, 1, re.compile(r"model\.layers\.1\.self_attn\.\w+"), 3, 6.0)]
@@ -65,30 +76,40 @@ def test_padded_decodes_of_static_inputs(name: str, tmp_path: Path) -> None:
     expected = run(Engine(make_model(name, attention=PROBE, **overrides)), adapters, GREEDY)
     with everywhere():
         engine = Engine(make_model(name, attention=PROBE, **overrides), device=PLACE)
-        runner = engine.assembly.runner
-        eager = runner.forward
-        assert isinstance(eager, KernelForward)
-        graphed = GraphedForward(eager.model, eager.inputs, engine.residency, 8, Rerun)
-        runner.forward = graphed
+        graphs = StandIns(engine, largest_batch=4, max_rank=3, has_experts=name == "deepseek_v2")
+        captured = graphs.forward.num_captured
         assert run(engine, adapters, GREEDY) == expected
-    assert graphed.num_captured > 0
+    assert graphs.num_replays > 0 and graphs.forward.num_captured == captured
+
+
+@stands_in
+def test_a_rank_beyond_the_captured_ones_is_launched_kernel_by_kernel(tmp_path: Path) -> None:
+    """In the steps that it takes part in, and only there."""
+    plain = make_model("llama", **SMALL)
+    adapters = [write_lora(tmp_path / "lora", plain, 1, re.compile(r"model\.layers\.1\.mlp\.\w+"), 3, 6.0)]
+    expected = run(Engine(make_model("llama", attention=PROBE, **SMALL)), adapters, GREEDY)
+    with everywhere():
+        engine = Engine(make_model("llama", attention=PROBE, **SMALL), device=PLACE)
+        graphs = StandIns(engine, largest_batch=2, max_rank=2, has_experts=False)
+        assert run(engine, adapters, GREEDY) == expected
+        assert graphs.num_replays == 0
+        engine.add([5, 6, 7], 2)
+        engine.run()
+    assert graphs.num_replays > 0
 
 
 @stands_in
 def test_warm_up() -> None:
-    """Every path is taken, and nothing stays behind: neither a use of a site nor a counter."""
+    """Every path is taken, and nothing stays behind but graphs."""
     model = make_model("deepseek_v2", attention=PROBE, **SMALL, first_k_dense_replace=1)
     stages: list[tuple[str, int, int]] = []
     with everywhere():
         engine = Engine(model, tokens_per_step=8, device=PLACE)
-        eager = engine.assembly.runner.forward
-        assert isinstance(eager, KernelForward)
-        graphed = GraphedForward(eager.model, eager.inputs, engine.residency, 2, Rerun)
-        warm_up(graphed, engine.residency.sites, True, 4, lambda *stage: stages.append(stage))
+        graphs = StandIns(engine, largest_batch=2, max_rank=16)
+        warm_up(graphs.forward, True, 4, lambda *stage: stages.append(stage))
     assert [done for _, done, _ in stages] == list(range(1, stages[0][2] + 1))
     assert {name for name, _, _ in stages} == {"Compiling kernels", "Capturing graphs"}
-    assert graphed.num_captured == 4  # one and two rows, with and without expert adapters
-    assert engine.residency.num_sites_used == 0
+    assert graphs.forward.num_captured == 8  # one and two rows, with and without LoRA, with and without expert adapters
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "deepseek_v2", "deepseek_v3", "qwen3_moe"])

@@ -224,3 +224,20 @@ def test_a_table_row_keeps_the_scale_exactly() -> None:
     packed = torch.tensor([table_row(weights)[3]])
     assert int(packed & 0xFFFFFFFF) == 8
     assert (packed >> 32).int().view(torch.float32).item() == torch.tensor(-0.1).item()
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("single_launch", [True, False])
+def test_a_launch_where_no_adapter_acts_looks_no_further(single_launch: bool) -> None:
+    """As a captured batch launches one at every site: not even at the rows of the table, which are wrong here."""
+    site = make_site(16, (8, 24), gains=False)
+    site.by_slot.clear()
+    assert site.table is not None
+    site.table[0] = torch.tensor(site.rows(0), device=DEVICE)
+    assert site.table[1:].any()
+    segments = make_segments([1, 3, 3], 2, 4)
+    y = torch.randn(3, 32, device=DEVICE)
+    got = y.clone()
+    lora_kernel.lora(got, torch.randn(3, 16, device=DEVICE), site, segments, None, single_launch)
+    assert torch.equal(got, y)
+    assert segments.counters is not None and not segments.counters.any()

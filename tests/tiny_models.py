@@ -8,6 +8,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 VOCAB = 199
+NEW_TOKENS = 10
 
 _BASE = dict(
     vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
@@ -84,6 +85,13 @@ def make_model(name: str, attention: str = "eager", seed: int = 0, **overrides: 
             if "correction_bias" in buffer_name:
                 buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.3)
     return model
+
+
+def reference(model: nn.Module, prompt: list[int], count: int = NEW_TOKENS) -> list[int]:
+    """Greedy, by Transformers' own `generate`."""
+    with torch.inference_mode():
+        ids = model.generate(torch.tensor([prompt]), max_new_tokens=count, do_sample=False, eos_token_id=None)
+    return ids[0, len(prompt) :].tolist()
 
 
 def save_model(directory: Path, name: str, **overrides: Any) -> Path:

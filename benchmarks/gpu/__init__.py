@@ -1,1 +1,1 @@
-"""What benchmarks/gpu_check.py measures."""
+"""What benchmarks/gpu_check.py measures, section by section (README.md here)."""

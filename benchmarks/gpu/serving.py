@@ -2,7 +2,7 @@
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from adapters_store.parts import AdapterPackage, ExpertReplacement, LowRank, TensorRef
 from adapters_store.ref import AdapterRef
-from benchmarks.gpu.measure import Clock, Scale
+from benchmarks.gpu import shapes
+from benchmarks.gpu.measure import Bench, Scale
+from benchmarks.gpu.report import Row
 from server.assembly import assemble
 from server.config import EngineConfig
 from server.engine.request import Request, Sampling
@@ -22,33 +24,15 @@ from server.model.cuda_graphs import GraphedForward
 from server.model.experts import RoutedExperts
 from server.model.forward import KernelForward
 from server.model.inputs import HostStep, lay_out
+from server.model.loader import layer_of
 from server.model.probe import PROBE
+from server.model.routers import Router
+from server.model.warm_up import warm_up
+from server.weights.choice import choose_arenas
+from server.weights.padded_arena import PaddedArenas
 
 GREEDY = Sampling(temperature=0.0)
 LOAD_TIMEOUT_S = 60
-
-# by name: model type, real sizes, toy sizes
-MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "DeepSeek-V2-Lite": (
-        "deepseek_v2",
-        dict(vocab_size=102400, hidden_size=2048, intermediate_size=10944, moe_intermediate_size=1408,
-             num_hidden_layers=27, num_attention_heads=16, num_key_value_heads=16, n_shared_experts=2,
-             n_routed_experts=64, routed_scaling_factor=1.0, kv_lora_rank=512, q_lora_rank=None, qk_rope_head_dim=64,
-             v_head_dim=128, qk_nope_head_dim=128, topk_method="greedy", num_experts_per_tok=6,
-             first_k_dense_replace=1, max_position_embeddings=8192),
-        dict(vocab_size=97, hidden_size=32, intermediate_size=40, moe_intermediate_size=24, num_hidden_layers=2,
-             num_attention_heads=2, num_key_value_heads=2, n_shared_experts=1, n_routed_experts=8, kv_lora_rank=24,
-             q_lora_rank=None, qk_rope_head_dim=8, v_head_dim=8, qk_nope_head_dim=8, topk_method="greedy",
-             num_experts_per_tok=2, first_k_dense_replace=1, max_position_embeddings=256),
-    ),
-    "Llama-3.1-8B": (
-        "llama",
-        dict(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-             num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192),
-        dict(vocab_size=97, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, max_position_embeddings=256),
-    ),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,41 +43,91 @@ class StepTime:
     wall: float
 
 
+@dataclass(frozen=True)
+class Picks:
+    """Of one step: how many (layer, expert slot)s it reads, and the share of choices that fell on adapters' experts."""
+
+    slots: int
+    tuned: float
+
+
 class Serving:
-    def __init__(self, name: str, scale: Scale, clock: Clock, **settings: int) -> None:
-        self._scale, self._clock, self._rng = scale, clock, random.Random(0)
-        self.model = _random_model(name, scale)
+    """layers: of the model's, 0 for all of them. settings: of EngineConfig."""
+
+    def __init__(self, name: str, bench: Bench, layers: int = 0, **settings: int) -> None:
+        self._scale, self._clock, self._rng = bench.scale, bench.clock, random.Random(0)
+        start = time.perf_counter()
+        self.model = _random_model(name, bench.scale, layers)
+        made = time.perf_counter()
         self.weight_bytes = sum(parameter.nbytes for parameter in self.model.parameters())
-        config = EngineConfig(model_dir=".", block_size=scale.size(16, 4), **settings)
-        self.assembly = assemble(self.model, config, frozenset(), device=scale.device)
+        config = EngineConfig(model_dir=".", block_size=self._block_size, **settings)
+        self.assembly = assemble(self.model, config, frozenset(), device=bench.scale.device)
         self.residency, self.info = self.assembly.residency, self.assembly.info
         self._adapters: list[AdapterRef] = []
         self.experts = [module for module in self.model.modules() if isinstance(module, RoutedExperts)]
+        if not bench.scale.is_cuda:
+            self._stand_in_for_graphs(config)
+        self._fill_caches()
+        wanted = shapes.MODELS[name][2 if bench.scale.is_toy else 1]["num_hidden_layers"]
+        self.started: Row = {
+            "case": "start", "layers": f"{self.model.config.num_hidden_layers} of {wanted}",
+            "weight bytes": self.weight_bytes, "KV bytes": self.info.kv_cache_bytes,
+            "adapter bytes": self.info.adapter_bytes, "model s": made - start, "engine s": time.perf_counter() - made,
+            "graphs": self.graphs.num_captured, "memory": _kind_of_memory(bench.scale.device),
+        }  # fmt: skip
+
+    def _stand_in_for_graphs(self, config: EngineConfig) -> None:
+        """So that all that is not CUDA's is run: a graph's replay is the same computation again."""
+        eager = self.assembly.runner.forward
+        assert isinstance(eager, KernelForward)
+        logits = torch.empty(config.max_running, self.info.vocab_size)
+        forward = GraphedForward(eager, logits, config.max_rank, self._clock.captured)
+        warm_up(forward, bool(self.experts), config.block_size, lambda *_: None)
+        self.assembly.runner.forward = forward
+
+    def _fill_caches(self) -> None:
+        """What requests before would have left: zeros take less power to read."""
+        for module in self.model.modules():
+            for tensor in vars(getattr(module, "cached_layer", object)).values():
+                if isinstance(tensor, torch.Tensor):
+                    tensor.normal_()
+
+    @property
+    def graphs(self) -> GraphedForward:
+        forward = self.assembly.runner.forward
+        assert isinstance(forward, GraphedForward)
+        return forward
 
     # -- adapters: on the device, with random weights, without files ---
 
-    def add_esft(self, count: int, experts: int) -> None:
-        """Adapters that tune `experts` of each layer, drawn anew."""
+    def add_esft(self, count: int, tuned: Mapping[int, Sequence[int]]) -> None:
+        """Adapters that tune these experts, by layer."""
         for _ in range(count):
             parts = [
                 _expert(module.layer, expert, *module.spec[1:3])
                 for module in self.experts
-                for expert in self._rng.sample(range(module.spec[0]), experts)
+                for expert in tuned[module.layer]
             ]
             slot = self._make_resident("esft", tuple(parts))
             for module in self.experts:
                 base = module.spec[0]
-                row = module.stacks.expert_map[slot].tolist()
-                for place in [place for place in row if place >= base]:
+                for place in [place for place in module.stacks.expert_map[slot].tolist() if place >= base]:
                     module.stacks.gate_up[place].normal_(0, 0.02)
                     module.stacks.down[place].normal_(0, 0.02)
 
-    def add_lora(self, count: int, ranks: Sequence[int], modules: Callable[[str], bool] = lambda _: True) -> None:
+    def favour(self, tuned: Mapping[int, Sequence[int]], factor: float) -> None:
+        """Scale the router's rows of these experts. If by much, half of the tokens rank each of them above all others,
+        and the others last."""
+        for name, module in self.model.named_modules():
+            if isinstance(module, Router):
+                module.weight.data[list(tuned[layer_of(name)])] *= factor
+
+    def add_lora(self, count: int, ranks: Sequence[int]) -> None:
         for index in range(count):
             rank = ranks[index % len(ranks)]
             parts = [
                 _low_rank(name, rank, shape) for name, shape in self.info.base.linears.items()
-                if modules(name) and name != "lm_head"
+                if name != "lm_head"
             ]  # fmt: skip
             slot = self._make_resident("lora", tuple(parts))
             for site in self.residency.sites:
@@ -133,32 +167,44 @@ class Serving:
         plan = []
         blocks = -(-context // self._block_size)
         for index in range(batch):
-            request = self._request(index, context, blocks)
+            request = self._request(index, context, index * blocks)
             request.slot = 1 + index % adapters if adapters else 0
             plan.append(Scheduled(request, context - 1, 1))
         return plan
 
-    def prefill(self, tokens: int) -> list[Scheduled]:
-        return [Scheduled(self._request(0, tokens, -(-tokens // self._block_size)), 0, tokens)]
+    def prefill(self, tokens: int, slot: int = 0) -> list[Scheduled]:
+        return self._prefill(tokens, 0, slot)
+
+    def mixed(self, batch: int, context: int, tokens: int, adapters: int) -> list[Scheduled]:
+        """Decodes, and a prompt of `tokens` beside them."""
+        decodes = self.decodes(batch, context, adapters)
+        return decodes + self._prefill(tokens, batch * -(-context // self._block_size), 1 if adapters else 0)
+
+    def _prefill(self, tokens: int, first_block: int, slot: int) -> list[Scheduled]:
+        request = self._request(1 << 20, tokens, first_block)
+        request.slot = slot
+        return [Scheduled(request, 0, tokens)]
 
     @property
     def _block_size(self) -> int:
         return self._scale.size(16, 4)
 
-    def _request(self, index: int, length: int, blocks: int) -> Request:
-        request = Request(index, [self._rng.randrange(self.info.vocab_size) for _ in range(length)], 1, GREEDY)
-        request.block_table = list(range(index * blocks, (index + 1) * blocks))
-        if (index + 1) * blocks * self._block_size > self.info.kv_cache_tokens:
-            raise RuntimeError(f"{index + 1} sequences of {length} tokens pass {self.info.kv_cache_tokens:,}")
+    def _request(self, number: int, length: int, first_block: int) -> Request:
+        request = Request(number, [self._rng.randrange(self.info.vocab_size) for _ in range(length)], 1, GREEDY)
+        request.block_table = [first_block + index for index in range(-(-length // self._block_size))]
+        if (request.block_table[-1] + 1) * self._block_size > self.info.kv_cache_tokens:
+            raise RuntimeError(
+                f"block {request.block_table[-1]} passes the cache's {self.info.kv_cache_tokens:,} tokens"
+            )
         return request
 
     def time(self, plan: list[Scheduled], repeats: int = 12) -> StepTime:
         runner = self.assembly.runner
         repeats = self._scale.size(repeats, 1)
-        step = lay_out(sorted(plan, key=lambda it: it.request.slot), self.residency, self._block_size)
         with torch.inference_mode():
             runner.run(plan)
-            device = sorted(self._clock.events(self._work(step)) for _ in range(repeats))
+            work = self.work(plan)
+            device = sorted(self._clock.events(work) for _ in range(repeats))
         wall = []
         for _ in range(repeats):
             start = time.perf_counter()
@@ -166,40 +212,36 @@ class Serving:
             wall.append(time.perf_counter() - start)
         return StepTime(device[len(device) // 2], sorted(wall)[len(wall) // 2])
 
-    def _work(self, step: HostStep) -> Callable[[], object]:
-        """The step's work on the device: a graph's replay if it has one, without the laying out of its indices."""
-        forward = self.assembly.runner.forward
-        if not isinstance(forward, GraphedForward) or not step.is_decode:
-            return lambda: forward.logits(step)
-        rows = next(size for size in forward.sizes if size >= len(step.token_ids))
-        captured = forward.captured(rows, bool(step.spans), step.has_experts)
-        if captured is None:
-            raise RuntimeError(f"a decode of {rows} rows could not be captured")
-        return captured.replay
+    def work(self, plan: list[Scheduled]) -> Callable[[], object]:
+        """The step's work on the device: a graph's replay if it has one, over the indices of the step that ran last."""
+        step = self._lay_out(plan)
+        key = self.graphs.key(step)
+        return self.graphs.replay(key) if key is not None else lambda: self.graphs.logits(step)
 
-    def expert_slots(self, plan: list[Scheduled]) -> int:
-        """How many (layer, expert slot)s this step reads: what no kernel can avoid."""
-        seen: list[int] = []
-        hooks = [
-            module.register_forward_pre_hook(
-                lambda it, arguments: seen.append(len(it.route(arguments[1]).slots.unique()))
-            )
-            for module in self.experts
-        ]
+    def _lay_out(self, plan: list[Scheduled]) -> HostStep:
+        return lay_out(sorted(plan, key=lambda it: it.request.slot), self.residency, self._block_size)
+
+    def picks(self, plan: list[Scheduled]) -> Picks:
+        if not self.experts:
+            return Picks(0, 0.0)
+        seen: list[Picks] = []
+
+        def note(module: RoutedExperts, arguments: tuple[torch.Tensor, ...]) -> None:
+            slots = module.route(arguments[1]).slots
+            seen.append(Picks(len(slots.unique()), float((slots >= module.spec[0]).float().mean())))
+
+        hooks = [module.register_forward_pre_hook(note) for module in self.experts]
         self.eager(plan)
         for hook in hooks:
             hook.remove()
-        return sum(seen)
+        return Picks(sum(it.slots for it in seen), sum(it.tuned for it in seen) / len(seen))
 
     def eager(self, plan: list[Scheduled]) -> torch.Tensor:
         """The step's logits, each kernel launched in turn."""
-        forward = self.assembly.runner.forward
-        eager = forward if isinstance(forward, KernelForward) else forward.eager
-        step = lay_out(sorted(plan, key=lambda it: it.request.slot), self.residency, self._block_size)
         with torch.inference_mode():
-            return eager.logits(step)
+            return self.graphs.eager.logits(self._lay_out(plan))
 
-    def floor_bytes(self, plan: list[Scheduled]) -> int:
+    def floor_bytes(self, plan: list[Scheduled], picks: Picks) -> int:
         """Weights, adapters and KV cache that this step reads at least once."""
         context = sum(len(scheduled.request.tokens) for scheduled in plan)
         kv = context * self.info.kv_cache_bytes // self.info.kv_cache_tokens
@@ -209,7 +251,7 @@ class Serving:
             for site in self.residency.sites for slot in slots for weights in site.by_slot.get(slot, [])
             if weights is not None
         )  # fmt: skip
-        experts = self.expert_slots(plan) * self.expert_bytes if self.experts else 0
+        experts = picks.slots * self.expert_bytes if self.experts else 0
         return self.dense_bytes + experts + lora + kv
 
     @property
@@ -221,17 +263,39 @@ class Serving:
     @property
     def dense_bytes(self) -> int:
         """Weights that every step reads: all but routed experts and the embedding, of which it reads a few rows."""
+        return sum(it.nbytes for it in self._dense())
+
+    def prefill_ops(self, tokens: int) -> int:
+        """Multiplications and additions of a prompt: every weight once a token, the logits once, half of all pairs."""
+        head = self.info.vocab_size * self.model.config.hidden_size
+        experts = sum(
+            module.stacks.gate_up[0].numel() + module.stacks.down[0].numel() for module in self.experts
+        ) * (self.model.config.num_experts_per_tok if self.experts else 0)  # fmt: skip
+        weights = sum(it.numel() for it in self._dense()) - head + experts
+        config = self.model.config
+        width = self.model.config.num_attention_heads * (
+            config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
+            if hasattr(config, "kv_lora_rank") else 2 * config.hidden_size // config.num_attention_heads
+        )  # fmt: skip
+        return 2 * tokens * weights + 2 * head + tokens**2 * width * config.num_hidden_layers
+
+    def _dense(self) -> list[torch.Tensor]:
         embedding = self.model.get_input_embeddings().weight
-        return sum(it.nbytes for it in self.model.parameters() if it is not embedding)
+        return [it for it in self.model.parameters() if it is not embedding]
 
 
-def _random_model(name: str, scale: Scale) -> nn.Module:
-    model_type, real, toy = MODELS[name]
-    config = CONFIG_MAPPING[model_type](**(toy if scale.is_toy else real), tie_word_embeddings=False)
+def _random_model(name: str, scale: Scale, layers: int) -> nn.Module:
+    model_type, real, toy = shapes.MODELS[name]
+    sizes = dict(toy if scale.is_toy else real)
+    sizes["num_hidden_layers"] = layers or sizes["num_hidden_layers"]
+    config = CONFIG_MAPPING[model_type](**sizes, tie_word_embeddings=False)
     torch.manual_seed(0)
     with scale.device:
-        dtype = torch.float32 if scale.is_toy else torch.bfloat16
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=PROBE).eval()
+        return AutoModelForCausalLM.from_config(config, dtype=scale.dtype, attn_implementation=PROBE).eval()
+
+
+def _kind_of_memory(device: torch.device) -> str:
+    return "padded" if isinstance(choose_arenas(device), PaddedArenas) else "virtual"
 
 
 def _ref(key: str, *shape: int) -> TensorRef:

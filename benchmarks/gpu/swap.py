@@ -3,6 +3,7 @@
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +12,25 @@ from safetensors.torch import save_file
 
 from adapters_store.catalog import Catalog
 from adapters_store.ref import AdapterRef
-from benchmarks.gpu.measure import Clock, Scale
+from benchmarks.gpu.measure import Bench
+from benchmarks.gpu.report import Row
 from benchmarks.gpu.serving import LOAD_TIMEOUT_S, Serving
 from server.engine.residency import Wait
 
 
-def swap_under_load(scale: Scale, clock: Clock) -> list[dict[str, Any]]:
+def under_load(bench: Bench) -> Iterator[Row]:
     """Time between tokens of 32 base requests: alone, and while ESFT adapters are read, mapped, copied and evicted."""
-    size = scale.size
-    serving = Serving("DeepSeek-V2-Lite", scale, clock, kv_cache_bytes=size(4 << 30, 1 << 22),
-                      adapter_bytes=size(3 << 30, 1 << 24), adapter_slots=2, max_experts_per_adapter=size(8, 2),
-                      max_running=size(32, 4), tokens_per_step=size(512, 16), max_model_len=size(2048, 64))  # fmt: skip
+    size = bench.scale.size
+    tuned = size(3, 2)
+    serving = Serving("DeepSeek-V2-Lite", bench, size(0, 2), kv_cache_bytes=size(4 << 30, 1 << 22),
+                      adapter_bytes=size(3 << 30, 1 << 24), adapter_slots=2, max_experts_per_adapter=tuned,
+                      max_running=size(32, 2), tokens_per_step=size(512, 8), max_model_len=size(2048, 64),
+                      max_rank=0)  # fmt: skip
+    yield serving.started
     plan = serving.decodes(size(32, 2), size(1024, 9), 0)
     serving.assembly.runner.run(plan)
     with tempfile.TemporaryDirectory() as folder:
-        refs = [_register(serving, Path(folder) / f"adapter-{index}", size(3, 2)) for index in range(3)]
+        refs = [_register(serving, Path(folder) / f"adapter-{index}", tuned) for index in range(3)]
         alone = _step_times(serving, plan, size(100, 2))
         loading: list[float] = []
         loads: list[float] = []
@@ -38,12 +43,10 @@ def swap_under_load(scale: Scale, clock: Clock) -> list[dict[str, Any]]:
             serving.residency.release(ref)
             loads.append(time.perf_counter() - start)
     adapter_bytes = serving.residency.report()[-1].bytes
-    return [
-        {"case": "decoding alone", **_spread(alone)},
-        {"case": "while adapters load", **_spread(loading)},
-        {"case": "one load", "bytes": adapter_bytes, "ms": statistics.median(loads) * 1e3,
-         "GB/s": adapter_bytes / statistics.median(loads) / 1e9},
-    ]  # fmt: skip
+    yield {"case": "decoding alone", **_spread(alone)}
+    yield {"case": "while adapters load", **_spread(loading)}
+    yield {"case": "one load", "bytes": adapter_bytes, "ms": statistics.median(loads) * 1e3,
+           "GB/s": adapter_bytes / statistics.median(loads) / 1e9}  # fmt: skip
 
 
 def _step_times(serving: Serving, plan: list[Any], steps: int) -> list[float]:

@@ -25,6 +25,7 @@ from kernels.compiled.kernel import Configuration, dot, stages
 from kernels.expert_route import Routed
 from kernels.lora.site import FEW_TILE_ROWS, LoraSite, Segments
 
+DECODE_COLUMNS = 64  # of an expand: one item of work
 _RANKS = 16  # ranks at a time: a matrix instruction's
 _TRITON_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -152,6 +153,8 @@ def lora_kernel(
     BN: tl.constexpr, BK: tl.constexpr, HAS_BIAS: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
     """The single launch. counters: ticket, then arrivals of each (tile, slice)."""
+    if tl.load(table) == 0:  # no adapter acts at this site
+        return
     count = tl.load(num_tiles)
     shrinks = count * SL * SPLITS
     total = shrinks + count * SL * column_blocks
@@ -184,6 +187,8 @@ def shrink_kernel(
     K: tl.constexpr, CHOICES: tl.constexpr, OWN: tl.constexpr, TRANSPOSED: tl.constexpr, ALIGNED: tl.constexpr,
     SL: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr, RB: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
+    if tl.load(table) == 0:
+        return
     for work in range(tl.program_id(0), tl.load(num_tiles) * SL * SPLITS, tl.num_programs(0)):
         _shrink(x, z, table, table_stride, pairs, tiles, work // (SPLITS * SL), work // SPLITS % SL, work % SPLITS, T,
                 max_rank, stride_x, K, CHOICES, OWN, TRANSPOSED, ALIGNED, SL, SPLITS, TILE, RB, BK, DT)  # fmt: skip
@@ -195,6 +200,8 @@ def expand_kernel(
     SCATTERS: tl.constexpr, TRANSPOSED: tl.constexpr, SL: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr,
     RB: tl.constexpr, BN: tl.constexpr, HAS_BIAS: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
+    if tl.load(table) == 0:
+        return
     for work in range(tl.program_id(0), tl.load(num_tiles) * SL * column_blocks, tl.num_programs(0)):
         _expand(y, z, bias, table, table_stride, offsets, pairs, tiles, num_tiles, work // (column_blocks * SL),
                 work // column_blocks % SL, work % column_blocks, T, max_rank, stride_y, SCATTERS, TRANSPOSED, SL,
@@ -305,7 +312,7 @@ def expert_lora(
 
 def _blocks(tile: int, itemsize: int) -> tuple[int, int, int]:
     """Columns of an expand, depth of a shrink's step, warps of an expand."""
-    return (64, 256 // itemsize, 4) if tile <= 16 else (64, 128 // itemsize, 8)
+    return (DECODE_COLUMNS, 256 // itemsize, 4) if tile <= 16 else (64, 128 // itemsize, 8)
 
 
 def _splits(depth: int, tile: int, in_experts: bool = False) -> int:

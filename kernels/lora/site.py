@@ -38,7 +38,8 @@ class LoraSite:
 
     widths: output features of each slice. `by_slot[slot][i]`: what the adapter in `slot` adds to slice i, if anything.
     `table` is the same for kernels: [slots + 1, slices, 4] int64 on the device, rows as `table_row` makes them; a view
-    of one table for all sites, so that an adapter is installed with one copy.
+    of one table for all sites, so that an adapter is installed with one copy. No adapter is in slot 0, so its first
+    number is free to say whether any acts here; where none does, a launch ends at once.
 
     own_inputs: slice i reads the i-th part of x's columns, not all of them (the heads of absorbed attention).
     transposed: a is [in, rank] and b [rank, out].
@@ -48,14 +49,13 @@ class LoraSite:
         self.widths = tuple(widths)
         self.own_inputs, self.transposed = own_inputs, transposed
         self.by_slot: dict[int, list[LoraWeights | None]] = {}
-        self.is_used = False  # whether any adapter so far acted here; it stays so, since captured graphs do
         self.table: Tensor | None = None
         self.offsets: Tensor | None = None  # [slices + 1] int32 on the device: first column of each slice, and the end
 
     def put(self, slot: int, slice_index: int, weights: LoraWeights) -> None:
-        """The host's form; whoever owns the table copies `rows` there."""
+        """The host's form; whoever owns the table copies `rows` of the slot, and those of slot 0, there."""
+        assert slot > 0
         self.by_slot.setdefault(slot, [None] * len(self.widths))[slice_index] = weights
-        self.is_used = True
 
     def remove(self, slot: int) -> None:
         self.by_slot.pop(slot, None)
@@ -67,6 +67,8 @@ class LoraSite:
 
     def rows(self, slot: int) -> list[tuple[int, int, int, int]]:
         """What the table says of `slot`: [slices] rows."""
+        if slot == 0:
+            return [(int(bool(self.by_slot)), 0, 0, 0)] * len(self.widths)
         adapter = self.by_slot.get(slot, [None] * len(self.widths))
         assert self.own_inputs or all(it is None or it.a.data_ptr() % 16 == 0 for it in adapter)
         return [_NOTHING if weights is None else table_row(weights, self.transposed) for weights in adapter]
@@ -102,11 +104,11 @@ class Segments(NamedTuple):
     tile_rows: int = 0  # the most rows of a tile
     max_rank: int = 0  # no adapter of the batch has more
     counters: Tensor | None = None  # [1 + most * slices] int32, zero; left zero
+    at_all_sites: bool = False  # of a captured batch: it is replayed with adapters that were not there yet
 
-    @property
-    def is_empty(self) -> bool:
-        """A captured batch is never empty: what it holds is read from the device."""
-        return not self.spans and self.tiles is None
+    def act_at(self, site: LoraSite) -> bool:
+        """Whether a launch may have work at this site. What a captured batch holds is read from the device."""
+        return self.at_all_sites or (bool(site.by_slot) and (bool(self.spans) or self.tiles is not None))
 
 
 def cut(spans: Sequence[Segment], tile_rows: int) -> list[tuple[int, int, int]]:

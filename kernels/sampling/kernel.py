@@ -64,12 +64,12 @@ def _above(row, V, key, largest, scale, min_p, BLOCK: tl.constexpr):
     for start in range(0, V, BLOCK):
         valid = start + lane < V
         x = tl.load(row + start + lane, mask=valid, other=float("-inf")).to(tl.float32)
-        keys = _keys(x)
-        high = valid & (keys >= key)
+        keys = tl.where(valid, _keys(x), _NO_KEY)
+        high = keys >= key
         count += high.to(tl.int32)
         weight += tl.where(high, _weight(x, largest, scale, min_p), 0.0)
         lowest = tl.minimum(lowest, tl.where(high, keys, _ALL))
-        highest = tl.maximum(highest, tl.where(valid & (keys < key), keys, _NO_KEY))
+        highest = tl.maximum(highest, tl.where(high, _NO_KEY, keys))
     return tl.sum(count), tl.sum(weight), tl.min(lowest), tl.max(highest)
 
 
@@ -154,17 +154,15 @@ def _largest(row, V, BLOCK: tl.constexpr):
     lane = tl.arange(0, BLOCK)
     best = tl.full((BLOCK,), float("-inf"), tl.float32)
     where = tl.zeros((BLOCK,), tl.int32)
-    broken = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, V, BLOCK):
         x = tl.load(row + start + lane, mask=start + lane < V, other=float("-inf")).to(tl.float32)
-        bad = (x != x) | (x == float("inf"))
-        broken |= bad.to(tl.int32)
-        better = (x > best) & (bad == 0)
+        x = tl.where(x < float("inf"), x, float("inf"))  # NaN too: whatever is broken is the largest
+        better = x > best
         best = tl.where(better, x, best)
         where = tl.where(better, start + lane, where)
     largest = tl.max(best)
     token = tl.min(tl.where(best == largest, where, V))
-    return largest, token, (tl.max(broken) == 0) & (largest > float("-inf"))
+    return largest, token, (largest > float("-inf")) & (largest < float("inf"))
 
 
 @triton.jit
@@ -245,14 +243,15 @@ def _sample(
     t = tl.load(temperature + r)
     largest, token, fine = _largest(row, V, BLOCK)
     if fine & (t >= _GREEDY_BELOW):
-        k, p, u = tl.load(top_k + r), tl.load(top_p + r), tl.load(draws + r)
+        k, p = tl.load(top_k + r), tl.load(top_p + r)
         m = tl.minimum(tl.load(min_p + r), 1.0)
         scale = _LOG2_E / t
         key, kept, total = _cut(row, V, largest, scale, k, p, m, BLOCK)
         last_tie = V
         if kept < _ALL:
             last_tie = _nth_at(row, V, key, kept, BLOCK)
-        token = _draw(row, V, key, last_tie, largest, scale, m, u * total, BLOCK)
+        target = tl.load(draws + r) * total  # loaded here: registers are scarce in the search
+        token = _draw(row, V, key, last_tie, largest, scale, m, target, BLOCK)
     token = tl.where(fine, token, 0)
     tl.store(tokens + r, token.to(tl.int64))
     tl.store(finite + r, fine)

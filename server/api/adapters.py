@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 from adapters_store.catalog import CatalogEntry, entry_of
 from adapters_store.declared_base import difference, is_known, remarks
 from adapters_store.errors import UnsupportedAdapter
-from adapters_store.parts import describe
+from adapters_store.parts import LowRank, describe
 from adapters_store.ref import AdapterRef
 from adapters_store.verifier import VerifierBusy, VerifierClosed
 from server.api.bodies import read_body
@@ -88,7 +88,9 @@ def register(entry: CatalogEntry, service: Service) -> bool:
 
 def warnings_for(entry: CatalogEntry, service: Service) -> list[str]:
     """What is served and may still not be what was meant, in sentences."""
-    return remarks(entry.package.declared_base, service.catalog.base_names)
+    told = remarks(entry.package.declared_base, service.catalog.base_names)
+    above = _rank_above_graphs(entry, service)
+    return [*told, above] if above else told
 
 
 def _check_base(entry: CatalogEntry, service: Service) -> None:
@@ -98,6 +100,19 @@ def _check_base(entry: CatalogEntry, service: Service) -> None:
             f"{difference(declared, known)} The server was started with --strict-base; if both are the same model, "
             "start it with --base-name and the adapter's name for it"
         )
+
+
+def _rank_above_graphs(entry: CatalogEntry, service: Service) -> str | None:
+    """What a LoRA of a higher rank than decodes were captured for costs, if this is one."""
+    limit = service.info.graph_rank
+    rank = max((part.rank for part in entry.package.parts if isinstance(part, LowRank)), default=0)
+    if limit is None or rank <= limit:
+        return None
+    return (
+        f"The adapter's rank {rank} is above {limit}, the highest that decodes are captured for: every step with one "
+        "of its requests launches its kernels one by one, and the requests beside it wait too; "
+        f"--max-rank {rank} captures it."
+    )
 
 
 def _on_device(service: Service) -> dict[AdapterRef, AdapterOnDevice]:

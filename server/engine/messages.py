@@ -82,6 +82,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     adapter_slots: int
     max_experts_per_adapter: int
     stop_token_ids: frozenset[int]
+    graph_rank: int | None = None  # LoRA adapters of a higher rank decode without captured graphs; None: there are none
 
 
 class Ready(_Message, frozen=True):

@@ -2,70 +2,71 @@
 
 A decode step of a small batch is hundreds of launches of a few microseconds each; a graph launches them as one. Graphs
 read indices, adapter tables and weights where they lie, and those never move: one graph serves every mix of adapters.
-They differ by what cannot be data: the number of rows (padded to a few sizes), whether LoRA and expert adapters take
-part at all (a batch of base requests does no adapter work), the places where LoRA acts and the largest rank.
+They differ by what cannot be data: the number of rows (padded to a few sizes), and whether LoRA and expert adapters
+take part at all (a batch of base requests does no adapter work).
+
+All of them are captured at start, those with LoRA at every site and for ranks up to max_rank: a capture while serving
+would stall everybody. A batch with a higher rank is launched kernel by kernel.
 """
 
-import logging
 from bisect import bisect_left
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from itertools import product
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from server.model.device_inputs import DeviceInputs, padding_step
-from server.model.forward import KernelForward, Model
-from server.model.inputs import AdapterTables, HostStep
+from server.model.device_inputs import LoraReach, padding_step
+from server.model.forward import KernelForward
+from server.model.inputs import HostStep, StepInputs
 
-log = logging.getLogger("heddle.model")
+Compute = Callable[[], object]  # on memory that stays where it is
+Capture = Callable[[Compute], Callable[[], object]]  # returns what computes the same again
+
+
+class CaptureError(RuntimeError):
+    """A decode cannot be captured. The engine does not start: it would be several times as slow as it should be."""
 
 
 class GraphKey(NamedTuple):
     rows: int
-    max_rank: int  # 0: no LoRA
-    num_sites: int  # 0: no LoRA
+    with_lora: bool
     with_experts: bool
 
 
-class Captured(Protocol):
-    """A computation that can be run again on the same memory."""
-
-    output: Tensor
-
-    def replay(self) -> None: ...
-
-
-class Capture(Protocol):
-    def __call__(self, compute: Callable[[], Tensor]) -> Captured: ...
-
-
-class _Graph:
-    def __init__(self, graph: torch.cuda.CUDAGraph, output: Tensor) -> None:
-        self._graph, self.output = graph, output  # the output lies in the graph's own memory
-
-    def replay(self) -> None:
-        self._graph.replay()
-
-
 class CudaCapture:
-    """Captures into graphs that share one pool of memory: their outputs are read before the next is replayed."""
+    """Captures into graphs that share one pool of memory: what they compute is read before the next is replayed."""
 
-    def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
+    def __init__(self, cuda: Any = torch.cuda) -> None:
+        self._cuda = cuda
+        self.take_new_pool()
         # one for all: libraries keep a workspace for every stream that they have seen
-        self._stream = torch.cuda.Stream()
+        self._stream = cuda.Stream()
 
-    def __call__(self, compute: Callable[[], Tensor]) -> _Graph:
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):  # compiles what is not compiled yet, and lets libraries set themselves up
+    def __call__(self, compute: Compute) -> Callable[[], object]:
+        """Whatever `compute` raises. Captures that follow, and launches without one, then work as before."""
+        before = self._cuda.current_stream()
+        self._stream.wait_stream(before)
+        with self._cuda.stream(self._stream):  # compiles what is not compiled yet, and lets libraries set themselves up
             compute()
-        torch.cuda.current_stream().wait_stream(self._stream)
-        graph = torch.cuda.CUDAGraph()
-        # thread-local: the transfer thread maps memory and copies meanwhile
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            output = compute()
-        return _Graph(graph, output)
+        before.wait_stream(self._stream)
+        graph = self._cuda.CUDAGraph()
+        try:
+            # thread-local: the transfer thread maps memory and copies meanwhile
+            with self._cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                compute()
+        except BaseException:
+            # torch ends the capture before it restores the stream, and where ending fails it does not restore it; the
+            # allocator then goes on to take the old pool for one that is being captured into
+            self._cuda.set_stream(before)
+            self.take_new_pool()
+            raise
+        return graph.replay  # type: ignore[no-any-return]
+
+    def take_new_pool(self) -> None:
+        """A pool cannot be captured into again once all of its graphs are gone, or one that failed has kept it."""
+        self._pool = self._cuda.graph_pool_handle()
 
 
 def batch_sizes(largest: int) -> list[int]:
@@ -75,52 +76,70 @@ def batch_sizes(largest: int) -> list[int]:
 
 
 class GraphedForward:
-    """Captured graphs for decodes, plain launches for the rest."""
+    """Captured graphs for decodes, plain launches for the rest.
 
-    def __init__(
-        self, model: Model, inputs: DeviceInputs, tables: AdapterTables, largest_batch: int, capture: Capture
-    ) -> None:
-        self.eager = KernelForward(model, inputs, tables)
-        self._model, self._inputs, self._tables = model, inputs, tables
-        self.sizes = batch_sizes(largest_batch)
-        self._graphs: dict[GraphKey, Captured | None] = {}
-        self._capture_one = capture
+    output [largest batch, V]: where every graph leaves its logits. One for all, since each graph's own would be held
+    as long as the graph: half a gigabyte for a vocabulary of 128 thousand.
+    """
+
+    def __init__(self, eager: KernelForward, output: Tensor, max_rank: int, capture: Capture) -> None:
+        self.eager, self.max_rank = eager, max_rank
+        self.sizes = batch_sizes(len(output))
+        self._output, self._capture = output, capture
+        self._graphs: dict[GraphKey, Callable[[], object]] = {}
 
     def logits(self, step: HostStep) -> Tensor:
-        if not step.is_decode or len(step.token_ids) > self.sizes[-1]:
+        key = self.key(step)
+        replay = None if key is None else self._graphs.get(key)
+        if key is None or replay is None:
             return self.eager.logits(step)
-        rows = self.sizes[bisect_left(self.sizes, len(step.token_ids))]
-        captured = self.captured(rows, bool(step.spans), step.has_experts)
-        if captured is None:
-            return self.eager.logits(step)
-        self._inputs.fill(step, rows, self._tables.max_rank, bool(step.spans), step.has_experts)
-        captured.replay()
-        return captured.output[: len(step.token_ids)]
+        self.eager.inputs.fill(step, key.rows, self._reach(key), key.with_experts)
+        replay()
+        return self._output[: len(step.token_ids)]
+
+    def key(self, step: HostStep) -> GraphKey | None:
+        """Of the graph that serves this step; None if it is none for a graph."""
+        count = len(step.token_ids)
+        if not step.is_decode or count > self.sizes[-1] or step.max_rank > self.max_rank:
+            return None
+        return GraphKey(self.sizes[bisect_left(self.sizes, count)], step.max_rank > 0, step.has_experts)
+
+    def keys(self, has_experts: bool) -> list[GraphKey]:
+        """Every graph that serving can ask for, the largest first: the others fit into its memory."""
+        lora = (False, True) if self.max_rank else (False,)
+        experts = (False, True) if has_experts else (False,)
+        return [GraphKey(rows, *kind) for rows in reversed(self.sizes) for kind in product(lora, experts)]
+
+    def capture(self, key: GraphKey) -> None:
+        """Raises CaptureError."""
+        inputs = self.eager.inputs.fill(padding_step(), key.rows, self._reach(key), key.with_experts)
+        try:
+            self._graphs[key] = self._capture(lambda: self._compute(inputs))
+        except RuntimeError as error:  # out of memory is one too
+            raise CaptureError(
+                f"a decode of {key.rows} rows{' with LoRA' * key.with_lora}{' with expert adapters' * key.with_experts}"
+                f" cannot be captured as a CUDA graph, after {len(self._graphs)} others: {_first(error)}. If memory is "
+                "short, lower kv_cache_bytes or max_running"
+            ) from error
+
+    def replay(self, key: GraphKey) -> Callable[[], object]:
+        """The graph alone, over what was filled in last."""
+        return self._graphs[key]
 
     @property
     def num_captured(self) -> int:
         return len(self._graphs)
 
-    def captured(self, rows: int, with_lora: bool, with_experts: bool) -> Captured | None:
-        """The graph for batches padded to `rows`, captured now if need be; None where that has failed."""
-        tables = self._tables
-        key = GraphKey(rows, tables.max_rank * with_lora, tables.num_sites_used * with_lora, with_experts)
-        if key not in self._graphs:
-            try:
-                self._graphs[key] = self._capture_one(self._padded(key))
-            except RuntimeError as error:  # out of memory is one too
-                log.warning("a decode of %d rows cannot be captured and is launched kernel by kernel: %s", rows, error)
-                self._graphs[key] = None
-            self._drop_outdated(key)
-        return self._graphs[key]
+    def _compute(self, inputs: StepInputs) -> None:
+        logits = self.eager.model(inputs)
+        self._output[: len(logits)].copy_(logits)
 
-    def _padded(self, key: GraphKey) -> Callable[[], Tensor]:
-        inputs = self._inputs.fill(padding_step(), key.rows, key.max_rank, key.max_rank > 0, key.with_experts)
-        return lambda: self._model(inputs)
+    def _reach(self, key: GraphKey) -> LoraReach | None:
+        return LoraReach(self.max_rank, at_all_sites=True) if key.with_lora else None
 
-    def _drop_outdated(self, new: GraphKey) -> None:
-        """Ranks and sites only grow. After the new capture: the pool of memory must not be left without a graph."""
-        kind = (new.rows, new.with_experts)
-        for key in list(self._graphs):
-            if new.max_rank and key.max_rank and key != new and (key.rows, key.with_experts) == kind:
-                del self._graphs[key]
+
+def _first(error: BaseException) -> BaseException:
+    """What went wrong, where ending the capture then failed because of it."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error

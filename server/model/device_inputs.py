@@ -28,6 +28,17 @@ class Capacity:
     slices: int  # of one LoRA site
 
 
+@dataclass(frozen=True)
+class LoraReach:
+    """What of LoRA a step passes through. max_rank: no adapter of the batch has a higher one.
+
+    at_all_sites: also where no adapter that is on the device acts. A captured batch does, since one may come.
+    """
+
+    max_rank: int
+    at_all_sites: bool = False
+
+
 def _most_tiles(sequences: int, rows: int) -> int:
     """LoRA tiles: every sequence may have an adapter of its own, and there are tiles that are full besides."""
     return sequences + rows // tile_rows(rows)
@@ -67,10 +78,10 @@ class DeviceInputs:
         self._route_counters = torch.zeros(2, dtype=torch.int32, device=device)
         self._lora_counters = torch.zeros(1 + tiles * capacity.slices, dtype=torch.int32, device=device)
 
-    def fill(self, step: HostStep, rows: int, max_rank: int, with_lora: bool, with_experts: bool) -> StepInputs:
+    def fill(self, step: HostStep, rows: int, lora: LoraReach | None, with_experts: bool) -> StepInputs:
         """Copy `step`, padded to `rows` tokens. A padded step is a decode, and padded with as many sequences.
 
-        with_lora and with_experts: take those paths, whether or not this step has such adapters.
+        lora and with_experts: take those paths, whether or not this step has such adapters.
         """
         if self._copied is not None:
             self._copied.synchronize()  # long over, unless the last step sampled nothing and nobody waited for it
@@ -90,8 +101,8 @@ class DeviceInputs:
         self._stage("tiles", [number for tile in tiles for number in tile])
         self._stage("sample_tiles", [number for tile in sample_tiles for number in tile])
         self._copy(step.block_tables)
-        return self.views(rows, num_sequences, len(step.sample_rows) + len(padding), max(step.query_lens), max_rank,
-                          with_lora, with_experts, splits_decodes(step.query_lens, step.kv_lens))  # fmt: skip
+        return self.views(rows, num_sequences, len(step.sample_rows) + len(padding), max(step.query_lens), lora,
+                          with_experts, splits_decodes(step.query_lens, step.kv_lens))  # fmt: skip
 
     def _copy(self, block_tables: list[list[int]]) -> None:
         """Everything that was staged, and the block tables as wide as the longest of them."""
@@ -107,7 +118,7 @@ class DeviceInputs:
             self._block_tables[: len(block_tables), :width].copy_(packed)
 
     def views(
-        self, rows: int, num_sequences: int, num_samples: int, max_query_len: int, max_rank: int, with_lora: bool,
+        self, rows: int, num_sequences: int, num_samples: int, max_query_len: int, lora: LoraReach | None,
         with_experts: bool, long_decodes: bool = False,
     ) -> StepInputs:  # fmt: skip
         """What the device holds of a step of these sizes; always at the same addresses."""
@@ -128,17 +139,18 @@ class DeviceInputs:
                 splits_decodes=long_decodes,
             ),
             sample_rows=self._view("sample_rows", num_samples),
-            segments=self._segments("tiles", tiles, counts[1:2], tile, max_rank, with_lora),
-            sample_segments=self._segments("sample_tiles", num_samples, counts[2:3], tile, max_rank, with_lora),
+            segments=self._segments("tiles", tiles, counts[1:2], tile, lora),
+            sample_segments=self._segments("sample_tiles", num_samples, counts[2:3], tile, lora),
             tokens=TokenBatch(
                 self._view("token_slots", rows) if with_experts else None, counts[:1], self._route_counters
             ),
         )
 
-    def _segments(self, name: str, most: int, count: Tensor, tile: int, max_rank: int, with_lora: bool) -> Segments:
-        if not with_lora:
+    def _segments(self, name: str, most: int, count: Tensor, tile: int, lora: LoraReach | None) -> Segments:
+        if lora is None:
             return Segments(())
-        return Segments((), self._view(name, 3 * most).view(most, 3), count, tile, max_rank, self._lora_counters)
+        tiles = self._view(name, 3 * most).view(most, 3)
+        return Segments((), tiles, count, tile, lora.max_rank, self._lora_counters, lora.at_all_sites)
 
     def _stage(self, name: str, values: Sequence[int], count: int | None = None, filler: int = 0) -> None:
         """Write `values`, and `filler` behind them up to `count`."""
@@ -165,4 +177,4 @@ def padding_step(tokens: int = 1, block_size: int = 1) -> HostStep:
     blocks = [0] * -(-tokens // block_size) if tokens > 1 else []
     kv_len = tokens if tokens > 1 else 0
     return HostStep([0] * tokens, list(range(tokens)), [-1] * tokens, [0] * tokens, [tokens], [kv_len], [blocks],
-                    [tokens - 1], [], [], False)  # fmt: skip
+                    [tokens - 1], [], [], 0, False)  # fmt: skip

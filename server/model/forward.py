@@ -5,8 +5,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from server.model.device_inputs import DeviceInputs
-from server.model.inputs import AdapterTables, CurrentStep, HostStep, StepInputs, host_inputs
+from server.model.device_inputs import DeviceInputs, LoraReach
+from server.model.inputs import CurrentStep, HostStep, StepInputs, host_inputs
 
 
 class Forward(Protocol):
@@ -43,10 +43,9 @@ class HostForward:
 class KernelForward:
     """By kernels, each launched in turn."""
 
-    def __init__(self, model: Model, inputs: DeviceInputs, tables: AdapterTables) -> None:
-        self.model, self.inputs, self._tables = model, inputs, tables
+    def __init__(self, model: Model, inputs: DeviceInputs) -> None:
+        self.model, self.inputs = model, inputs
 
     def logits(self, step: HostStep) -> Tensor:
-        return self.model(
-            self.inputs.fill(step, len(step.token_ids), self._tables.max_rank, bool(step.spans), step.has_experts)
-        )
+        lora = LoraReach(step.max_rank) if step.max_rank else None
+        return self.model(self.inputs.fill(step, len(step.token_ids), lora, step.has_experts))

@@ -54,17 +54,10 @@ class ScheduledLike(Protocol):
 class AdapterTables(Protocol):
     """Which adapters are on the device. What kernels read of them was given to the injected modules at start."""
 
-    def has_lora(self, slot: int) -> bool: ...
+    def lora_rank(self, slot: int) -> int:
+        """The highest of its linears'; 0 where the slot holds no LoRA."""
 
     def has_experts(self, slot: int) -> bool: ...
-
-    @property
-    def max_rank(self) -> int:
-        """No LoRA that was on the device so far has a higher rank."""
-
-    @property
-    def num_sites_used(self) -> int:
-        """At how many places of the model any adapter so far has acted; a place once used stays so."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +80,7 @@ class HostStep:
     sample_rows: list[int]
     spans: list[Segment]  # rows of LoRA adapters
     sample_spans: list[Segment]  # the same for the rows of the logits
+    max_rank: int  # of the batch's LoRA adapters; 0: it has none
     has_experts: bool  # some token has an expert adapter
 
     @property
@@ -97,7 +91,9 @@ class HostStep:
 
 def lay_out(plan: Sequence[ScheduledLike], tables: AdapterTables, block_size: int) -> HostStep:
     """`plan` is in order of adapter slot."""
-    step = HostStep([], [], [], [], [], [], [], [], [], [], any(tables.has_experts(it.request.slot) for it in plan))
+    slots = {scheduled.request.slot for scheduled in plan}
+    max_rank, has_experts = max(map(tables.lora_rank, slots), default=0), any(map(tables.has_experts, slots))
+    step = HostStep([], [], [], [], [], [], [], [], [], [], max_rank, has_experts)
     for scheduled in plan:
         request, start, end = scheduled.request, scheduled.start, scheduled.start + scheduled.num_tokens
         table = request.block_table
@@ -117,7 +113,7 @@ def lay_out(plan: Sequence[ScheduledLike], tables: AdapterTables, block_size: in
 
 def _extend(spans: list[Segment], slot: int, row: int, count: int, tables: AdapterTables) -> None:
     """Add rows [row, row + count) of `slot`, merged with a neighbour's of the same; none without a LoRA adapter."""
-    if not tables.has_lora(slot):
+    if not tables.lora_rank(slot):
         return
     if spans and spans[-1].slot == slot and spans[-1].end == row:
         spans[-1] = Segment(spans[-1].start, row + count, slot)

@@ -28,7 +28,7 @@ class LoraLinear(nn.Module):
         y = F.linear(x, self.weight, self.bias)
         inputs = self._step.inputs
         segments = inputs.sample_segments if self._is_lm_head else inputs.segments
-        if self.site.is_used and not segments.is_empty:
+        if segments.act_at(self.site):
             lora(y.view(-1, y.shape[-1]), x.reshape(-1, self.in_features), self.site, segments, self.bias)
         return y
 

@@ -97,7 +97,7 @@ class LatentLayer:
     def _with_lora(self, projected: Tensor, x: Tensor, site: LoraSite) -> Tensor:
         """projected, x [T, H, ..]: add what the adapters add, head by head."""
         segments = self._step.inputs.segments
-        if site.is_used and not segments.is_empty:
+        if segments.act_at(site):
             projected = projected.contiguous()
             lora(projected.flatten(1), x.flatten(1), site, segments)
         return projected

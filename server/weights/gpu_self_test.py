@@ -5,13 +5,14 @@ allocating on the device meanwhile.
 """
 
 import time
+from collections.abc import Callable
 
 import torch
 
 from server.weights.arena import ArenaError, VirtualArena
 from server.weights.cuda_arena import CudaPages
 from server.weights.cuda_driver import load_driver
-from server.weights.staging import pinned_copy
+from server.weights.staging import Copier, pinned_copy
 
 _SLOT = 11 << 19  # 5.5 MiB: not a multiple of a page
 _SHAPE = (1408, 2048)
@@ -20,14 +21,24 @@ _SHAPE = (1408, 2048)
 def self_test(ordinal: int = 0) -> dict[str, float]:
     device = torch.device("cuda", ordinal)
     assert _holds(torch.empty(_SHAPE, dtype=torch.bfloat16, device=device).fill_(1), 1)  # loads these kernels
-    pages = CudaPages(load_driver(ordinal), device, max_spare=0)
-    arena = VirtualArena(1 << 40, pages)
-    figures = {"page_bytes": float(pages.page_bytes)}
-    used = _Used(device)
+    arena = VirtualArena(1 << 40, CudaPages(load_driver(ordinal), device, max_spare=0))
+
+    def free_bytes() -> int:
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+
+    return check(arena, free_bytes, torch.cuda.mem_get_info(device)[1], pinned_copy(device, 8 << 20))
+
+
+def check(
+    arena: VirtualArena, free_bytes: Callable[[], int], total_bytes: int, copier: Copier, num_copied: int = 1 << 26
+) -> dict[str, float]:
+    """free_bytes and total_bytes: of the device. num_copied: elements."""
+    used = _Used(free_bytes)
     _check_contents_and_memory(arena, used)
-    _check_out_of_memory(arena, used)
-    figures |= _map_times(arena)
-    figures |= _check_copies(arena, device)
+    _check_out_of_memory(arena, used, total_bytes)
+    figures = {"page_bytes": float(arena.page_bytes)} | _map_times(arena) | _check_copies(arena, copier, num_copied)
     arena.close()
     return figures
 
@@ -39,14 +50,11 @@ def _holds(tensor: torch.Tensor, value: int) -> bool:
 class _Used:
     """Bytes that the device has less of than at first. Other allocations may blur it by a few pages."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._free = device, 0
-        self._free = -self.num_bytes()
+    def __init__(self, free_bytes: Callable[[], int]) -> None:
+        self._free_bytes, self._at_first = free_bytes, free_bytes()
 
     def num_bytes(self) -> int:
-        torch.cuda.synchronize(self._device)
-        torch.cuda.empty_cache()
-        return self._free - torch.cuda.mem_get_info(self._device)[0]
+        return self._at_first - self._free_bytes()
 
     def check(self, num_bytes: int) -> None:
         assert abs(self.num_bytes() - num_bytes) <= 8 << 20, f"{self.num_bytes():,} bytes used, not {num_bytes:,}"
@@ -71,10 +79,9 @@ def _check_contents_and_memory(arena: VirtualArena, used: _Used) -> None:
     assert arena.num_mapped_pages == arena.num_backed_pages == 0
 
 
-def _check_out_of_memory(arena: VirtualArena, used: _Used) -> None:
-    too_much = torch.cuda.mem_get_info()[1]
+def _check_out_of_memory(arena: VirtualArena, used: _Used, total_bytes: int) -> None:
     try:
-        arena.map(0, too_much)
+        arena.map(0, total_bytes + arena.page_bytes)
     except ArenaError as error:
         assert "CUDA_ERROR_OUT_OF_MEMORY" in str(error), error
     else:
@@ -95,20 +102,20 @@ def _map_times(arena: VirtualArena, num_pages: int = 512) -> dict[str, float]:
     }
 
 
-def _check_copies(arena: VirtualArena, device: torch.device) -> dict[str, float]:
-    """256 MiB through buffers of 8 MiB, as they are and converted."""
-    source = torch.randn(1 << 26)
+def _check_copies(arena: VirtualArena, copier: Copier, num_copied: int) -> dict[str, float]:
+    """Through page-locked buffers, as they are and converted."""
+    source = torch.randn(num_copied)
     raw = memoryview(source.numpy()).cast("B")
 
     def read(into: memoryview, offset: int) -> None:
         into[:] = raw[offset : offset + len(into)]
 
     arena.map(0, source.nbytes)
-    copy, seconds = pinned_copy(device, 8 << 20), {}
+    seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         place = arena.tensor(0, tuple(source.shape), dtype)
         start = time.perf_counter()
-        run = copy.begin()
+        run = copier.begin()
         run.put(read, source.nbytes, source.dtype, place)
         run.end()
         while not run.is_complete():

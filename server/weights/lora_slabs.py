@@ -12,7 +12,6 @@ from server.weights.page_pool import PagePool
 from server.weights.tables import to_device
 
 _ALIGN = 64  # bytes: a cache line, and what vector loads like
-_RANK_STEP = 64  # captured graphs are made for ranks up to a multiple of this
 
 
 class LoraSlabs:
@@ -26,10 +25,10 @@ class LoraSlabs:
         self._stride = pool.num_pages * pool.page_bytes  # no adapter can be larger than the budget
         self._arena = arenas.slabs(num_slots * self._stride)
         self._sizes: dict[int, int] = {}  # bytes mapped, by slot
+        self._ranks: dict[int, int] = {}  # the highest of its linears', by slot
         self._bindings: dict[str, list[tuple[LoraSite, Split]]] = {}  # by module
         self.sites: list[LoraSite] = []
         self._table: Tensor | None = None
-        self.max_rank = _RANK_STEP
 
     def bind(self, module: str, sites: Iterable[tuple[LoraSite, Split]]) -> None:
         """Say where the weights for one of the base's linears act."""
@@ -52,7 +51,7 @@ class LoraSlabs:
         """Make room in `slot`; returns each tensor with the place that it must be copied to."""
         offsets, size = self._layout(parts)
         self._pool.take(self._arena.map(self._start(slot), size))
-        self._sizes[slot] = size
+        self._sizes[slot], self._ranks[slot] = size, max(part.rank for part in parts)
         places = []
         for part in parts:
             for tensor in (part.a, part.b):
@@ -71,23 +70,18 @@ class LoraSlabs:
             for site, split in self._bindings[part.module]:
                 for index, weights in split(LoraWeights(a, b, part.scale)):
                     site.put(slot, index, weights)
-            self.max_rank = max(self.max_rank, -(-a.shape[0] // _RANK_STEP) * _RANK_STEP)
-        if self._table is not None:
-            to_device(self._table[slot], [row for site in self.sites for row in site.rows(slot)])
+        self._show(slot)
 
     def unmap(self, slot: int) -> None:
         for site in self.sites:
             site.remove(slot)
-        if self._table is not None:
-            self._table[slot].zero_()
+        self._show(slot)
+        del self._ranks[slot]
         self._pool.give_back(self._arena.unmap(self._start(slot), self._sizes.pop(slot)))
 
-    def has(self, slot: int) -> bool:
-        return slot in self._sizes
-
-    @property
-    def num_sites_used(self) -> int:
-        return sum(site.is_used for site in self.sites)
+    def rank(self, slot: int) -> int:
+        """0: the slot holds no LoRA."""
+        return self._ranks.get(slot, 0)
 
     def check(self) -> None:
         self._arena.check([(self._start(slot), size) for slot, size in self._sizes.items()])
@@ -96,6 +90,12 @@ class LoraSlabs:
     @property
     def num_mapped_pages(self) -> int:
         return self._arena.num_mapped_pages
+
+    def _show(self, slot: int) -> None:
+        """To kernels: what the slot holds now, and at which sites any slot holds anything."""
+        if self._table is not None:
+            for row in (slot, 0):
+                to_device(self._table[row], [numbers for site in self.sites for numbers in site.rows(row)])
 
     def _start(self, slot: int) -> int:
         return (slot - 1) * self._stride

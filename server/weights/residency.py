@@ -131,8 +131,8 @@ class DeviceResidency:
 
     # -- AdapterTables, for the model -----------------------------------------------------------
 
-    def has_lora(self, slot: int) -> bool:
-        return self._slabs.has(slot)
+    def lora_rank(self, slot: int) -> int:
+        return self._slabs.rank(slot)
 
     def has_experts(self, slot: int) -> bool:
         return self._stacks.has(slot)
@@ -140,14 +140,6 @@ class DeviceResidency:
     @property
     def sites(self) -> list[LoraSite]:
         return self._slabs.sites
-
-    @property
-    def max_rank(self) -> int:
-        return self._slabs.max_rank
-
-    @property
-    def num_sites_used(self) -> int:
-        return self._slabs.num_sites_used
 
     # -- transfers -----------------------------------------------------------
 

@@ -1,0 +1,17 @@
+"""One kernel at one shape: what it should give, and the least that anyone must move to get it."""
+
+from collections.abc import Iterator
+from importlib import import_module
+
+from benchmarks.gpu.cases.case import Case, Draw, errors_of
+
+__all__ = ["Case", "Draw", "cases_of", "errors_of"]
+
+_MODULES = {"expert_route": "experts", "grouped_gemm": "experts", "lora": "lora", "paged_attention": "attention",
+            "store_kv": "attention", "rms_norm": "rows", "rope": "rows", "sampling": "rows"}  # fmt: skip
+
+
+def cases_of(op: str, draw: Draw) -> Iterator[Case]:
+    """All of an op. Inputs are drawn anew."""
+    module = import_module(f"benchmarks.gpu.cases.{_MODULES[op]}")
+    yield from getattr(module, op)(draw)

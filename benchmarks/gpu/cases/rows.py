@@ -1,0 +1,81 @@
+"""What works on each row for itself: norms, rotary embeddings, sampling."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.cases.case import Case, Draw
+from kernels.sampling import Sampled
+
+
+def rms_norm(draw: Draw) -> Iterator[Case]:
+    from kernels.rms_norm import kernel, reference
+
+    for rows in draw.token_counts[:5]:
+        x, residual = (draw.randn(rows, draw.scale.size(4096, 40)) for _ in range(2))
+        alone, both = (x, draw.randn(x.shape[1]), 1e-6), (x, residual, draw.randn(x.shape[1]), 1e-6)
+        yield Case("rms_norm", f"{rows} rows", draw.dtype, lambda it=alone: kernel.rms_norm(*it),
+                   lambda it=alone: reference.rms_norm(*it), [lambda it=alone: kernel.rms_norm(*it)],
+                   2 * x.nbytes)  # fmt: skip
+        yield Case("rms_norm", f"{rows} rows and a residual", draw.dtype, lambda it=both: kernel.add_rms_norm(*it),
+                   lambda it=both: reference.add_rms_norm(*it), [lambda it=both: kernel.add_rms_norm(*it)],
+                   4 * x.nbytes)  # fmt: skip
+
+
+def rope(draw: Draw) -> Iterator[Case]:
+    from kernels.rope import kernel, reference
+
+    dim = draw.scale.size(128, 16)
+    for tokens in draw.token_counts:
+        query = draw.randn(1, tokens, draw.scale.size(32, 4), dim).transpose(1, 2)
+        key = draw.randn(1, tokens, draw.scale.size(8, 2), dim).transpose(1, 2)
+        angle = torch.randn(1, tokens, dim // 2, device=draw.device).repeat(1, 1, 2)
+        it = (query, key, angle.cos().to(draw.dtype), angle.sin().to(draw.dtype))
+        yield Case("rope", f"{tokens} tokens", draw.dtype, lambda it=it: kernel.rope(*it),
+                   lambda it=it: reference.rope(*it), [lambda it=it: kernel.rope(*it)],
+                   2 * (query.nbytes + key.nbytes))  # fmt: skip
+
+
+def sampling(draw: Draw) -> Iterator[Case]:
+    kinds = (("greedy", 0.0, 0, 1.0), ("temperature", 1.0, 0, 1.0), ("top-p", 1.0, 0, 0.9),
+             ("top-k and top-p", 1.0, 50, 0.9))  # fmt: skip
+    for rows in (2,) if draw.scale.is_toy else (1, 32, 256):
+        vocabulary = draw.scale.size(128256, 199)
+        logits = [draw.randn(rows, vocabulary) for _ in range(draw.scale.copies(rows * vocabulary * 2))]
+        for name, temperature, top_k, top_p in kinds:
+            yield _sampling_case(draw, name, logits, temperature, top_k, top_p)
+
+
+def _sampling_case(draw: Draw, name: str, logits: list[Tensor], temperature: float, top_k: int, top_p: float) -> Case:
+    from kernels.sampling import kernel, reference
+
+    rows = len(logits[0])
+
+    def full(value: float) -> Tensor:
+        return torch.full((rows,), value, device=draw.device)
+
+    draws = torch.rand(rows, device=draw.device)
+    rest = (full(temperature), full(top_k).int(), full(top_p), full(0.0), draws)
+    # among 128 thousand tokens a sum in another order moves a boundary past a draw now and then
+    is_drawn = temperature > 0 and top_k == 0
+
+    def run(sample: Callable[..., Sampled]) -> Tensor:
+        tokens = sample(logits[0], *rest).tokens
+        return _misses(logits[0], tokens, draws, top_p) if is_drawn else tokens
+
+    return Case("sampling", f"{name}, {rows} rows", draw.dtype, lambda: run(kernel.sample),
+                lambda: run(reference.sample), [lambda it=it: kernel.sample(it, *rest) for it in logits],
+                logits[0].nbytes, exact=True)  # fmt: skip
+
+
+def _misses(logits: Tensor, tokens: Tensor, draws: Tensor, top_p: float) -> Tensor:
+    """1 for each row whose draw lies further than 1e-4 from its token's part of what is kept, in float64."""
+    parts = logits.double().softmax(-1)
+    order = parts.sort(dim=-1, descending=True, stable=True)
+    kept = order.values.cumsum(-1) - order.values < top_p
+    parts = parts * torch.zeros_like(kept).scatter_(-1, order.indices, kept)
+    ends = parts.cumsum(-1).gather(-1, tokens[:, None])[:, 0]
+    begins = ends - parts.gather(-1, tokens[:, None])[:, 0]
+    drawn = draws * parts.sum(-1)
+    return ((drawn < begins - 1e-4) | (drawn > ends + 1e-4)).float()
