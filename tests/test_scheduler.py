@@ -177,13 +177,14 @@ def test_waiting_groups_take_turns_and_each_keeps_its_own_order() -> None:
 
 
 @pytest.mark.parametrize(
-    ("hogs", "prompt_len", "blocks", "most_steps"),
-    [(1, 1, 2000, 2), (1, 100, 2000, 2), (1, 1, 60, 2), (1, 100, 60, 2), (3, 1, 2000, 2), (3, 100, 2000, 5)],
-)
+    ("hogs", "prompt_len", "blocks", "budget", "most_steps"),
+    [(1, 1, 2000, 32, 2), (1, 100, 2000, 32, 2), (1, 1, 60, 32, 2), (1, 100, 60, 32, 2), (1, 1, 2000, 16, 2),
+     (3, 1, 2000, 32, 2), (3, 100, 2000, 32, 5)],
+)  # fmt: skip
 def test_beside_a_thousand_sequences_of_few_http_requests_a_small_one_ends_within_a_few_steps(
-    hogs: int, prompt_len: int, blocks: int, most_steps: int
+    hogs: int, prompt_len: int, blocks: int, budget: int, most_steps: int
 ) -> None:
-    setup = Setup(blocks=blocks, tokens_per_step=32, max_running=16, max_waiting=5000)
+    setup = Setup(blocks=blocks, tokens_per_step=budget, max_running=16, max_waiting=5000)
     for hog in range(hogs):
         for _ in range(1024 // hogs):
             setup.add([7] * prompt_len, 100, group=10_000 + hog)
@@ -239,3 +240,53 @@ def test_a_long_prompt_leaves_half_of_the_budget_to_prompts_behind_it_and_takes_
     blocked = setup.add([4], 1, setup.adapter("not on the device"))
     setup.residency.acquire = lambda ref: Wait.LOADING  # type: ignore[method-assign]
     assert sum(setup.step().values()) == 16 and blocked.num_skips == 0
+
+
+@pytest.mark.parametrize(
+    ("groups", "each", "prompt_len", "max_tokens", "blocks", "most"),
+    [(2, 2, 100, 60, 100, 1.2), (2, 4, 200, 200, 250, 1.5), (4, 8, 100, 100, 300, 1.6), (2, 16, 150, 40, 170, 1.5),
+     (30, 1, 300, 30, 500, 1.1), (32, 1, 150, 40, 170, 1.2)],
+)  # fmt: skip
+def test_groups_that_are_short_of_blocks_do_not_take_them_from_each_other_in_turns(
+    groups: int, each: int, prompt_len: int, max_tokens: int, blocks: int, most: float
+) -> None:
+    """Tokens computed for each that is needed; the rest is recomputed after preemptions."""
+    setup = Setup(blocks=blocks, tokens_per_step=64, max_running=16, max_waiting=1000)
+    rng = random.Random(0)
+    for group in range(groups):
+        for _ in range(each):
+            setup.add([rng.randrange(1000) for _ in range(prompt_len)], max_tokens, group=10_000 + group)
+    computed = 0
+    while setup.scheduler.has_requests:
+        computed += sum(setup.step().values())
+    assert computed <= most * groups * each * (prompt_len + max_tokens - 1)
+
+
+def test_a_large_request_that_waits_for_blocks_lets_those_pass_that_fit_to_their_end_but_not_for_ever() -> None:
+    setup = Setup(blocks=20, max_running=8, max_skips=10, max_waiting=1000)
+    setup.add([1] * 12, 40)
+    setup.step()
+    large, growing = setup.add([2] * 70, 4), setup.add([3] * 4, 70)  # 18 blocks now, 19 in the end; 16 are free
+    small = setup.add([4], 1)
+    setup.step()
+    assert small.num_generated == 1 and large.num_computed_tokens == growing.num_computed_tokens == 0
+    for number in range(200):
+        setup.add([number], 20)  # there is always one that would fit
+        setup.step()
+        if large.num_generated:
+            break
+    assert large.num_generated
+
+
+def test_a_group_whose_adapter_is_on_the_device_starves_for_places_and_holds_nobody_back() -> None:
+    setup = Setup(slots=1, max_running=2, max_skips=3)
+    popular, rare = setup.adapter("popular"), setup.adapter("rare")
+    setup.add([1], 12, rare)
+    for _ in range(20):
+        setup.add([1], 12, popular, group=100)  # all of them are passed over until `rare` ends
+    setup.run(14)
+    other, steps = setup.add([2], 1, popular), 0
+    while not other.num_generated:
+        setup.step()
+        steps += 1
+    assert steps <= 2

@@ -6,6 +6,7 @@ sends a thousand completions at once is served a thousand times before the next 
 
 from collections import OrderedDict, deque
 from collections.abc import Iterator
+from itertools import islice
 
 from server.engine.request import Group, Request
 
@@ -51,8 +52,13 @@ class WaitingQueue:
             self._groups.move_to_end(group)
 
     def order(self) -> Iterator[Request]:
-        """The requests as of now, in order of service. Some may have left when they come up: look at their status."""
-        turns = deque(iter(tuple(group.values())) for group in tuple(self._groups.values()))
+        """Requests in order of service; nobody who waits now is missed. Some may have left when they come up: look at
+        their status. Copies are made as they are needed, since most steps look at the first few only."""
+        turns: deque[Iterator[Request]] = deque()
+        for name in tuple(self._groups):
+            members = iter(tuple(self._groups.get(name, {}).values()))
+            turns.append(members)
+            yield from islice(members, 1)
         while turns:
             members = turns.popleft()
             request = next(members, None)

@@ -73,6 +73,7 @@ class Request:
         self.was_admitted = False  # has run before, if only to be preempted
         self.slot = 0  # adapter slot while running; 0 is the base
         self.num_skips = 0  # times passed over for want of adapter room
+        self.num_passes = 0  # times that others were let pass while it waited for KV blocks
 
     @property
     def num_generated(self) -> int:

@@ -7,8 +7,9 @@ gives way (shares.py). The scheduler does no I/O and knows no clock.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 from adapters_store.ref import AdapterRef
 from server.engine.adapter_users import AdapterUsers
@@ -49,11 +50,14 @@ class _Plan:
 
     def __init__(self, budget: int) -> None:
         self.scheduled: dict[int, Scheduled] = {}  # by request
+        self.cut: list[Request] = []  # those that could compute more
         self.budget = budget
 
     def add(self, request: Request, count: int) -> None:
         self.scheduled[request.id] = Scheduled(request, request.num_computed_tokens, count)
         self.budget -= count
+        if count < request.num_uncomputed_tokens:
+            self.cut.append(request)
 
     def drop(self, request: Request) -> None:
         scheduled = self.scheduled.pop(request.id, None)
@@ -126,15 +130,16 @@ class Scheduler:
 
     def _serve_running(self, plan: _Plan) -> None:
         """At least one token for each that runs, in order of admission."""
-        for index, request in enumerate(tuple(self.running)):
+        running = tuple(self.running)
+        for index, request in enumerate(running):
             if request.status is not Status.RUNNING:
                 continue  # it gave way to an older one
             unserved = len(self.running) - len(plan.scheduled) - 1
-            count = self._chunk(request, plan.budget - unserved, self.running[index + 1 :])
+            count = self._chunk(request, plan.budget - unserved, islice(running, index + 1, None))
             if self._make_room(request, count, plan):
                 plan.add(request, count)
 
-    def _chunk(self, request: Request, budget: int, behind: Sequence[Request]) -> int:
+    def _chunk(self, request: Request, budget: int, behind: Iterable[Request]) -> int:
         """How many of its tokens a running request computes. A long prompt leaves half of the budget while another
         group's prompt stands behind it, so that a short one does not wait until the long one is through."""
         needed = request.num_uncomputed_tokens
@@ -148,7 +153,7 @@ class Scheduler:
     def _make_room(self, request: Request, count: int, plan: _Plan) -> bool:
         """Blocks for `count` tokens, if need be by preempting others. False if `request` itself went."""
         while not self._kv_cache.grow(request, count):
-            victim = self._shares().newest_beyond() or self.running[-1]
+            victim = next(self._shares().beyond(), self.running[-1])
             self._preempt(victim, plan)
             if victim is request:
                 return False
@@ -163,7 +168,7 @@ class Scheduler:
         self.num_preemptions += 1
 
     def _shares(self) -> Shares:
-        return Shares(self.running, len(self._group_sizes), self._limits.max_running, self._kv_cache.pool.num_blocks)
+        return Shares(self.running, len(self._group_sizes), self._limits.max_running, self._kv_cache)
 
     def _admit(self, plan: _Plan, is_short: bool) -> list[Emitted]:
         """Start waiting requests, in order, as long as budget, places and blocks last; adds to `plan`.
@@ -174,12 +179,16 @@ class Scheduler:
         failed: list[Emitted] = []
         if not self.waiting:
             return failed
-        shares, starved = self._shares(), self._starved()
+        shares = self._shares()
+        if not self._is_open(plan, is_short) and not any(shares.beyond()):
+            return failed
+        starved, is_walled = self._starved(), False
         absent: dict[AdapterRef | None, Wait] = {}  # found so in this step: a thousand requests may want the same one
         for request in self._candidates(shares):
-            if plan.budget == 0 or not self._has_place(request, shares, is_short):
+            may_displace = not shares.is_used_up(request.group)
+            if not self._is_open(plan, is_short) and not (may_displace and any(shares.beyond())):
                 break
-            if self._is_held_back(request, starved):
+            if self._is_held_back(request, starved) or (is_walled and not shares.lets_pass(request)):
                 continue
             try:
                 slot = absent.get(request.adapter) or self._pin(request)
@@ -192,8 +201,15 @@ class Scheduler:
                 request.num_skips += slot is Wait.NO_ROOM
                 continue
             if not self._start(request, slot, plan, shares):
-                break  # first come, first served for blocks: else a large request would wait for ever
+                is_walled = True  # first come, first served for blocks: else a large request would wait for ever
+                request.num_passes += 1
+                if request.num_passes > self._limits.max_skips:
+                    break
         return failed
+
+    def _is_open(self, plan: _Plan, is_short: bool) -> bool:
+        """Whether a request may start without taking anything from another."""
+        return plan.budget > 0 and len(self.running) < self._limits.max_running and not is_short
 
     def _candidates(self, shares: Shares) -> Iterator[Request]:
         """Who waits, in order. Groups that have used up their share come last, for what nobody else wants."""
@@ -207,24 +223,20 @@ class Scheduler:
                 yield request
         yield from (request for request in later if request.status is Status.WAITING)
 
-    def _has_place(self, request: Request, shares: Shares, is_short: bool) -> bool:
-        """Whether a place is free, or another group has one beyond its share."""
-        if len(self.running) < self._limits.max_running and not is_short:
-            return True
-        return not shares.is_used_up(request.group) and shares.newest_beyond() is not None
-
     def _start(self, request: Request, slot: Slot, plan: _Plan, shares: Shares) -> bool:
-        """Let a pinned request run, in the place and the blocks of others where they have more than their share."""
-        may_displace = not shares.is_used_up(request.group)
-        if len(self.running) == self._limits.max_running:
-            self._displace_one(plan, shares)
+        """Let a pinned request run, in the place and the blocks of others where they have more than their share.
+
+        Blocks for all its tokens must be there, not only for those of this step: prompts that are begun and cannot be
+        ended hold blocks for nothing, until they are preempted.
+        """
         self._kv_cache.attach_prefix(request)
+        if not self._make_way(request, plan, shares):
+            self._kv_cache.release(request)
+            self._unpin(request)
+            return False
         count = min(request.num_uncomputed_tokens, plan.budget)
-        while not self._kv_cache.grow(request, count):
-            if not (may_displace and self._displace_one(plan, shares)):
-                self._kv_cache.release(request)
-                self._unpin(request)
-                return False
+        has_grown = self._kv_cache.grow(request, count)
+        assert has_grown
         if not request.was_admitted:
             self._kv_cache.count_prefix(request)
             request.was_admitted = True
@@ -233,25 +245,40 @@ class Scheduler:
         self.running.append(request)
         request.status = Status.RUNNING
         request.slot = slot
-        request.num_skips = 0
+        request.num_skips = request.num_passes = 0
         shares.take(request)
         plan.add(request, count)
         return True
 
-    def _displace_one(self, plan: _Plan, shares: Shares) -> bool:
-        victim = shares.newest_beyond()
-        if victim is None:
+    def _make_way(self, request: Request, plan: _Plan, shares: Shares) -> bool:
+        """Blocks, a place and a token of the budget, if need be out of what others hold beyond their share. Nothing is
+        taken where it would not be enough, nor for a group that would then be beyond its own."""
+        missing = self._kv_cache.num_missing_blocks(request)
+        lacks_blocks = missing - shares.num_free_blocks
+        lacks_others = len(self.running) == self._limits.max_running or plan.budget == 0
+        victims: list[Request] = []
+        for victim in shares.beyond() if shares.has_room_for(request.group, missing) else ():
+            if lacks_blocks <= 0 and not lacks_others:
+                break
+            victims.append(victim)
+            lacks_blocks -= shares.num_blocks_of(victim)
+            lacks_others = False
+        if lacks_blocks > 0 or lacks_others:
             return False
-        shares.give_back(victim)
-        self._preempt(victim, plan)
-        return True
+        for victim in victims:
+            shares.give_back(victim)
+            self._preempt(victim, plan)
+        # blocks that victims share with others are not free yet
+        return missing <= shares.num_free_blocks and plan.budget > 0
 
     def _spend_the_rest(self, plan: _Plan) -> None:
         """Long prompts take what they left for others and nobody took."""
-        for scheduled in tuple(plan.scheduled.values()):
-            request = scheduled.request
+        for request in tuple(plan.cut):
+            scheduled = plan.scheduled.get(request.id)  # it may have given way
+            if scheduled is None or plan.budget == 0:
+                continue
             count = min(request.num_uncomputed_tokens, scheduled.num_tokens + plan.budget)
-            if count > scheduled.num_tokens and self._kv_cache.grow(request, count):
+            if self._kv_cache.grow(request, count):
                 plan.drop(request)
                 plan.add(request, count)
 
@@ -278,8 +305,12 @@ class Scheduler:
 
     def _starved(self) -> Request | None:
         """The request that was passed over most often for want of adapter room, if that was too often."""
-        starving = (request for request in self.waiting if request.num_skips > self._limits.max_skips)
-        return max(starving, key=lambda request: request.num_skips, default=None)
+        starving = [request for request in self.waiting if request.num_skips > self._limits.max_skips]
+        if not starving:
+            return None
+        there = {request.adapter for request in self.running}  # these want a place, not room for their adapter
+        candidates = (request for request in starving if request.adapter not in there)
+        return max(candidates, key=lambda request: request.num_skips, default=None)
 
     @staticmethod
     def _is_held_back(request: Request, starved: Request | None) -> bool:

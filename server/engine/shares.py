@@ -5,47 +5,84 @@ as nobody else asks for it: it is given back by preemption, newest first.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+from server.engine.kv_cache import KVCache
 from server.engine.request import Group, Request
 
 
 class Shares:
-    """As of one moment of one step; `running` is in order of admission."""
+    """As of one moment of one step; `running` is in order of admission.
 
-    def __init__(self, running: Sequence[Request], num_groups: int, max_running: int, num_blocks: int) -> None:
-        self._running = running
+    A request counts with the blocks that it needs for all its tokens, those that are still to be computed included.
+    """
+
+    def __init__(self, running: Sequence[Request], num_groups: int, max_running: int, kv_cache: KVCache) -> None:
+        self._running, self._kv_cache = running, kv_cache
         self._is_alone = num_groups < 2
         self._places = max(1, max_running // max(2, num_groups))
-        self._blocks = num_blocks // max(2, num_groups)
+        self._blocks = kv_cache.pool.num_blocks // max(2, num_groups)
         self._held_places: Counter[Group] = Counter()
         self._held_blocks: Counter[Group] = Counter()
+        self._missing_blocks = 0
         for request in running:
             self.take(request)
 
     def take(self, request: Request) -> None:
         """The request runs now."""
-        self._held_places[request.group] += 1
-        self._held_blocks[request.group] += len(request.block_table)
+        self._count(request, 1)
 
     def give_back(self, request: Request) -> None:
         """The request is about to stop running, and still has its blocks."""
-        self._held_places[request.group] -= 1
-        self._held_blocks[request.group] -= len(request.block_table)
+        self._count(request, -1)
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that nobody who runs needs for the tokens that it has."""
+        return self._kv_cache.pool.num_free - self._missing_blocks
 
     def is_used_up(self, group: Group) -> bool:
         """Whether one more request would take the group beyond its share."""
         if self._is_alone:
             return False
-        return self._held_places[group] >= self._places or self._held_blocks[group] > self._blocks
+        return self._held_places[group] >= self._places or self._held_blocks[group] >= self._blocks
 
-    def newest_beyond(self) -> Request | None:
-        """The newest request without which its group is still at its share or above. Never a group's only one: a
-        single request that is larger than a share would else be preempted by every small one, and never end."""
+    def has_room_for(self, group: Group, num_blocks: int) -> bool:
+        """Whether one more request of so many blocks stays within the group's share. Its first may always have them: it
+        may be larger than a share, and has to run some day."""
+        is_within = self._held_blocks[group] + num_blocks <= self._blocks
+        return not self.is_used_up(group) and (is_within or not self._held_places[group])
+
+    def lets_pass(self, request: Request) -> bool:
+        """Whether a request may start before one that waits for blocks: there is room for it to its very end."""
+        return -(-request.max_len // self._kv_cache.block_size) <= self.num_free_blocks
+
+    def beyond(self) -> Iterator[Request]:
+        """What may be taken back, newest first: requests without which their group still has its whole share.
+
+        So what is taken from a group never brings it below what it may keep, which it would then take back; and its
+        oldest is never taken, else one that is larger than a share would be preempted by every small one.
+        """
         if self._is_alone:
-            return None
-        return next((request for request in reversed(self._running) if self._is_beyond(request.group)), None)
+            return
+        places, blocks = self._held_places.copy(), self._held_blocks.copy()
+        within: set[Group] = set()
+        for request in reversed(self._running):
+            group, needed = request.group, self.num_blocks_of(request)
+            if group in within:
+                continue
+            if places[group] > self._places or (places[group] > 1 and blocks[group] - needed >= self._blocks):
+                places[group] -= 1
+                blocks[group] -= needed
+                yield request
+            else:
+                within.add(group)
 
-    def _is_beyond(self, group: Group) -> bool:
-        places, blocks = self._held_places[group], self._held_blocks[group]
-        return places > 1 and (places > self._places or blocks > self._blocks)
+    def num_blocks_of(self, request: Request) -> int:
+        return max(len(request.block_table), -(-len(request.tokens) // self._kv_cache.block_size))
+
+    def _count(self, request: Request, sign: int) -> None:
+        needed = self.num_blocks_of(request)
+        self._held_places[request.group] += sign
+        self._held_blocks[request.group] += sign * needed
+        self._missing_blocks += sign * (needed - len(request.block_table))
