@@ -14,7 +14,7 @@ stands in a message it is read as its letters:
 import json
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -27,44 +27,62 @@ _BRACKETS = set("<>[]{}|\uff5c")
 
 class ControlTokens:
     """Control tokens: the special ones, and added ones in brackets that the chat template writes, since some models'
-    turns are not marked as special. `written` is the template, and what it makes of a conversation of all roles.
+    turns are not marked as special. `template` is its source, `rehearsed` what it makes of conversations of all roles.
 
     `unsealable` says why the tokenizer cannot be rebuilt with other names for them, if it cannot.
     """
 
-    def __init__(self, tokenizer: Tokenizer, written: str) -> None:
+    def __init__(self, tokenizer: Tokenizer, template: str, rehearsed: Sequence[str]) -> None:
         description = json.loads(tokenizer.to_str())
+        written = "".join((template, *rehearsed))
         added = [
             it
             for it in description["added_tokens"]
             if it["special"] or (it["content"] in written and _BRACKETS & set(it["content"]))
         ]
-        names = sorted({it["content"] for it in added if it["content"]}, key=len, reverse=True)
-        # digits: no normalizer and no filter of a template changes them
-        self._sealed = {name: f"{_number()}{index:05d}" for index, name in enumerate(names)}
-        self._opaque = {name: f"{_number()}{index:05d}" for index, name in enumerate(names)}
-        self._any = re.compile("|".join(map(re.escape, names)) or r"(?!)")
-        self._any_opaque = re.compile("|".join(self._opaque.values()) or r"(?!)")
-        self._names = {opaque: name for name, opaque in self._opaque.items()}
+        names = [name for name in dict.fromkeys(it["content"] for it in added) if name]
+        sealed, opaque = _number(), _number()
+        self._sealed = {name: f"{sealed}{index:05d}" for index, name in enumerate(names)}
+        self._opaque = {name: f"{opaque}{index:05d}" for index, name in enumerate(names)}
+        self._names = {number: name for name, number in self._opaque.items()}
+        self._any, self._any_opaque = _any_of(names), re.compile(rf"{opaque}\d{{5}}")
+        self._normalizer = tokenizer.normalizer
         self.unsealable = "a token must stand alone as a word" if any(it["single_word"] for it in added) else ""
-        self._tokenizer = None if self.unsealable else self._rebuilt(description)
+        self._twin = None if self.unsealable else self._rebuilt(description)
+        if self._twin is not None and any(
+            self._twin.encode(self._seal(text), add_special_tokens=False).ids
+            != tokenizer.encode(text, add_special_tokens=False).ids
+            for text in rehearsed
+        ):
+            self.unsealable, self._twin = "under other names its control tokens are not found", None
 
     def hide(self, message: str) -> str:
         """The message as the template may see it, without any control token."""
         return self._any.sub(lambda found: self._opaque[found[0]], message)
+
+    def may_be_spelled(self, messages: Iterable[str]) -> bool:
+        """Whether the tokenizer itself could find a control token in what these messages say. It looks at some after
+        it has normalized the text, and then finds them in letters that only look alike."""
+        if self._normalizer is not None and self._twin is not None:
+            return True  # the twin is exact, so there is no need to look
+        texts = messages if self._normalizer is None else map(self._normalizer.normalize_str, messages)
+        return any(self._any.search(text) for text in texts)
 
     def seal(self, rendered: str) -> tuple[Tokenizer, str]:
         """What the template made of messages that were hidden, as the text to tokenize, and what to tokenize it with.
 
         Raises InvalidRequest if the tokenizer is `unsealable`.
         """
-        if self._tokenizer is None:
+        if self._twin is None:
             raise InvalidRequest(
                 f"a message spells a control token; this tokenizer cannot read it as text ({self.unsealable})",
                 param="messages",
             )
+        return self._twin, self._seal(rendered)
+
+    def _seal(self, rendered: str) -> str:
         sealed = self._any.sub(lambda found: self._sealed[found[0]], rendered)
-        return self._tokenizer, self._any_opaque.sub(lambda found: self._names[found[0]], sealed)
+        return self._any_opaque.sub(lambda found: self._names.get(found[0], found[0]), sealed)
 
     def _rebuilt(self, description: dict[str, Any]) -> Tokenizer | None:
         """The same tokenizer, in which control tokens have their sealed names."""
@@ -87,6 +105,25 @@ class ControlTokens:
         return rebuilt
 
 
+def _any_of(names: Iterable[str]) -> re.Pattern[str]:
+    """Finds the longest of the names, as a trie: an alternation would try every one of a thousand at each bracket."""
+    root: dict[str, Any] = {}
+    for name in names:
+        node = root
+        for char in name:
+            node = node.setdefault(char, {})
+        node[""] = {}
+    return re.compile(_pattern(root) or r"(?!)")
+
+
+def _pattern(node: dict[str, Any]) -> str:
+    branches = [re.escape(char) + _pattern(below) for char, below in node.items() if char]
+    if not branches:
+        return ""
+    body = branches[0] if len(branches) == 1 else f"(?:{'|'.join(branches)})"
+    return f"(?:{body})?+" if "" in node else body
+
+
 def _renamed(vocab: Any, names: Mapping[str, str]) -> Any:
     if isinstance(vocab, dict):  # BPE, WordPiece, WordLevel
         return {names.get(token, token): index for token, index in vocab.items()}
@@ -94,4 +131,5 @@ def _renamed(vocab: Any, names: Mapping[str, str]) -> Any:
 
 
 def _number() -> str:
+    """Nobody can guess it, and no normalizer and no filter of a template changes digits."""
     return str(secrets.randbelow(9 * 10**19) + 10**19)

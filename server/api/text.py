@@ -26,8 +26,7 @@ class Text:
         self._special_tokens = special_tokens
         self._longest_token = max(map(len, tokenizer.get_vocab()), default=1)
         self._template = _environment().from_string(chat_template) if chat_template else None
-        written = (chat_template or "") + self._rendered_turns()
-        self._control_tokens = ControlTokens(tokenizer, written) if chat_template else None
+        self._control_tokens = ControlTokens(tokenizer, chat_template, self._rehearse()) if chat_template else None
 
     @classmethod
     def load(cls, model_dir: Path) -> "Text":
@@ -37,15 +36,25 @@ class Text:
                 f"{model_dir.name!r} has no tokenizer.json; save the model's fast tokenizer there "
                 "(AutoTokenizer.from_pretrained(…).save_pretrained(…))"
             )
-        config_file = model_dir / "tokenizer_config.json"
-        config = json.loads(config_file.read_text()) if config_file.is_file() else {}
-        template_file = model_dir / "chat_template.jinja"
-        template = template_file.read_text() if template_file.is_file() else config.get("chat_template")
-        if isinstance(template, list):  # several named ones
-            template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
-        special = {name: _content(config[name]) for name in ("bos_token", "eos_token", "pad_token") if config.get(name)}
         try:
-            return cls(Tokenizer.from_file(str(file)), template, special)
+            tokenizer = Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises nothing narrower
+            raise ConfigError(f"tokenizer.json of {model_dir.name!r} cannot be read: {error}") from None
+        try:
+            config_file = model_dir / "tokenizer_config.json"
+            config = json.loads(config_file.read_text()) if config_file.is_file() else {}
+            template_file = model_dir / "chat_template.jinja"
+            template = template_file.read_text() if template_file.is_file() else config.get("chat_template")
+            if isinstance(template, list):  # several named ones
+                template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
+            tokens = ("bos_token", "eos_token", "pad_token")
+            special = {name: _content(config[name]) for name in tokens if config.get(name)}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ConfigError(
+                f"tokenizer_config.json or chat_template.jinja of {model_dir.name!r} cannot be read: {error!r}"
+            ) from None
+        try:
+            return cls(tokenizer, template, special)
         except TemplateError as error:
             raise ConfigError(f"the chat template of {model_dir.name!r} is broken: {error}") from None
 
@@ -83,10 +92,10 @@ class Text:
         if self._control_tokens is None:
             raise InvalidRequest("this model has no chat template; use /v1/completions", param="messages")
         self._refuse_if_longer(sum(len(it["content"]) for it in messages), max_tokens, "messages")
-        hide = self._control_tokens.hide
+        hide, said = self._control_tokens.hide, [it["content"] for it in messages if it["role"] != "assistant"]
         hidden = [it if it["role"] == "assistant" else {**it, "content": hide(it["content"])} for it in messages]
         tokenizer, text = self._tokenizer, self.render_chat(hidden)
-        if hidden != list(messages):
+        if self._control_tokens.may_be_spelled(said):
             tokenizer, text = self._control_tokens.seal(text)
         return _ids(_encoded(tokenizer, [text], "messages", add_special_tokens=False)[0], max_tokens, "messages")
 
@@ -98,16 +107,20 @@ class Text:
             return self._template.render(
                 messages=messages, add_generation_prompt=True, tools=None, **self._special_tokens
             )
-        except (TemplateError, TypeError, ValueError) as error:  # by the template itself, for roles it does not take
+        except TemplateError as error:  # by the template itself, for roles it does not take
             raise InvalidRequest(f"the chat template refuses these messages: {error}", param="messages") from None
+        except Exception as error:  # a template is a program, and not ours
+            raise InvalidRequest(
+                f"the chat template fails on these messages ({type(error).__name__})", param="messages"
+            ) from None
 
-    def _rendered_turns(self) -> str:
-        """What the template writes around the turns of every role that it takes."""
-        rendered = ""
+    def _rehearse(self) -> list[str]:
+        """What the template makes of conversations of every role that it takes."""
+        rehearsed: list[str] = []
         for roles in (("user", "assistant", "user"), ("system", "user"), ("user", "assistant", "tool")):
             with suppress(InvalidRequest):
-                rendered += self.render_chat([{"role": role, "content": ""} for role in roles])
-        return rendered
+                rehearsed.append(self.render_chat([{"role": role, "content": "Hello."} for role in roles]))
+        return rehearsed
 
     def decoder(self) -> "Decoder":
         return Decoder(self._tokenizer)
