@@ -60,13 +60,16 @@ async def serve(config: ServerConfig, reports: Reports) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the other cores are the engine's
     check_kernels_are_ours()
     text = Text.load(Path(config.engine.model_dir))
-    with listener.bind(config.host, config.port) as door:  # now, not after minutes of loading
+    # now, not after minutes of loading
+    num_connections = listener.room_for_connections(config.max_connections)
+    with listener.bind(config.host, config.port) as door:
         child, verifier = EngineChild(), Verifier(config.verify_timeout_s)
         try:
             service = await _unless_stopped(_start(config, text, child, verifier, reports), stopping)
             if service is None:
                 return EXIT_STOPPED_EARLY
-            return await _serve_http(service, child, door, stopping, reports)
+            server = _http_server(service, num_connections)
+            return await _serve_http(server, service, child, door, stopping, reports)
         finally:
             await verifier.close()
             await child.stop()
@@ -125,9 +128,13 @@ class _Server(uvicorn.Server):
 
 
 async def _serve_http(
-    service: Service, child: EngineChild, door: socket.socket, stopping: asyncio.Event, reports: Reports
+    server: _Server,
+    service: Service,
+    child: EngineChild,
+    door: socket.socket,
+    stopping: asyncio.Event,
+    reports: Reports,
 ) -> int:
-    server = _http_server(service)
     http = asyncio.ensure_future(server.serve(sockets=[door]))
     pump = asyncio.ensure_future(child.client.pump())
     ends = [asyncio.ensure_future(child.wait()), asyncio.ensure_future(_silence(service))]
@@ -152,14 +159,9 @@ async def _serve_http(
             task.cancel()
 
 
-def _http_server(service: Service) -> _Server:
+def _http_server(service: Service, num_connections: int) -> _Server:
     config = service.config
-    limits = ConnectionLimits(
-        listener.room_for_connections(config.max_connections),
-        config.header_timeout_s,
-        config.body_timeout_s,
-        config.write_timeout_s,
-    )
+    limits = ConnectionLimits(num_connections, config.header_timeout_s, config.body_timeout_s, config.write_timeout_s)
     return _Server(
         uvicorn.Config(
             create_app(service),

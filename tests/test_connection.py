@@ -43,6 +43,8 @@ class Application:
         while scope["path"] == "/slow" and not self.release.is_set():
             await asyncio.sleep(0.01)
         await send({"type": "http.response.start", "status": 200, "headers": []})
+        if scope["path"] == "/large":
+            body = b"x" * 30_000
         while scope["path"] == "/endless" and not self.left.is_set():
             await send({"type": "http.response.body", "body": b"x" * 65536, "more_body": True})
             await asyncio.sleep(0)
@@ -126,6 +128,22 @@ def test_a_head_that_trickles_in_has_no_longer(port: int) -> None:
 def test_an_answer_that_nobody_reads_ends(port: int, application: Application) -> None:
     with closing(connect(port, b"GET /endless HTTP/1.1\r\nHost: x\r\n\r\n")):
         assert application.left.wait(5)
+
+
+def test_a_place_is_given_back_though_the_end_of_an_answer_stays_unread(port: int) -> None:
+    """Less than what asyncio itself takes for too much: the connection closes, and waits for its reader."""
+    readers = []
+    for _ in range(LIMITS.max_connections):
+        reader = socket.socket()
+        reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        reader.connect(("127.0.0.1", port))
+        reader.sendall(b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n" * 99)
+        reader.sendall(b"GET /large HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        readers.append(reader)
+    time.sleep(2)
+    assert answer(connect(port, GET + b"Connection: close\r\n\r\n"))[0] == 200
+    for reader in readers:
+        reader.close()
 
 
 def test_when_all_places_are_taken_the_one_silent_longest_gives_way(port: int) -> None:

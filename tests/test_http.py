@@ -3,6 +3,7 @@
 import asyncio
 import json
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -346,6 +347,23 @@ def test_bad_requests(http: httpx.Client, path: str, body: Any, status: int, par
 def test_bodies_that_are_no_requests(http: httpx.Client, raw: bytes) -> None:
     response = http.post("/v1/completions", content=raw, headers={"Content-Type": "application/json"})
     assert response.status_code == 400 and set(response.json()) == {"error"}, response.text
+
+
+def test_halves_of_surrogate_pairs_in_a_key_are_refused(http: httpx.Client) -> None:
+    for raw in (b'{"model": "tiny", "prompt": "a", "\\ud800": 1}',
+                b'{"model": "tiny", "messages": [{"role": "user", "content": "a", "\\ud800": 1}]}'):  # fmt: skip
+        route = "completions" if b"prompt" in raw else "chat/completions"
+        response = http.post(f"/v1/{route}", content=raw, headers={"Content-Type": "application/json"})
+        assert response.status_code == 400 and "is not a field" in response.json()["error"]["message"]
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_error_of_ours(server: LiveServer) -> None:
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(head + b'{"model":')
+        time.sleep(0.2)
+    time.sleep(0.3)
+    assert "Traceback" not in server.output() and "unexpected error" not in server.output()
 
 
 def test_limits_on_the_body(http: httpx.Client) -> None:

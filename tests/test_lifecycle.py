@@ -218,6 +218,7 @@ def test_one_request_of_very_many_sequences_does_not_keep_others_waiting(server:
         (["MODEL", "--kv-cache-bytes", "10"], "less than one block"),
         (["MODEL", "--tokens-per-step", "4"], "tokens_per_step (4) must be at least max_running (128)"),
         (["MODEL", "--port", "99999"], "99999"),
+        (["MODEL", "--host", "no.such.host.invalid"], "'no.such.host.invalid' is no address to listen on"),
         (["MODEL", "--adapters", "/nowhere"], "'/nowhere' does not exist"),
     ],
 )

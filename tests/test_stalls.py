@@ -3,8 +3,10 @@
 import json
 import multiprocessing
 import shutil
+import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.synchronize import Event
 from typing import Any
 
@@ -61,9 +63,10 @@ def user(content: object) -> dict[str, object]:
         ("chat/completions", user([{"type": "text", "text": ""}] * 60_000), 400),
         ("completions", {str(number): 1 for number in range(150_000)}, 400),
         ("completions", {"prompt": [[]] * 600_000}, 400),
+        ("completions", {"prompt": [""] * 600_000}, 400),
     ],
     ids=["prompt", "64 prompts", "ids", "message", "control tokens", "messages", "1,000 messages", "parts", "keys",
-         "lists"],
+         "lists", "strings"],
 )  # fmt: skip
 def test_a_large_body_holds_nobody_up(server: LiveServer, route: str, fields: dict[str, Any], status: int) -> None:
     spawn = multiprocessing.get_context("spawn")
@@ -81,3 +84,28 @@ def test_a_large_body_holds_nobody_up(server: LiveServer, route: str, fields: di
         pinger.join()
     assert answer.status_code == status, answer.text
     assert worst.value < MOST_S
+
+
+def test_texts_whose_clients_have_left_are_not_tokenized(server: LiveServer) -> None:
+    raw = json.dumps({"model": "tiny", "max_tokens": 1} | user(MB)).encode()
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(raw)}"
+    )
+    for _ in range(20):
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            connection.sendall(head.encode() + b"\r\n\r\n" + raw)
+            time.sleep(0.03)
+    body = {"model": "tiny", "max_tokens": 1} | user(MB[:11_000])
+    start = time.monotonic()
+    assert httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).status_code == 200
+    assert time.monotonic() - start < 8  # twenty of them would take 15 s and more
+
+
+def test_more_text_than_is_tokenized_in_seconds_is_turned_away(server: LiveServer) -> None:
+    def ask(_: int) -> int:
+        body = {"model": "tiny", "max_tokens": 1, "prompt": MB}
+        return httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).status_code
+
+    with ThreadPoolExecutor(8) as pool:
+        statuses = list(pool.map(ask, range(8)))
+    assert set(statuses) == {400, 503} and statuses.count(400) >= 4  # 8 million characters wait, not 15

@@ -15,7 +15,7 @@ from server.api.bodies import read_body
 from server.api.errors import respond
 from server.api.protocol import AdapterBody
 from server.api.service import Service, service_of
-from server.api.sse import ClientLeft, unless_client_leaves
+from server.api.sse import unless_client_leaves
 from server.engine.messages import AdapterOnDevice
 from server.errors import Overloaded, ShuttingDown
 
@@ -30,10 +30,7 @@ async def add(request: Request) -> Response:
     Its weights travel to the device when a request first asks for it.
     """
     service, body = service_of(request), await read_body(request, AdapterBody)
-    try:
-        entry = await unless_client_leaves(request, verified(body.name, body.path, service))
-    except ClientLeft:
-        return Response(status_code=499)  # nobody reads it
+    entry = await unless_client_leaves(request, verified(body.name, body.path, service))
     is_new = register(entry, service)
     declared = entry.package.declared_base or "a base that it does not name"
     log.info("adapter %s: %s, trained on %s", entry.ref.name, entry.ref.kind, declared)

@@ -12,7 +12,9 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import ValidationError
+from starlette.requests import ClientDisconnect
 
+from server.api.errors import ClientLeft
 from server.api.protocol import Body, BodyLimits
 from server.api.service import service_of
 from server.errors import InvalidRequest
@@ -20,19 +22,23 @@ from server.errors import InvalidRequest
 INLINE_BYTES = 64 << 10  # parsed at once; longer bodies in a thread, where only the parser's own steps hold others up
 MAX_CONTAINERS = 10_000  # lists and objects in one body
 MAX_KEYS = 50_000
+MAX_STRINGS = 150_000  # keys among them
 # possessive, and an unfinished string ends with the body: linear whatever is sent
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 Parsed = TypeVar("Parsed", bound=Body)
 
 
 async def read_body(request: Request, kind: type[Parsed]) -> Parsed:
-    """The body of the request as a `kind`. Raises InvalidRequest."""
+    """The body of the request as a `kind`. Raises InvalidRequest, or ClientLeft if it does not come to its end."""
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
         raise InvalidRequest(
             "the body must be a JSON object, sent with Content-Type: application/json", code="invalid_body"
         )
-    raw = await request.body()
+    try:
+        raw = await request.body()
+    except ClientDisconnect:
+        raise ClientLeft from None
     value = parse(raw) if len(raw) <= INLINE_BYTES else await asyncio.to_thread(parse, raw)
     return validated(kind, value, service_of(request).body_limits)
 
@@ -40,7 +46,7 @@ async def read_body(request: Request, kind: type[Parsed]) -> Parsed:
 def parse(raw: bytes) -> dict[str, Any]:
     """A JSON object. Raises InvalidRequest for anything else, for equal keys, and for more structure than is served."""
     if len(raw) > INLINE_BYTES:
-        _refuse_too_many(_STRING.sub(b'"', raw))
+        _refuse_too_many(raw)
     try:
         value = json.loads(raw.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
     except UnicodeDecodeError:
@@ -64,14 +70,15 @@ def validated(kind: type[Parsed], value: dict[str, Any], limits: BodyLimits) -> 
     raise InvalidRequest(f"{path or 'the body'}: {first['msg']}", param=param, code="invalid_value")
 
 
-def _refuse_too_many(structure: bytes) -> None:
-    """`structure` is the body without its strings."""
+def _refuse_too_many(raw: bytes) -> None:
+    strings = (raw.count(b'"') - raw.count(b'\\"')) // 2  # at least so many: a quote behind a backslash may end one too
+    structure = b"" if strings > MAX_STRINGS else _STRING.sub(b'"', raw)
     containers = structure.count(b"[") + structure.count(b"{")
-    keys = structure.count(b":")
-    if containers > MAX_CONTAINERS or keys > MAX_KEYS:
+    keys, strings = structure.count(b":"), max(strings, structure.count(b'"'))
+    if containers > MAX_CONTAINERS or keys > MAX_KEYS or strings > MAX_STRINGS:
         raise InvalidRequest(
-            f"the body has {containers:,} lists and objects and {keys:,} keys; at most {MAX_CONTAINERS:,} and "
-            f"{MAX_KEYS:,} are read",
+            f"the body has {containers:,} lists and objects, {keys:,} keys and {strings:,} strings; at most "
+            f"{MAX_CONTAINERS:,}, {MAX_KEYS:,} and {MAX_STRINGS:,} are read",
             code="invalid_body",
         )
 

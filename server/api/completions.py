@@ -17,7 +17,7 @@ from server.api.errors import respond
 from server.api.generation import Generation, Piece, plan
 from server.api.protocol import ChatBody, CompletionBody, GenerationBody
 from server.api.service import service_of
-from server.api.sse import ClientLeft, event_stream, unless_client_leaves
+from server.api.sse import event_stream, unless_client_leaves
 
 router = APIRouter()
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions; chat may fill the context
@@ -29,7 +29,9 @@ async def completions(request: Request) -> Response:
     service.adapter_for(body.model)  # an unknown model is the first thing to say
     with service.admit(len(body.prompt) * (body.n or 1)) as admission:
         texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
-        prompts = await service.encode(texts, "prompt") if texts else cast(list[list[int]], body.prompt)
+        prompts = cast(list[list[int]], body.prompt)
+        if texts:
+            prompts = await unless_client_leaves(request, service.encode(texts, "prompt"))
         generation = plan(service, body, prompts, body.max_tokens or DEFAULT_COMPLETION_TOKENS, admission)
         return await _answer(request, body, generation, CompletionShape(body.model))
 
@@ -40,7 +42,7 @@ async def chat_completions(request: Request) -> Response:
     service.adapter_for(body.model)
     with service.admit(body.n or 1) as admission:
         messages = [{"role": message.template_role, "content": message.text} for message in body.messages]
-        prompt = await service.encode_chat(messages)
+        prompt = await unless_client_leaves(request, service.encode_chat(messages))
         generation = plan(service, body, [prompt], body.max_tokens or body.max_completion_tokens, admission)
         return await _answer(request, body, generation, ChatShape(body.model))
 
@@ -93,12 +95,9 @@ class ChatShape(Shape):
 
 
 async def _answer(request: Request, body: GenerationBody, generation: Generation, shape: Shape) -> Response:
-    try:
-        if body.stream:
-            return await event_stream(request, _chunks(generation, shape, body.include_usage))
-        return respond(200, await unless_client_leaves(request, _whole(generation, shape)))
-    except ClientLeft:
-        return Response(status_code=499)  # nobody reads it
+    if body.stream:
+        return await event_stream(request, _chunks(generation, shape, body.include_usage))
+    return respond(200, await unless_client_leaves(request, _whole(generation, shape)))
 
 
 async def _whole(generation: Generation, shape: Shape) -> dict[str, object]:

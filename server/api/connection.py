@@ -53,6 +53,9 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         has_place = len(self.connections) < self.limits.max_connections or self._take_place()
         super().connection_made(transport)
+        # tell us of every byte that is not read: below its own threshold asyncio would say nothing, and a connection
+        # that closes would keep its place as long as its client likes
+        transport.set_write_buffer_limits(high=0)
         if has_place:
             self._watch()
         else:  # no time to linger: files for connections are what has run out
@@ -114,7 +117,7 @@ class Connection(H11Protocol):
             self.transport.abort()  # an answer has begun
 
     def _give_up_writing(self) -> None:
-        log.warning("a client has read nothing for %g s; its connection is closed", self.limits.write_s)
+        log.debug("an answer was left unread for %g s; its connection is closed", self.limits.write_s)
         self.transport.abort()
 
     # -- places ---
@@ -147,8 +150,9 @@ class Connection(H11Protocol):
         if status == 503:
             headers.append(("Retry-After", "1"))
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            is_head = self.cycle is not None and self.cycle.scope["method"] == "HEAD"
             head = h11.Response(status_code=status, headers=headers, reason=STATUS_PHRASES[status])
-            for event in (head, h11.Data(data=body), h11.EndOfMessage()):
+            for event in (head, h11.Data(data=b"" if is_head else body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         if self.cycle is not None and not self.cycle.response_complete:  # the application waits for the body
             self.cycle.disconnected = True

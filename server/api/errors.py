@@ -14,8 +14,17 @@ from server.errors import ADAPTER_STATUS, HeddleError
 log = logging.getLogger("heddle.api")
 
 
+class ClientLeft(Exception):
+    """Nobody waits for the answer any more."""
+
+
 def error_body(message: str, type: str, param: str | None = None, code: str | None = None) -> dict[str, object]:
-    return {"error": {"message": message, "type": type, "param": param, "code": code}}
+    return {"error": {"message": _sound(message), "type": type, "param": param and _sound(param), "code": code}}
+
+
+def _sound(text: str) -> str:
+    """What was sent may hold halves of surrogate pairs, which have no bytes."""
+    return text.encode(errors="replace").decode()
 
 
 def body_of(error: HeddleError) -> dict[str, object]:
@@ -42,13 +51,14 @@ def install(app: FastAPI) -> None:
 
     async def http(_: Request, raised: Exception) -> Response:
         error = cast(HTTPException, raised)
-        if isinstance(error.__cause__, HeddleError):  # raised while FastAPI read the body
-            return _respond_to(error.__cause__)
         message = {404: "there is no such route", 405: "this route does not take that method"}.get(
             error.status_code, str(error.detail)
         )
         body = error_body(message, "invalid_request_error")
         return respond(error.status_code, body, error.headers)
+
+    async def left(_: Request, error: Exception) -> Response:
+        return Response(status_code=499)  # nobody reads it
 
     async def unexpected(request: Request, error: Exception) -> Response:
         return respond(500, internal_error(request, error))
@@ -58,6 +68,7 @@ def install(app: FastAPI) -> None:
         app.add_exception_handler(kind, adapter)
     app.add_exception_handler(AdapterError, unexpected)
     app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(ClientLeft, left)
     app.add_exception_handler(Exception, unexpected)
 
 

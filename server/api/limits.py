@@ -5,11 +5,12 @@ import asyncio
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.errors import body_of, respond
-from server.errors import HeddleError, InvalidRequest, PayloadTooLarge, TooManyHeaders, UnsupportedEncoding
+from server.errors import HeddleError, InvalidRequest, Overloaded, PayloadTooLarge, TooManyHeaders, UnsupportedEncoding
 
 DRAIN_BYTES = 64 << 20
 DRAIN_SECONDS = 5.0
 MAX_HEADERS = 100
+MAX_HELD_BYTES = 512 << 20  # of the bodies of all requests, until they are answered
 
 
 class RequestLimits:
@@ -19,6 +20,7 @@ class RequestLimits:
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._held_bytes = 0  # of all requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -26,8 +28,8 @@ class RequestLimits:
             return
         refusal = self._refusal_of_head(scope)
         if refusal is not None:
-            if isinstance(refusal, PayloadTooLarge) and b"expect" not in dict(scope["headers"]):
-                await _drain(receive)  # a client that asks first has sent nothing yet
+            if b"expect" not in dict(scope["headers"]):  # a client that asks first has sent nothing yet
+                await _drain(receive)
             await respond(refusal.status, body_of(refusal), {"Connection": "close"})(scope, receive, send)
             return
         read = 0
@@ -35,13 +37,20 @@ class RequestLimits:
         async def limited() -> Message:
             nonlocal read
             message = await receive()
-            read += len(message.get("body", b""))
+            count = len(message.get("body", b""))
+            read += count
+            self._held_bytes += count
             if read > self._max_bytes:
                 await _drain(receive)
                 raise self._too_large()
+            if self._held_bytes > MAX_HELD_BYTES:
+                raise Overloaded(f"the bodies of requests under way have {MAX_HELD_BYTES:,} bytes; no more are taken")
             return message
 
-        await self._app(scope, limited, send)
+        try:
+            await self._app(scope, limited, send)
+        finally:
+            self._held_bytes -= read
 
     def _refusal_of_head(self, scope: Scope) -> HeddleError | None:
         headers = dict(scope["headers"])
@@ -50,7 +59,7 @@ class RequestLimits:
         if b"content-length" in headers and b"transfer-encoding" in headers:
             # two servers in a row may believe different ones, and find different requests in the same bytes
             return InvalidRequest("Content-Length beside Transfer-Encoding", code="invalid_http")
-        if headers.get(b"content-encoding", b"identity") != b"identity":
+        if headers.get(b"content-encoding", b"identity").lower() != b"identity":
             return UnsupportedEncoding("compressed bodies are not served", param="Content-Encoding")
         length = headers.get(b"content-length", b"0")
         return None if length.isdigit() and int(length) <= self._max_bytes else self._too_large()

@@ -24,6 +24,7 @@ UNSERVED: dict[str, tuple[object, ...]] = {
 }  # fmt: skip
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, lt=2**64)]  # what is served is less; this is so that a message can repeat it
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 
@@ -73,13 +74,13 @@ class GenerationBody(Body):
     """What completions and chat have in common. `user` is accepted as a label and has no effect."""
 
     model: str
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Count | None = None
     temperature: Annotated[Finite, Field(ge=0, le=2)] | None = None
     top_p: Annotated[Finite, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     seed: Seed | None = None
     stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
-    n: Annotated[int, Field(ge=1)] | None = None
+    n: Count | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Annotated[str, Field(max_length=1024)] | None = None
@@ -223,7 +224,7 @@ class Message(Body):
 
 class ChatBody(GenerationBody):
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Count | None = None
 
     @field_validator("messages", mode="before")
     @classmethod

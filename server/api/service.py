@@ -22,6 +22,7 @@ from server.errors import EngineSilent, InvalidRequest, NotFound, Overloaded, Sh
 from server.metrics import Metrics
 
 _LONG_TEXT = 10_000  # characters: about 10 ms to tokenize
+_MOST_QUEUED = 8_000_000  # characters: about 4 s of tokenizing
 _MESSAGE = 100  # rendering a message of a conversation is as much work as tokenizing so many characters
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -41,6 +42,7 @@ class Service:
     started: int  # Unix time, seconds
     is_draining: bool = False
     _admitted: int = 0  # sequences that the engine does not have yet
+    _queued_chars: int = 0  # of long texts that wait for their thread, or are in it
     _long_texts: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "long-texts"))
 
     def adapter_for(self, model: str) -> AdapterRef | None:
@@ -72,10 +74,17 @@ class Service:
     async def _off_the_loop(
         self, num_chars: int, work: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
     ) -> Result:
-        """Work on long texts goes to one thread: it takes no more than one core from the engine."""
+        """Work on long texts goes to one thread: it takes no more than one core from the engine. What has not begun
+        when its client leaves is not done. Raises Overloaded where more texts wait than are tokenized in seconds."""
         if num_chars < _LONG_TEXT:
             return work(*args, **kwargs)
-        return await asyncio.get_running_loop().run_in_executor(self._long_texts, partial(work, *args, **kwargs))
+        if self._queued_chars and self._queued_chars + num_chars > _MOST_QUEUED:
+            raise Overloaded(f"{self._queued_chars:,} characters wait to be tokenized; {_MOST_QUEUED:,} may")
+        self._queued_chars += num_chars
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._long_texts, partial(work, *args, **kwargs))
+        finally:
+            self._queued_chars -= num_chars
 
     def admit(self, num_sequences: int) -> "Admission":
         """Room for so many sequences; taken before any work is done for them, so that work cannot pile up.

@@ -8,15 +8,11 @@ import msgspec
 from fastapi import Request
 from fastapi.responses import StreamingResponse
 
-from server.api.errors import body_of, internal_error
+from server.api.errors import ClientLeft, body_of, internal_error
 from server.errors import HeddleError
 
 DONE = b"data: [DONE]\n\n"
 Result = TypeVar("Result")
-
-
-class ClientLeft(Exception):
-    """Nobody waits for the answer any more."""
 
 
 async def event_stream(request: Request, bodies: AsyncGenerator[Mapping[str, object]]) -> StreamingResponse:
