@@ -54,9 +54,11 @@ class Reports:
 async def serve(config: ServerConfig, reports: Reports) -> int:
     """Serve until a signal or the engine's death; returns the exit status."""
     stopping = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
-            asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup leaves it
+        numbers.append(signal.SIGHUP)
+    for number in numbers:
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the other cores are the engine's
     check_kernels_are_ours()
     text = Text.load(Path(config.engine.model_dir))

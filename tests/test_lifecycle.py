@@ -113,9 +113,10 @@ def test_a_signal_while_loading_ends_both_processes(model: Path, tmp_path: Path,
     assert "Traceback" not in server.output()
 
 
-def test_an_idle_server_ends_at_once(server: LiveServer) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_an_idle_server_ends_at_once(server: LiveServer, number: int) -> None:
     start = time.monotonic()
-    assert server.stop(signal.SIGTERM) == 0
+    assert server.stop(number) == 0
     assert time.monotonic() - start < 5
 
 
