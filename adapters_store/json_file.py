@@ -1,10 +1,10 @@
-"""JSON that strangers wrote: of bounded size, an object, no key twice, no NaN."""
+"""JSON files of an adapter: of bounded size, and strict."""
 
-import json
 from typing import Any
 
-from adapters_store.errors import InvalidAdapter, shown
+from adapters_store.errors import InvalidAdapter
 from adapters_store.files import Folder
+from adapters_store.strict_json import NotStrictJSON, parse_object
 
 MAX_JSON_BYTES = 1 << 20
 
@@ -18,21 +18,7 @@ def read_json(folder: Folder, name: str) -> dict[str, Any]:
 
 
 def parse_json(raw: bytes, name: str) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise InvalidAdapter(f"{name} has the key {shown(twice)!r} twice")
-        return found
-
-    def no_constant(token: str) -> Any:
-        raise InvalidAdapter(f"{name} holds {token}, which is not JSON")
-
     try:
-        value = json.loads(raw, object_pairs_hook=unique, parse_constant=no_constant)
-    except (ValueError, RecursionError) as error:
-        raise InvalidAdapter(f"{name} is not valid JSON ({type(error).__name__})") from None
-    if not isinstance(value, dict):
-        raise InvalidAdapter(f"{name} must hold a JSON object, not {type(value).__name__}")
-    return value
+        return parse_object(raw)
+    except NotStrictJSON as error:
+        raise InvalidAdapter(f"{name} {error}") from None

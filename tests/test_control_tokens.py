@@ -144,6 +144,8 @@ def test_letters_that_a_normalizer_makes_a_control_token_of_are_letters(
     tokenizer.add_tokens([AddedToken(name, normalized=True, special=False) for name in ["<|end|>", *TURNS]])
     text = text_of(tokenizer, tmp_path, single_word)
     assert text.encode_chat([user("hi")], 1000)
+    with pytest.raises(InvalidRequest, match="Unicode"):
+        text.encode_chat([user("a\ud800")], 1000)
     if single_word:
         with pytest.raises(InvalidRequest, match="spells a control token"):
             text.encode_chat([user(content)], 1000)

@@ -1,19 +1,18 @@
 """From the bytes of a request to a checked body: strict JSON, counted before it is built.
 
-Python's parser takes UTF-16, lets the last of two equal keys win, and holds the interpreter while it builds hundreds of
-thousands of lists. A proxy that read the first of two `model` keys would have checked another model than is served.
+A proxy that read the first of two `model` keys would have checked another model than is served. And Python's parser
+holds the interpreter while it builds hundreds of thousands of lists.
 """
 
 import asyncio
-import json
 import re
-from collections import Counter
 from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import ValidationError
 from starlette.requests import ClientDisconnect
 
+from adapters_store.strict_json import NotStrictJSON, parse_object
 from server.api.errors import ClientLeft
 from server.api.protocol import Body, BodyLimits
 from server.api.service import service_of
@@ -48,14 +47,9 @@ def parse(raw: bytes) -> dict[str, Any]:
     if len(raw) > INLINE_BYTES:
         _refuse_too_many(raw)
     try:
-        value = json.loads(raw.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
-    except UnicodeDecodeError:
-        raise InvalidRequest("the body is not UTF-8", code="invalid_json") from None
-    except (ValueError, RecursionError):
-        raise InvalidRequest("the body is not valid JSON", code="invalid_json") from None
-    if not isinstance(value, dict):
-        raise InvalidRequest("the body must be a JSON object", code="invalid_body")
-    return value
+        return parse_object(raw)
+    except NotStrictJSON as error:
+        raise InvalidRequest(f"the body {error}", code=error.code) from None
 
 
 def validated(kind: type[Parsed], value: dict[str, Any], limits: BodyLimits) -> Parsed:
@@ -81,15 +75,3 @@ def _refuse_too_many(raw: bytes) -> None:
             f"{MAX_CONTAINERS:,}, {MAX_KEYS:,} and {MAX_STRINGS:,} are read",
             code="invalid_body",
         )
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise InvalidRequest(f"the key {twice[:100]!r} is in one object twice", code="duplicate_key")
-    return found
-
-
-def _no_constant(token: str) -> Any:
-    raise InvalidRequest(f"the body holds {token}, which is not JSON", code="invalid_json")

@@ -62,16 +62,14 @@ class Text:
     def has_chat_template(self) -> bool:
         return self._template is not None
 
-    def encode(
-        self, texts: Sequence[str], max_tokens: int, param: str, add_special_tokens: bool = True
-    ) -> list[list[int]]:
+    def encode(self, texts: Sequence[str], max_tokens: int, param: str) -> list[list[int]]:
         """Token ids of each text. `param` is the request's field that they came in.
 
         Raises InvalidRequest for a text of more than `max_tokens`; one that cannot be so few costs nothing.
         """
         for text in texts:
             self._refuse_if_longer(len(text), max_tokens, param)
-        return [_ids(it, max_tokens, param) for it in _encoded(self._tokenizer, texts, param, add_special_tokens)]
+        return [_ids(it, max_tokens, param) for it in _encoded(self._tokenizer, texts, param, add_special_tokens=True)]
 
     def most_chars(self, num_tokens: int) -> int:
         """Characters that so many tokens can stand for."""
@@ -95,8 +93,11 @@ class Text:
         hide, said = self._control_tokens.hide, [it["content"] for it in messages if it["role"] != "assistant"]
         hidden = [it if it["role"] == "assistant" else {**it, "content": hide(it["content"])} for it in messages]
         tokenizer, text = self._tokenizer, self.render_chat(hidden)
-        if self._control_tokens.may_be_spelled(said):
-            tokenizer, text = self._control_tokens.seal(text)
+        try:
+            if self._control_tokens.may_be_spelled(said):
+                tokenizer, text = self._control_tokens.seal(text)
+        except (TypeError, UnicodeEncodeError):  # a lone surrogate, for a normalizer
+            raise InvalidRequest("the text is not valid Unicode", param="messages") from None
         return _ids(_encoded(tokenizer, [text], "messages", add_special_tokens=False)[0], max_tokens, "messages")
 
     def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:

@@ -60,13 +60,17 @@ class KVCache:
         request.num_committed_blocks = len(request.block_table)
         request.num_computed_tokens = len(request.block_table) * self.block_size
 
+    def num_blocks(self, num_tokens: int) -> int:
+        """Blocks that so many tokens fill or begin."""
+        return -(-num_tokens // self.block_size)
+
     def num_missing_blocks(self, request: Request) -> int:
         """Blocks that it needs for all its tokens and does not hold yet."""
-        return max(0, -(-len(request.tokens) // self.block_size) - len(request.block_table))
+        return max(0, self.num_blocks(len(request.tokens)) - len(request.block_table))
 
     def grow(self, request: Request, num_new: int) -> bool:
         """Hold blocks for `num_new` more tokens. False, and nothing changed, if there are not enough."""
-        needed = -(-(request.num_computed_tokens + num_new) // self.block_size) - len(request.block_table)
+        needed = self.num_blocks(request.num_computed_tokens + num_new) - len(request.block_table)
         if needed > self.pool.num_free:
             return False
         if needed > 0:

@@ -55,7 +55,7 @@ class Shares:
 
     def lets_pass(self, request: Request) -> bool:
         """Whether a request may start before one that waits for blocks: there is room for it to its very end."""
-        return -(-request.max_len // self._kv_cache.block_size) <= self.num_free_blocks
+        return self._kv_cache.num_blocks(request.max_len) <= self.num_free_blocks
 
     def beyond(self) -> Iterator[Request]:
         """What may be taken back, newest first: requests without which their group still has its whole share.
@@ -79,7 +79,7 @@ class Shares:
                 within.add(group)
 
     def num_blocks_of(self, request: Request) -> int:
-        return max(len(request.block_table), -(-len(request.tokens) // self._kv_cache.block_size))
+        return len(request.block_table) + self._kv_cache.num_missing_blocks(request)
 
     def _count(self, request: Request, sign: int) -> None:
         needed = self.num_blocks_of(request)
