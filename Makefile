@@ -23,7 +23,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 simulate: $(INSTALLED)  ## a million steps of the engine without a model
-	$(BIN)/python -m tests.test_simulation --steps 1000000
+	$(BIN)/python -m tests.engine.test_simulation --steps 1000000
 
 bench: $(INSTALLED)  ## throughput beside Transformers and PEFT; rewrites README's table
 	$(BIN)/python -m benchmarks.throughput

@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from demo.skills import SKILLS, sample
-from tests.live_server import ROOT, LiveServer
+from tests.support.live_server import ROOT, LiveServer
 
 pytestmark = pytest.mark.slow
 PER_SKILL = 10

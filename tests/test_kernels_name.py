@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from server.kernels_name import check_kernels_are_ours
-from tests.live_server import ROOT
+from tests.support.live_server import ROOT
 
 pytestmark = pytest.mark.slow
 LOAD = """
 import server.model
-from tests.tiny_models import make_model
+from tests.support.tiny_models import make_model
 from kernels.lora import lora
 print(type(make_model("qwen3_moe")).__name__)
 """

@@ -18,8 +18,8 @@ import pytest
 
 from server.cli import EXIT_CONFIG
 from server.front import EXIT_FAILED, EXIT_STOPPED_EARLY
-from tests.live_server import ROOT, LiveServer, write_tokenizer
-from tests.tiny_models import save_model
+from tests.support.live_server import ROOT, LiveServer, write_tokenizer
+from tests.support.tiny_models import save_model
 
 pytestmark = pytest.mark.slow
 LONG = {"model": "tiny", "prompt": "x", "max_tokens": 500, "stream": True}

@@ -8,9 +8,9 @@ from pathlib import Path
 from benchmarks.gpu.measure import Bench
 from benchmarks.gpu.report import Row
 from server.model.probe import PROBE
-from tests.engine_harness import Engine, generated, prompts
-from tests.tiny_adapters import merge, register, save_esft, write_lora
-from tests.tiny_models import make_model, reference
+from tests.support.engine_harness import Engine, generated, prompts
+from tests.support.tiny_adapters import merge, register, save_esft, write_lora
+from tests.support.tiny_models import make_model, reference
 
 LINEARS = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\.\w+")
 

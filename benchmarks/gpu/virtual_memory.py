@@ -28,7 +28,7 @@ def self_test(bench: Bench) -> Iterator[Row]:
 
 def _on_a_fake_driver(bench: Bench) -> Row:
     """The same checks, so that no name or argument of theirs is wrong."""
-    from tests.cuda_fake_driver import GRANULE, FakeBindings, FakeCuda
+    from tests.support.cuda_fake_driver import GRANULE, FakeBindings, FakeCuda
 
     bindings = FakeBindings(1024 * GRANULE)
     pages = CudaPages(CudaDriver(bindings, 0), bench.scale.device, 0, FakeCuda())

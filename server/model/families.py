@@ -1,8 +1,8 @@
 """Which base models are served, and what differs between them.
 
-A family is in the table because its parity test passes (tests/test_families.py): tokens of a mixed, chunked schedule
-equal Transformers' own `generate`. Everything else is refused by name: an architecture that mixes tokens in a way we
-do not know (recurrent layers, convolutions, other masks) would give wrong answers in silence.
+A family is in the table because its parity test passes (tests/model/test_families.py): tokens of a mixed, chunked
+schedule equal Transformers' own `generate`. Everything else is refused by name: an architecture that mixes tokens in a
+way we do not know (recurrent layers, convolutions, other masks) would give wrong answers in silence.
 """
 
 import inspect

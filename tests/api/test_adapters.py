@@ -1,0 +1,254 @@
+"""Adapters that strangers made, over HTTP and at start: each fails alone, in time, and in words that harm nobody."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.adapters_store.test_verifier import NESTED
+from tests.support.live_server import LiveServer, write_tokenizer
+from tests.support.tiny_adapters import save_esft, save_lora
+from tests.support.tiny_models import make_model, save_model
+
+pytestmark = pytest.mark.slow
+ESCAPE = "\x1b]0;owned\x07\x1b[31m"
+BASE_NAME = "somebody/Original"
+
+
+def configured(directory: Path, **config: Any) -> Path:
+    file = directory / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    return directory
+
+
+def hostile(adapters: Path, good: Path, esft: Path) -> dict[str, str]:
+    """Directories that once stopped the server, by name, with what their refusal says."""
+
+    def copy(name: str, of: Path = good) -> Path:
+        return Path(shutil.copytree(of, adapters / name))
+
+    tensors = load_file(good / "adapter_model.safetensors")
+    save_file(tensors | {f"[/x]{ESCAPE}": torch.zeros(1)}, copy("markup-tensor") / "adapter_model.safetensors")
+    configured(copy("markup-key"), **{f"[/zz]{ESCAPE}": 1})
+    (copy("nested") / "adapter_config.json").write_text(NESTED)
+    (copy("digits", esft) / "expert_cfg.json").write_text('{"experts": {"' + "1" * 4500 + '": [0]}}')
+    (adapters / "loop").symlink_to(adapters / "loop")
+    (adapters / "dangling").symlink_to(adapters / "nothing")
+    copy(f"[red]{ESCAPE}")
+    copy("a b")
+    os.rename(copy("bytes"), os.fsencode(adapters) + b"/\xff\xfe")
+    (adapters / "empty").mkdir()
+    return {"markup-tensor": "[/x]", "markup-key": "[/zz]", "nested": "rank_pattern", "digits": "plain digits",
+            "loop": "is not a directory", "dangling": "is not a directory", "[red]": "is not an adapter name",
+            "a b": "is not an adapter name", r"\udcff\udcfe": "is not an adapter name",
+            "empty": "holds no adapter"}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("strangers")
+    write_tokenizer(save_model(root / "tiny", "qwen3_moe", vocab_size=256))
+    model = make_model("qwen3_moe", vocab_size=256)
+    declared = {"adapters/good": "org/Tiny", "more/named": BASE_NAME, "more/foreign": "a/B",
+                "more/quantised": "unsloth/tiny-bnb-4bit"}  # fmt: skip
+    for place, base in declared.items():
+        configured(save_lora(root / place, model, 1, ("q_proj",)), base_model_name_or_path=base)
+    save_esft(root / "more" / "esft", model, 2, {1: [2, 0]})
+    slow = {rf"(.|..|...){{1,10}}(?<=!)(?#{number})": 4 for number in range(1999)}
+    configured(save_lora(root / "more" / "slow", model, 1, ("q_proj",)), rank_pattern=slow)
+    return root
+
+
+def start(root: Path, *arguments: str, log: str = "log") -> LiveServer:
+    return LiveServer(str(root / "tiny"), "--adapters", str(root / "adapters"), "--adapter-root", str(root / "more"),
+                      *arguments, log=root / log).wait_ready()  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def refusals(root: Path) -> dict[str, str]:
+    return hostile(root / "adapters", root / "adapters" / "good", root / "more" / "esft")
+
+
+@pytest.fixture(scope="module")
+def server(root: Path, refusals: dict[str, str]) -> Iterator[LiveServer]:
+    server = start(root, "--base-name", BASE_NAME, "--verify-timeout-s", "5")
+    yield server
+    assert server.stop() == 0, server.output()
+
+
+@pytest.fixture
+def http(server: LiveServer) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=30) as client:
+        yield client
+
+
+def post(http: httpx.Client, name: str, path: str | None = None) -> httpx.Response:
+    return http.post("/v1/adapters", json={"name": name, "path": path or f"../more/{name}"})
+
+
+def verifying(server: LiveServer) -> list[psutil.Process]:
+    """The processes that verify, those that are ending left out."""
+    found = []
+    for process in psutil.Process(server.process.pid).children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found += [process] * ("adapters_store.verify" in process.cmdline())
+    return found
+
+
+def busy(server: LiveServer) -> int:
+    """How many of them are at work."""
+    count = 0
+    for process in verifying(server):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            count += process.cpu_percent(0.1) > 20
+    return count
+
+
+def eventually(condition: Any, within_s: float = 10) -> None:
+    deadline = time.monotonic() + within_s
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert condition()
+
+
+# -- fails alone ---
+
+
+def test_at_start_each_bad_directory_is_told_of_and_the_rest_is_served(
+    server: LiveServer, http: httpx.Client, refusals: dict[str, str]
+) -> None:
+    assert [it["id"] for it in http.get("/v1/adapters").json()["data"]][:1] == ["good"]
+    output = server.output()
+    table = " ".join(output.split())
+    for name, says in refusals.items():
+        assert name in table and says in table.replace("\n", " "), says
+    assert table.count(" refused ") == len(refusals)
+    assert "\x1b]0;" not in output and "\x1b[31m" not in output and "\x07" not in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("name", ["markup-tensor", "markup-key", "nested", "digits", "loop", "dangling", "empty"])
+def test_over_http_it_is_a_422(http: httpx.Client, refusals: dict[str, str], name: str) -> None:
+    response = post(http, "x", name)
+    assert response.status_code == 422 and refusals[name] in response.json()["error"]["message"], response.text
+    assert len(response.content) < 2500 and "\\u001b" not in response.text
+
+
+@pytest.mark.parametrize("path", ["\udcff", "a\x1b[2J", "x" * 100_000, "[/x]"])
+def test_strange_paths_are_refused(http: httpx.Client, path: str) -> None:
+    body = json.dumps({"name": "x", "path": path})
+    response = http.post("/v1/adapters", content=body, headers={"Content-Type": "application/json"})
+    assert response.status_code in (400, 422) and len(response.content) < 2500, response.text
+
+
+# -- in time ---
+
+
+def test_others_are_served_while_an_adapter_takes_too_long(server: LiveServer, http: httpx.Client) -> None:
+    answers: list[httpx.Response] = []
+    thread = threading.Thread(target=lambda: answers.append(httpx.post(
+        f"{server.url}/v1/adapters", json={"name": "slow", "path": "../more/slow"}, timeout=30)))  # fmt: skip
+    thread.start()
+    eventually(lambda: busy(server) == 1)
+    for _ in range(3):
+        begin = time.monotonic()
+        assert post(http, "named").status_code == 201
+        body = {"model": "named", "prompt": "x", "max_tokens": 2}
+        assert http.post("/v1/completions", json=body).status_code == 200
+        assert http.delete("/v1/adapters/named").status_code == 200
+        assert time.monotonic() - begin < 2
+    assert not answers
+    thread.join(20)
+    error = answers[0].json()["error"]
+    assert answers[0].status_code == 422 and "took more than 5 s" in error["message"], error
+    assert "--verify-timeout-s" in error["message"]
+
+
+def test_a_client_that_leaves_ends_its_verification(server: LiveServer) -> None:
+    before = {it.pid for it in verifying(server)}
+    with contextlib.suppress(httpx.ReadTimeout), httpx.Client(base_url=server.url) as client:
+        client.post("/v1/adapters", json={"name": "slow", "path": "../more/slow"}, timeout=httpx.Timeout(10, read=0.7))
+    begin = time.monotonic()
+    eventually(lambda: busy(server) == 0)
+    assert time.monotonic() - begin < 2  # it would have had four seconds more
+    assert {it.pid for it in verifying(server)} <= before
+
+
+def test_shutdown_does_not_wait_for_a_verification(root: Path) -> None:
+    server = start(root, "--verify-timeout-s", "60", log="shutdown")
+    answers: list[httpx.Response] = []
+
+    def ask() -> None:
+        with contextlib.suppress(httpx.HTTPError):
+            body = {"name": "slow", "path": "../more/slow"}
+            answers.append(httpx.post(f"{server.url}/v1/adapters", json=body, timeout=30))
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]  # two are under way, two wait
+    for thread in threads:
+        thread.start()
+    eventually(lambda: len(verifying(server)) == 2)
+    time.sleep(0.5)
+    children = verifying(server)
+    begin = time.monotonic()
+    assert server.stop(signal.SIGTERM) == 0
+    assert time.monotonic() - begin < 4, server.output()
+    for thread in threads:
+        thread.join(5)
+    assert [it.status_code for it in answers] == [503] * 4
+    assert answers[0].json()["error"]["code"] == "shutting_down"
+    assert not any(it.is_running() and it.status() != psutil.STATUS_ZOMBIE for it in children)
+    assert "Traceback" not in server.output()
+
+
+# -- whose base ---
+
+
+def test_the_declared_base_is_told_and_a_difference_in_words(server: LiveServer, http: httpx.Client) -> None:
+    for name, declared, says in (
+        ("named", BASE_NAME, []),
+        ("foreign", "a/B", ["trained on 'a/B'; this server's base is known as 'tiny', "]),
+        ("quantised", "unsloth/tiny-bnb-4bit", ["trained on 'unsloth/tiny-bnb-4bit'", "names quantised weights"]),
+        ("esft", None, []),
+    ):
+        added = post(http, name).json()
+        shown = http.get(f"/v1/adapters/{name}").json()
+        listed = next(it for it in http.get("/v1/adapters").json()["data"] if it["id"] == name)
+        for answer in (added, shown, listed):
+            assert answer["declared_base"] == declared
+            assert len(answer["warnings"]) == len(says)
+            assert all(part in told for part, told in zip(says, answer["warnings"], strict=True))
+        http.delete(f"/v1/adapters/{name}")
+    log = server.output()
+    assert "adapter foreign: lora, trained on a/B" in log and "adapter good: The adapter says" not in log
+    assert "adapter foreign: The adapter says that it was trained on 'a/B'" in log
+    assert "trained on org/Tiny" in " ".join(log[log.index("model ") :].split())  # and in the table
+
+
+def test_strict_base_refuses_with_both_names(root: Path) -> None:
+    configured(Path(shutil.copytree(root / "more" / "foreign", root / "strict" / "stranger")))
+    server = LiveServer(str(root / "tiny"), "--adapters", str(root / "strict"), "--adapter-root", str(root / "more"),
+                        "--strict-base", "--base-name", BASE_NAME, log=root / "strict-log").wait_ready()  # fmt: skip
+    with httpx.Client(base_url=server.url, timeout=30) as http:
+        for name in ("foreign", "quantised"):
+            response = http.post("/v1/adapters", json={"name": name, "path": str(root / "more" / name)})
+            message = response.json()["error"]["message"]
+            assert response.status_code == 422 and f"known as 'tiny', '{BASE_NAME}'" in message
+            assert ("'a/B'" if name == "foreign" else "bnb-4bit") in message and "--base-name" in message
+        for name in ("named", "esft"):
+            body = {"name": name, "path": str(root / "more" / name)}
+            assert http.post("/v1/adapters", json=body).status_code == 201
+    assert server.stop() == 0
+    table = " ".join(server.output().split())
+    assert "stranger refused" in table and "--strict-base" in table

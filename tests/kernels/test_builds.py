@@ -1,0 +1,46 @@
+"""Commands that nobody runs by hand often enough: every kernel compiled, as listed and as launched."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, *command], cwd=ROOT, env=inherited | environment,
+                          capture_output=True, text=True, timeout=480)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+def test_every_configuration_compiles_without_a_spill() -> None:
+    """For sm_80, sm_90 and gfx942; the committed table says what each needs."""
+    done = run("-m", "benchmarks.aot")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("model_type", ["llama", "gpt_oss", "deepseek_v2"])
+def test_an_engine_of_real_width_compiles_as_it_is_launched(model_type: str) -> None:
+    """Its whole warm-up, in bfloat16 for an H200 that is not there (tests/support/compile_only.py)."""
+    done = run("-m", "tests.support.compile_only", model_type)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    wanted = ["_attention", "lora_kernel", "_rms_norm", "_rope", "_sample"]
+    if model_type != "llama":
+        wanted += ["route_kernel", "gate_up_kernel", "down_kernel", "combine_kernel"]
+    assert all(f"'{kernel}'" in done.stdout for kernel in wanted), done.stdout
+
+
+def test_the_table_of_compiled_kernels_says_what_spills() -> None:
+    """In a process of its own: benchmarks.aot turns the interpreter off."""
+    row = "aot.Compiled('sampling', 'fp32', 'sm_90', 128, 0, {spilled}, 16)"
+    rows = f"[{row.format(spilled=0)}, {row.format(spilled=8)}]"
+    done = run("-c", f"from benchmarks import aot; print(aot.as_table({rows})); print(aot.as_table({rows}[:1]))")
+    first, *_, last = [line for line in done.stdout.splitlines() if line.startswith("Triton")]
+    assert first.endswith("Spilled by a thread of sampling fp32 on sm_90: 8 bytes.") and last.endswith("None spills.")

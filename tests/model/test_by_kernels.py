@@ -1,0 +1,131 @@
+"""The whole step by kernels equals the whole step by references: on a GPU, else in Triton's interpreter."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels.compiled import everywhere
+from server.engine.request import Sampling
+from server.model.cuda_graphs import GraphedForward
+from server.model.forward import KernelForward
+from server.model.probe import PROBE
+from server.model.warm_up import warm_up
+from tests.support.engine_harness import GREEDY, Engine, generated
+from tests.support.kernel_device import DEVICE
+from tests.support.tiny_adapters import register, save_esft, write_lora
+from tests.support.tiny_models import make_model
+
+SMALL = dict(num_hidden_layers=2, hidden_size=32, intermediate_size=40, vocab_size=97)
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),
+]
+
+
+PLACE = torch.device(DEVICE)
+
+
+def run(engine: Engine, adapters: list[Path], sampling: Sampling) -> list[list[int]]:
+    """A prompt for the base and one for each adapter, together: prefill in chunks, then decodes."""
+    entries = [register(engine, path) for path in adapters]
+    for length, entry in enumerate([None, *entries], start=4):
+        engine.add([5 + 7 * i % 90 for i in range(length)], 2, entry.ref if entry else None, sampling)
+    engine.run()
+    return [generated(request) for request in engine.requests]
+
+
+class StandIns:
+    """Where there are no graphs: the same computations on the same memory, in the place of an engine's forward."""
+
+    def __init__(self, engine: Engine, largest_batch: int, max_rank: int, has_experts: bool | None = None) -> None:
+        """has_experts: of the graphs to capture; None: none yet."""
+        eager = engine.assembly.runner.forward
+        assert isinstance(eager, KernelForward)
+        self.num_replays = 0
+        self.forward = GraphedForward(eager, torch.empty(largest_batch, SMALL["vocab_size"]), max_rank, self._capture)
+        engine.assembly.runner.forward = self.forward
+        with torch.inference_mode():
+            for key in self.forward.keys(has_experts) if has_experts is not None else ():
+                self.forward.capture(key)
+
+    def _capture(self, compute: Callable[[], object]) -> Callable[[], object]:
+        def replay() -> None:
+            self.num_replays += 1
+            compute()
+
+        compute()
+        return replay
+
+
+stands_in = pytest.mark.skipif(DEVICE == "cuda", reason="stands in for graphs, which test_a_step_by_kernels has here")
+
+
+@stands_in
+@pytest.mark.parametrize("name", ["llama", "deepseek_v2"])
+def test_padded_decodes_of_static_inputs(name: str, tmp_path: Path) -> None:
+    """What was captured before any adapter came serves every later batch: other sizes, other adapters, other blocks."""
+    overrides = {**SMALL, "first_k_dense_replace": 1} if name.startswith("deepseek") else SMALL
+    plain = make_model(name, **overrides)
+    adapters = [write_lora(tmp_path / "lora", plain, 1, re.compile(r"model\.layers\.1\.self_attn\.\w+"), 3, 6.0)]
+    if name == "deepseek_v2":
+        adapters.append(save_esft(tmp_path / "esft", plain, 3, {1: [0, 2, 5]}))
+    expected = run(Engine(make_model(name, attention=PROBE, **overrides)), adapters, GREEDY)
+    with everywhere():
+        engine = Engine(make_model(name, attention=PROBE, **overrides), device=PLACE)
+        graphs = StandIns(engine, largest_batch=4, max_rank=3, has_experts=name == "deepseek_v2")
+        captured = graphs.forward.num_captured
+        assert run(engine, adapters, GREEDY) == expected
+    assert graphs.num_replays > 0 and graphs.forward.num_captured == captured
+
+
+@stands_in
+def test_a_rank_beyond_the_captured_ones_is_launched_kernel_by_kernel(tmp_path: Path) -> None:
+    """In the steps that it takes part in, and only there."""
+    plain = make_model("llama", **SMALL)
+    adapters = [write_lora(tmp_path / "lora", plain, 1, re.compile(r"model\.layers\.1\.mlp\.\w+"), 3, 6.0)]
+    expected = run(Engine(make_model("llama", attention=PROBE, **SMALL)), adapters, GREEDY)
+    with everywhere():
+        engine = Engine(make_model("llama", attention=PROBE, **SMALL), device=PLACE)
+        graphs = StandIns(engine, largest_batch=2, max_rank=2, has_experts=False)
+        assert run(engine, adapters, GREEDY) == expected
+        assert graphs.num_replays == 0
+        engine.add([5, 6, 7], 2)
+        engine.run()
+    assert graphs.num_replays > 0
+
+
+@stands_in
+def test_warm_up() -> None:
+    """Every path is taken, and nothing stays behind but graphs."""
+    model = make_model("deepseek_v2", attention=PROBE, **SMALL, first_k_dense_replace=1)
+    stages: list[tuple[str, int, int]] = []
+    with everywhere():
+        engine = Engine(model, tokens_per_step=8, device=PLACE)
+        graphs = StandIns(engine, largest_batch=2, max_rank=16)
+        warm_up(graphs.forward, True, 4, lambda *stage: stages.append(stage))
+    assert [done for _, done, _ in stages] == list(range(1, stages[0][2] + 1))
+    assert {name for name, _, _ in stages} == {"Compiling kernels", "Capturing graphs"}
+    assert graphs.forward.num_captured == 8  # one and two rows, with and without LoRA, with and without expert adapters
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "deepseek_v2", "deepseek_v3", "qwen3_moe"])
+def test_a_step_by_kernels(name: str, tmp_path: Path) -> None:
+    overrides = {**SMALL, "first_k_dense_replace": 1} if name.startswith("deepseek") else SMALL
+    plain = make_model(name, **overrides)
+    adapters = [
+        write_lora(tmp_path / "lora-1", plain, 1, re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\.\w+"), 4, 8.0),
+        write_lora(
+            tmp_path / "lora-2", plain, 2, re.compile(r"model\.layers\.1\.self_attn\.(q|kv_b|v)_proj|lm_head"), 9, 9.0
+        ),
+    ]  # fmt: skip
+    if name in ("deepseek_v2", "qwen3_moe"):
+        adapters.append(save_esft(tmp_path / "esft", plain, 3, {1: [0, 2, 5]}))
+    expected = run(Engine(make_model(name, attention=PROBE, **overrides)), adapters, GREEDY)
+    with everywhere():
+        engine = Engine(make_model(name, attention=PROBE, **overrides), device=PLACE)
+        assert run(engine, adapters, GREEDY) == expected
+    assert len({tuple(tokens) for tokens in expected}) > 1, "the adapters make no difference"

@@ -1,0 +1,80 @@
+"""A decode step can be captured in a CUDA graph: traced on a device without memory, it neither reads back nor waits.
+
+Tensors of torch's meta device have shapes and no contents, so whatever depends on contents (a read-back, a shape)
+raises. They stand for the GPU's: a tensor that is made anywhere else would be a copy between host and device.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
+
+from kernels.compiled import everywhere
+from server.assembly import install_caches
+from server.model.device_inputs import Capacity, DeviceInputs, LoraReach
+from server.model.experts import Stacks
+from server.model.families import pin_rope
+from server.model.forward import Model
+from server.model.inputs import CurrentStep
+from server.model.loader import inject
+from server.model.probe import PROBE, probe
+from tests.support.tiny_models import MODELS, make_config
+
+META = torch.device("meta")
+ROWS, SEQUENCES, BLOCKS, SLOTS = 8, 8, 16, 4
+
+
+class Watch(TorchDispatchMode):
+    """Notes every op, and every tensor that is made elsewhere than on the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[str] = []
+        self.elsewhere: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        self.ops.append(str(function))
+        for tensor in out if isinstance(out, list | tuple) else (out,):
+            if isinstance(tensor, Tensor) and tensor.device.type != "meta" and tensor.dim() > 0:
+                self.elsewhere.append(f"{function} made {tuple(tensor.shape)} on {tensor.device}")
+        return out
+
+
+def fake_stacks(layer: int, gate_up: Tensor, down: Tensor) -> Stacks:
+    room = len(gate_up) + SLOTS * 8
+    expert_map = torch.empty(SLOTS + 1, len(gate_up), dtype=torch.int32, device=META)
+    return Stacks(gate_up.new_empty(room, *gate_up.shape[1:]), down.new_empty(room, *down.shape[1:]), expert_map)
+
+
+@pytest.mark.parametrize("with_adapters", [False, True], ids=["base only", "adapters"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_decode_step_can_be_captured(name: str, with_adapters: bool) -> None:
+    config = make_config(name)
+    inputs = DeviceInputs(Capacity(ROWS, SEQUENCES, BLOCKS, slices=8), torch.device("cpu"))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=PROBE, dtype=torch.bfloat16).eval()
+    pin_rope(model, config, config.max_position_embeddings)
+    step = CurrentStep()
+    probed = probe(model)
+    model.to(META)
+    with everywhere(), torch.inference_mode(), META:
+        injected = inject(model, probed, step, fake_stacks)
+        install_caches(model, probed, injected, 32, 16, step)
+        sites = {site for target in injected.targets for site, _ in target.sites}
+        for site in sites:
+            site.attach(torch.empty(SLOTS + 1, len(site.widths), 4, dtype=torch.int64))
+        inputs._block_tables = torch.empty(SEQUENCES, BLOCKS, dtype=torch.int32)
+        for attribute in ("_device", "_attention_counters", "_route_counters", "_lora_counters"):
+            setattr(inputs, attribute, torch.empty(len(getattr(inputs, attribute)), dtype=torch.int32))
+        reach = LoraReach(64, at_all_sites=True) if with_adapters else None
+        views = inputs.views(ROWS, ROWS, ROWS, 1, reach, with_experts=with_adapters)
+        with Watch() as watch:
+            logits = Model(model, step)(views)
+    assert logits.shape == (ROWS, config.vocab_size) and logits.device == META
+    assert not watch.elsewhere
+    assert any("heddle.paged_attention" in op for op in watch.ops)
+    assert any("heddle.lora" in op for op in watch.ops) == with_adapters
+    assert any("heddle.expert_route" in op for op in watch.ops) == bool(injected.experts)

@@ -1,0 +1,103 @@
+"""Adapters for the tiny models: PEFT LoRA written by PEFT itself, ESFT in its own on-disk format."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from adapters_store.catalog import Catalog, CatalogEntry
+from adapters_store.parts import ExpertReplacement, LowRank
+from tests.support.engine_harness import Engine
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+ALL_LINEARS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
+
+
+def save_lora(directory: Path, model: nn.Module, seed: int, targets: Sequence[str], rank: int = 4, alpha: float = 8,
+              **config: Any) -> Path:  # fmt: skip
+    """`model` is left as it was."""
+    import peft
+
+    lora = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), task_type="CAUSAL_LM", **config)
+    wrapped = peft.get_peft_model(model, lora)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in sorted(wrapped.named_parameters()):
+        if ".lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.15
+    wrapped.save_pretrained(directory, save_embedding_layers=False)
+    wrapped.unload()
+    return directory
+
+
+def write_lora(directory: Path, model: nn.Module, seed: int, modules: re.Pattern[str], rank: int, alpha: float) -> Path:
+    """The same format without PEFT, for linears that its target matching cannot reach."""
+    directory.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, linear in model.named_modules():
+        if isinstance(linear, nn.Linear) and modules.fullmatch(name):
+            key = f"base_model.model.{name}.lora"
+            tensors[f"{key}_A.weight"] = torch.randn(rank, linear.in_features, generator=generator) * 0.15
+            tensors[f"{key}_B.weight"] = torch.randn(linear.out_features, rank, generator=generator) * 0.15
+    save_file(tensors, directory / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": modules.pattern}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    return directory
+
+
+def save_esft(directory: Path, model: nn.Module, seed: int, tuned: dict[int, list[int]], prefix: str = "model.",
+              config: bool = True, shards: int = 1) -> Path:  # fmt: skip
+    """Tuned experts are the base's plus noise of the same size: clearly another model."""
+    directory.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, torch.Tensor] = {}
+    for layer, experts in tuned.items():
+        module = model.get_submodule(f"model.layers.{layer}.mlp.experts")
+        for expert in experts:
+            gate, up = module.gate_up_proj.data[expert].chunk(2)
+            for matrix, weight in (("gate", gate), ("up", up), ("down", module.down_proj.data[expert])):
+                key = f"{prefix}layers.{layer}.mlp.experts.{expert}.{matrix}_proj.weight"
+                tensors[key] = weight + torch.randn(weight.shape, generator=generator) * weight.std()
+    names = sorted(tensors)
+    weight_map: dict[str, str] = {}
+    for shard in range(shards):
+        file = f"model-{shard + 1:05}-of-{shards:06}.safetensors"
+        part = {name: tensors[name].contiguous() for name in names[shard::shards]}
+        save_file(part, directory / file)
+        weight_map |= dict.fromkeys(part, file)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    if config:
+        expert_cfg = {"experts": {str(layer): experts for layer, experts in tuned.items()},
+                      "shared_experts": False, "non_expert_modules": False}  # fmt: skip
+        (directory / "expert_cfg.json").write_text(json.dumps(expert_cfg))
+    return directory
+
+
+def register(engine: Engine, path: Path, name: str | None = None) -> CatalogEntry:
+    """Through the same door as a server's: verified against the base's shapes, then made known to the engine."""
+    catalog = Catalog("base", engine.assembly.info.base, (path.parent,))
+    entry = catalog.read(name or path.name, str(path))
+    engine.adapters.register(entry.ref, entry.package)
+    return entry
+
+
+@torch.no_grad()
+def merge(model: nn.Module, entry: CatalogEntry) -> nn.Module:
+    """The oracle: the adapter's weights merged into a plain Transformers model, in place."""
+    files = {file.file: load_file(Path(entry.package.path) / file.file) for file in entry.package.files}
+    for part in entry.package.parts:
+        match part:
+            case LowRank():
+                a, b = files[part.a.file][part.a.key], files[part.b.file][part.b.key]
+                model.get_submodule(part.module).weight += part.scale * (b.float() @ a.float())
+            case ExpertReplacement():
+                module = model.get_submodule(f"model.layers.{part.layer}.mlp.experts")
+                halves = [files[tensor.file][tensor.key] for tensor in part.gate_up]
+                module.gate_up_proj[part.expert] = torch.cat(halves)
+                module.down_proj[part.expert] = files[part.down.file][part.down.key]
+    return model
