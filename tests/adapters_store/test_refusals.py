@@ -20,7 +20,7 @@ from adapters_store.errors import (
     clean,
 )
 from adapters_store.formats import remedies
-from tests.adapters_store.test_formats import A0, BASE, HIDDEN, LINEARS, edit_weights, esft, lora, read_adapter
+from tests.support.adapter_files import A0, BASE, HIDDEN, LINEARS, edit_weights, esft, lora, read_adapter
 
 Change = Callable[[dict[str, torch.Tensor]], None]
 
