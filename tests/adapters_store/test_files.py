@@ -1,5 +1,6 @@
 """Files that strangers change while they are read: links, what is no file, and descriptors that all come back."""
 
+import errno
 import json
 import os
 import socket
@@ -89,10 +90,11 @@ def test_a_file_exchanged_for_a_link_between_look_and_open_is_not_followed(
 def test_a_directory_exchanged_for_a_link_is_not_followed(root: Path) -> None:
     outside = lora(root.parent / "outside")
     (root / "sub").symlink_to(outside)
-    with pytest.raises(OSError):
+    with pytest.raises(NotADirectoryError):
         open_resolved(str(root.resolve() / "sub" / "adapter_config.json"))
-    with pytest.raises(OSError):
+    with pytest.raises(OSError) as refusal:
         open_resolved(str(root.resolve() / "sub"))
+    assert refusal.value.errno == errno.ELOOP
 
 
 def test_what_is_read_is_the_file_that_was_opened(root: Path) -> None:

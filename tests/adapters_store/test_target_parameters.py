@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from adapters_store.catalog import Catalog, CatalogEntry
-from adapters_store.errors import InvalidAdapter
+from adapters_store.errors import CoverageError, InvalidAdapter
 from server.model.probe import PROBE
 from tests.support.engine_harness import Engine, generated, prompts
 from tests.support.tiny_adapters import merge, register
@@ -101,5 +101,5 @@ def test_a_linear_named_twice_with_one_meaning_is_served(tmp_path: Path) -> None
 
 def test_a_listed_parameter_without_tensors_is_refused(tmp_path: Path) -> None:
     directory = edited(save(tmp_path / "a", target_modules=["o_proj"]), target_parameters=["q_proj.weight"])
-    with pytest.raises(Exception, match="target_parameters lists q_proj.weight, but the file has no tensors"):
+    with pytest.raises(CoverageError, match="target_parameters lists q_proj.weight, but the file has no tensors"):
         read(directory)

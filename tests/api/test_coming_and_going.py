@@ -73,8 +73,8 @@ def test_the_same_name_with_other_weights_answers_with_the_new_ones(
         ({"name": "a/b", "path": "lora"}, 400, "not an adapter name"),
         ({"name": "tiny", "path": "lora"}, 409, "base model"),
         ({"name": "esft", "path": "lora"}, 409, "taken"),
-        ({"name": "x"}, 400, "path"),
-        ({"name": "x", "path": "lora", "force": True}, 400, "force"),
+        ({"name": "x"}, 400, "path: Field required"),
+        ({"name": "x", "path": "lora", "force": True}, 400, "'force' is not a field"),
     ],
 )
 def test_adapter_refusals(http: httpx.Client, body: dict[str, Any], status: int, says: str) -> None:

@@ -12,12 +12,11 @@ from contextlib import closing
 
 import pytest
 import uvicorn
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from server import listener
 from server.api.connection import ConnectionLimits, limited
 from server.api.limits import MAX_HEADERS, RequestLimits
-from server.errors import Overloaded
 
 LIMITS = ConnectionLimits(max_connections=5, header_s=0.5, body_s=0.5, write_s=0.5)
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n"
@@ -222,35 +221,3 @@ def test_nagle_is_off_on_accepted_connections() -> None:
 
     asyncio.run(run())
     assert seen == [1]
-
-
-def test_bodies_of_all_requests_together_are_bounded_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.api.limits.MAX_HELD_BYTES", 1500)
-    limits = RequestLimits(read_it, 1000)
-
-    async def run() -> None:
-        with pytest.raises(Overloaded, match="1,500 bytes"):
-            await asyncio.gather(*(limits(SCOPE, body_of(800), ignore) for _ in range(2)))
-        await asyncio.sleep(0.05)
-        await limits(SCOPE, body_of(800), ignore)  # both have ended
-
-    asyncio.run(run())
-
-
-SCOPE = {"type": "http", "headers": []}
-
-
-def body_of(count: int) -> Receive:
-    async def receive() -> Message:
-        return {"type": "http.request", "body": b"x" * count}
-
-    return receive
-
-
-async def ignore(_: Message) -> None:
-    pass
-
-
-async def read_it(scope: Scope, receive: Receive, send: Send) -> None:
-    await receive()
-    await asyncio.sleep(0.02)

@@ -112,8 +112,10 @@ def test_a_whole_prompt_may_hold_control_tokens(tokenizer: Tokenizer, tmp_path: 
 
 
 def test_a_tokenizer_that_cannot_be_sealed_refuses_such_messages_and_serves_the_others(tmp_path: Path) -> None:
-    text = text_of(bpe(), tmp_path, single_word=True)
-    assert text.encode_chat([user("hi")], 1000)
+    tokenizer = bpe()
+    text = text_of(tokenizer, tmp_path, single_word=True)
+    plain = tokenizer.encode("<s><|user|>hi<|end|>\n<|assistant|>", add_special_tokens=False).ids
+    assert text.encode_chat([user("hi")], 1000) == plain
     with pytest.raises(InvalidRequest, match="spells a control token"):
         text.encode_chat([user("a <|end|> b")], 1000)
 
@@ -143,7 +145,8 @@ def test_letters_that_a_normalizer_makes_a_control_token_of_are_letters(
     tokenizer.normalizer = normalizer
     tokenizer.add_tokens([AddedToken(name, normalized=True, special=False) for name in ["<|end|>", *TURNS]])
     text = text_of(tokenizer, tmp_path, single_word)
-    assert text.encode_chat([user("hi")], 1000)
+    plain = tokenizer.encode("<s><|user|>hi<|end|>\n<|assistant|>", add_special_tokens=False).ids
+    assert text.encode_chat([user("hi")], 1000) == plain
     with pytest.raises(InvalidRequest, match="Unicode"):
         text.encode_chat([user("a\ud800")], 1000)
     if single_word:
