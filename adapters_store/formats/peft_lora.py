@@ -88,11 +88,9 @@ class _Binding:
             elif module not in self._base.linears:
                 what, remedy = remedies.for_module(module, self._base.linears)
                 self._refuse(f"{shown(tensor.key)}: the base has no linear {shown(module)} ({what})", remedy)
-            elif side in sides.setdefault(module, {}):
-                self._refuse(f"{shown(tensor.key)}: a second lora_{side} for the same module")
             else:
-                sides[module][side] = tensor
-        _refuse_two_names(names)
+                sides.setdefault(module, {})[side] = tensor
+        _refuse_two_names(names)  # a side that came twice came under two names
         return sides
 
     def _pair(self, module: str, pair: Sides) -> LowRank | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from adapters_store.declared_base import declared, is_known, names_of_base, remarks
+from adapters_store.declared_base import declared, difference, is_known, names_of_base, remarks
 from tests.support.adapter_files import BASE, esft, lora, read_adapter
 
 LLAMA = ("meta-llama/Llama-3-8B", "my-base")
@@ -23,6 +23,9 @@ LLAMA = ("meta-llama/Llama-3-8B", "my-base")
         ("C:\\models\\Llama-3-8B", LLAMA, True),
         ("my-base", LLAMA, True),
         ("/cache/hub/models--meta-llama--Llama-3-8B/snapshots/0123abc", LLAMA, True),
+        ("models--meta-llama--Llama-3-8B", LLAMA, True),
+        ("models--a--mirror--Llama-3-8B/snapshots/x", LLAMA, True),
+        ("Llama-3-8B//", LLAMA, True),
         ("mistralai/Mistral-7B-v0.1", LLAMA, False),
         ("meta-llama/Llama-3-8B-Instruct", LLAMA, False),
         ("Llama-3", LLAMA, False),
@@ -77,6 +80,10 @@ def test_the_base_is_known_by_its_directory_and_its_configuration(tmp_path: Path
         (directory / "config.json").write_text(json.dumps({"_name_or_path": own}))
     assert names_of_base(str(plain)) == ["Some-Model", "org/Original"]
     assert names_of_base(str(hub)) == ["org/Name", "Original"]  # and no place on a machine
+    (hub / "config.json").write_text(json.dumps({"_name_or_path": "/home/them/Original//"}))
+    assert names_of_base(str(hub)) == ["org/Name", "Original"]
+    (hub / "config.json").unlink()
+    assert names_of_base(str(hub)) == ["org/Name"]
     (tmp_path / "link").symlink_to(plain)
     assert names_of_base(str(tmp_path / "link"))[0] == "Some-Model"
     for text in ("{", "[]", '{"_name_or_path": 3}'):
@@ -103,3 +110,21 @@ def test_what_an_adapter_declares_is_cleaned(tmp_path: Path, value: Any, shown: 
 
 def test_a_long_name_is_cut() -> None:
     assert len(str(declared("x" * 10_000)).encode()) <= 200
+
+
+def test_the_names_of_the_base_are_told_once_each_and_in_part() -> None:
+    told = difference("x", ("base", "org/base", "base", "y" * 1000))
+    names = f"'base', 'org/base', '{'y' * 197}…'"
+    assert told == f"The adapter says that it was trained on 'x'; this server's base is known as {names}."
+
+
+def test_what_is_odd_is_told_in_whole_sentences() -> None:
+    first, second, third = remarks("a/PiSSA-nf4", ("b",))
+    assert first.endswith("is known as 'b'. The shapes fit, which other models' may too.")
+    assert second == (
+        "'a/PiSSA-nf4' names quantised weights: the adapter was trained against those and is served on this base's own."
+    )
+    assert third == (
+        "'a/PiSSA-nf4' names a base whose weights the initialisation changed (PiSSA, LoftQ, OLoRA, …): the adapter "
+        "belongs to those weights only. Convert it with PEFT's path_initial_model_for_weight_conversion."
+    )

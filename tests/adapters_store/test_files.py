@@ -109,10 +109,19 @@ def test_what_is_read_is_the_file_that_was_opened(root: Path) -> None:
 
 
 @pytest.mark.timeout(20)
-@pytest.mark.parametrize("kind", ["FIFO", "socket", "device", "directory", "loop"])
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("FIFO", "{file} is not a regular file"),
+        ("socket", "{file} cannot be read: No such device or address"),
+        ("device", "'{file}' lies outside the adapter directories"),
+        ("directory", "holds no adapter|{file} is missing"),
+        ("loop", "{file} cannot be read: Too many levels of symbolic links"),
+    ],
+)
 @pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
 def test_what_is_no_regular_file_is_refused_without_waiting(
-    root: Path, monkeypatch: pytest.MonkeyPatch, kind: str, file: str
+    root: Path, monkeypatch: pytest.MonkeyPatch, kind: str, says: str, file: str
 ) -> None:
     path = lora(root / "a") / file
     path.unlink()
@@ -128,7 +137,7 @@ def test_what_is_no_regular_file_is_refused_without_waiting(
         path.mkdir()
     else:
         path.symlink_to(path)
-    with pytest.raises(AdapterError):
+    with pytest.raises(AdapterError, match=says.format(file=file)):
         read(root)
 
 

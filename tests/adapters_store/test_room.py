@@ -8,6 +8,7 @@ import pytest
 
 from adapters_store.catalog import Catalog
 from adapters_store.errors import UnsupportedAdapter
+from adapters_store.parts import ExpertReplacement, LowRank, TensorRef
 from adapters_store.room import Room
 from tests.support.adapter_files import A0, BASE, esft, lora
 
@@ -48,3 +49,37 @@ def test_more_experts_than_a_layer_has_room_for_are_refused_before_their_bytes_a
     esft(tmp_path / "a", {1: [0, 1, 2], 2: [3]})
     with pytest.raises(UnsupportedAdapter, match="tunes 3 experts of layer 1; this server has room for 2"):
         Catalog("base", BASE, (tmp_path,), Room(1 << 30, 4, 2)).read("x", "a")
+
+
+def parts(*ranks: int, experts: dict[int, int] | None = None) -> list[LowRank | ExpertReplacement]:
+    """LoRAs of 10 elements a rank, and so many experts of 30 elements in each layer."""
+    made: list[LowRank | ExpertReplacement] = [
+        LowRank("q", TensorRef("f", "a", (rank, 6), "F32"), TensorRef("f", "b", (4, rank), "F32"), 1.0)
+        for rank in ranks
+    ]
+    matrix = TensorRef("f", "m", (5, 2), "F16")
+    for layer, count in (experts or {}).items():
+        made += [ExpertReplacement(layer, expert, (matrix, matrix), matrix) for expert in range(count)]
+    return made
+
+
+@pytest.mark.parametrize(("bytes_per_element", "num_bytes"), [(2, 120), (4, 240)])
+def test_an_adapter_may_take_all_the_room_there_is_and_no_more(bytes_per_element: int, num_bytes: int) -> None:
+    """Its weights take what the device stores them in, whatever the file has."""
+    adapter = parts(1, 2, experts={1: 1})  # 60 elements
+    Room(num_bytes, bytes_per_element, 8).check(adapter)
+    with pytest.raises(UnsupportedAdapter) as refusal:
+        Room(num_bytes - 1, bytes_per_element, 8).check(adapter)
+    assert str(refusal.value) == (
+        f"the adapter needs {num_bytes} bytes; all adapters together may use {num_bytes - 1} (--adapter-bytes)"
+    )
+
+
+def test_experts_are_counted_by_layer() -> None:
+    adapter = parts(1, experts={7: 2, 3: 3, 5: 3})
+    Room(1 << 20, 4, 3).check(adapter)
+    with pytest.raises(UnsupportedAdapter) as refusal:
+        Room(1 << 20, 4, 2).check(adapter)
+    assert str(refusal.value) == (
+        "the adapter tunes 3 experts of layer 3; this server has room for 2 (--max-experts-per-adapter)"
+    )

@@ -1,5 +1,6 @@
 """Our reader of safetensors against the library's, and what it refuses beyond that: holes, counts, useless weights."""
 
+import hashlib
 import json
 import math
 import os
@@ -244,3 +245,19 @@ def test_every_chunk_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         with pytest.raises(InvalidAdapter, match="above 65,504"):
             hash_and_check(read_header(file))
         os.close(file.descriptor)
+
+
+@pytest.mark.parametrize("chunk", [4, 36, 40, 64, 1 << 20])
+def test_the_hash_is_of_the_whole_file_whatever_the_chunks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    """Several tensors, several chunks each: bytes that are read twice or at another place give another hash."""
+    monkeypatch.setattr(safetensors_file, "_CHUNK_BYTES", chunk)
+    tensors = {"a": torch.randn(5, 7), "b": torch.randn(3).half(), "c": torch.randn(40).bfloat16()}
+    save_file(tensors, tmp_path / "x")
+    file = _open(tmp_path / "x")
+    found = hash_and_check(read_header(file))
+    os.close(file.descriptor)
+    raw = (tmp_path / "x").read_bytes()
+    assert (found.sha256, found.size) == (hashlib.sha256(raw).hexdigest(), len(raw))
+    assert (found.file, found.path) == ("x", str(tmp_path / "x"))

@@ -11,11 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from adapters_store import verify as worker
-from adapters_store.errors import MAX_MESSAGE_BYTES, InvalidAdapter
+from adapters_store.errors import MAX_MESSAGE_BYTES, AdapterError, AdapterPathRefused, InvalidAdapter
 from adapters_store.verify import Job
-from tests.support.adapter_files import NESTED_CONFIG, esft, lora
+from tests.support.adapter_files import BASE, NESTED_CONFIG, esft, lora
 
-# matching this against a module's name takes for ever, and has a limit of its own; so many of them take minutes
+# matching this against a module's name takes for ever, and has a limit of its own
 SLOW = "(.|..|...)+(.|..|...)+(?<=!)"
 
 
@@ -103,3 +103,48 @@ def test_an_index_over_a_mebibyte_costs_nothing(tmp_path: Path, job: Callable[[s
     with pytest.raises(InvalidAdapter, match="at most 1,048,576 are read"):
         worker.verify(job("a"))
     assert time.process_time() - start < 0.5
+
+
+def test_a_refusal_crosses_to_another_process_as_it_is(tmp_path: Path, job: Callable[[str], Job]) -> None:
+    lora(tmp_path / "dora", use_dora=True), esft(tmp_path / "short", {1: [0]}, experts={"1": [0, 1]})
+    (tmp_path / "empty").mkdir()
+    kinds = {"..": "AdapterPathRefused", "empty": "InvalidAdapter", "dora": "UnsupportedAdapter",
+             "short": "CoverageError"}  # fmt: skip
+    for path, kind in kinds.items():
+        with pytest.raises(AdapterError) as here:
+            worker.verify(job(path))
+        answer = worker.answer(job(path))
+        assert answer == worker.Refused(kind, str(here.value))  # type: ignore[arg-type]
+        there = worker.refusal(answer)  # type: ignore[arg-type]
+        assert type(there) is type(here.value) and str(there) == str(here.value)
+    assert {kind.__name__ for kind in worker._KINDS.values()} == set(kinds.values())
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("a\0b", "the path holds a NUL byte"),
+        ("a" * 300, "the adapter cannot be read: File name too long"),
+        ("nowhere", "'nowhere' is not a directory"),
+        ("..", "lies outside the adapter directories that this server may read"),
+    ],
+)
+def test_a_path_that_leads_nowhere_is_told_without_the_way_there(
+    tmp_path: Path, job: Callable[[str], Job], path: str, says: str
+) -> None:
+    with pytest.raises(AdapterError) as refusal:
+        worker.verify(job(path))
+    assert str(refusal.value).endswith(says) and str(tmp_path) not in str(refusal.value)
+
+
+def test_without_a_directory_of_adapters_nothing_is_read() -> None:
+    with pytest.raises(AdapterPathRefused) as refusal:
+        worker.verify(Job("/", (), BASE))
+    assert str(refusal.value) == "this server was started without an adapter directory, so no path may be read"
+
+
+def test_an_answer_carries_the_place_below_the_root(tmp_path: Path, job: Callable[[str], Job]) -> None:
+    (tmp_path / "org").mkdir()
+    lora(tmp_path / "org" / "a")
+    answer = worker.answer(job("org/../org/a"))
+    assert isinstance(answer, worker.Verified) and answer.root == "org/a"

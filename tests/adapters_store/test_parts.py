@@ -1,0 +1,61 @@
+"""Parts: what they are made of, and what is told of them."""
+
+from adapters_store.parts import (
+    AdapterPackage,
+    ExpertReplacement,
+    LowRank,
+    SourceFile,
+    TensorRef,
+    describe,
+    tensors_of,
+)
+
+
+def tensor(*shape: int, dtype: str = "F32") -> TensorRef:
+    return TensorRef("file", "key", shape, dtype)
+
+
+def low_rank(module: str, rank: int, scale: float) -> LowRank:
+    return LowRank(module, tensor(rank, 8), tensor(6, rank), scale)
+
+
+def replacement(layer: int, expert: int) -> ExpertReplacement:
+    return ExpertReplacement(layer, expert, (tensor(6, 8), tensor(6, 8)), tensor(8, 6))
+
+
+def package(*parts: LowRank | ExpertReplacement) -> AdapterPackage:
+    files = (SourceFile("a", "/a", 70, ""), SourceFile("b", "/b", 7, ""))
+    return AdapterPackage("lora", "", "revision", files, parts)
+
+
+def test_sizes_are_those_of_the_tensors_and_of_the_files() -> None:
+    assert (tensor(3, 5).num_elements, tensor(3, 5).num_bytes, tensor(3, 5, dtype="BF16").num_bytes) == (15, 60, 30)
+    assert tensor(3, 5, dtype="F16").num_bytes == 30
+    whole = package(low_rank("q", 2, 1.0), replacement(1, 0))
+    assert whole.num_elements == (2 * 8 + 6 * 2) + 3 * 48 and whole.file_bytes == 77
+
+
+def test_a_parts_tensors_come_in_the_order_of_its_formula() -> None:
+    a, b = tensor(2, 8), tensor(6, 2)
+    assert tensors_of(LowRank("q", a, b, 1.0)) == (a, b)
+    gate, up, down, both = tensor(6, 8), tensor(5, 8), tensor(8, 6), tensor(12, 8)
+    assert tensors_of(ExpertReplacement(1, 0, (gate, up), down)) == (gate, up, down)
+    assert tensors_of(ExpertReplacement(1, 0, (both,), down)) == (both, down)
+
+
+def test_a_lora_is_told_by_its_linears_with_rank_and_scale() -> None:
+    assert describe(package(low_rank("q", 2, 1.5), low_rank("v", 3, 0.5))) == {
+        "bound_tensors": 4,
+        "linears": {"q": {"rank": 2, "scale": 1.5}, "v": {"rank": 3, "scale": 0.5}},
+    }
+
+
+def test_replaced_experts_are_told_by_layer_in_their_order() -> None:
+    assert describe(package(replacement(10, 0), replacement(2, 5), replacement(2, 1))) == {
+        "bound_tensors": 9,
+        "experts": {"2": [1, 5], "10": [0]},
+    }
+
+
+def test_what_has_both_is_told_by_both() -> None:
+    assert set(describe(package(low_rank("q", 2, 1.0), replacement(1, 0)))) == {"bound_tensors", "linears", "experts"}
