@@ -12,7 +12,7 @@ import pytest
 from adapters_store import files
 from adapters_store.catalog import Catalog
 from adapters_store.errors import AdapterError, AdapterPathRefused, InvalidAdapter, UnsupportedAdapter
-from adapters_store.files import Folder, open_resolved
+from adapters_store.files import Folder, open_resolved, read_exactly
 from adapters_store.room import Room
 from tests.support.adapter_files import BASE, DENSE, esft, lora
 
@@ -168,3 +168,42 @@ def test_no_descriptor_is_left_open(root: Path) -> None:
         with pytest.raises(AdapterError):
             read(root, path)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_what_is_read_is_the_directory_that_was_opened(root: Path) -> None:
+    """A directory put in its place afterwards changes nothing either."""
+    lora(root / "a")
+    lora(root / "other", r=7)
+    with Folder(str(root / "a"), (str(root.resolve()),)) as folder:
+        (root / "a").rename(root / "before")
+        (root / "other").rename(root / "a")
+        opened = folder.open("adapter_config.json")
+        assert json.loads(opened.read(0, opened.size))["r"] == 2
+
+
+def test_a_file_that_was_cut_short_since_is_told_so(root: Path) -> None:
+    path = lora(root / "a") / "adapter_config.json"
+    with Folder(str(root / "a"), (str(root.resolve()),)) as folder:
+        opened = folder.open("adapter_config.json")
+        os.truncate(path, opened.size - 1)
+        assert len(opened.read(0, opened.size - 1)) == opened.size - 1
+        with pytest.raises(InvalidAdapter, match=r"^adapter_config\.json was cut short while it was read$"):
+            opened.read(0, opened.size)
+        with pytest.raises(InvalidAdapter, match=r"^gone is missing$"):
+            folder.open("gone")
+
+
+def test_reads_that_bring_less_than_was_asked_go_on_where_they_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As network file systems do, and signals."""
+    (tmp_path / "x").write_bytes(bytes(range(100)))
+    whole = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda descriptor, buffers, offset: whole(descriptor, [buffers[0][:7]], offset))
+    descriptor = open_resolved(str((tmp_path / "x").resolve()))
+    into = bytearray(60)
+    read_exactly(descriptor, 30, memoryview(into))
+    assert bytes(into) == bytes(range(30, 90))
+    with pytest.raises(EOFError, match="it ends before its data"):
+        read_exactly(descriptor, 50, memoryview(into))
+    os.close(descriptor)

@@ -122,29 +122,99 @@ def test_the_library_refuses_what_we_refuse_of_offsets(tmp_path: Path) -> None:
 _F32 = b'{"dtype":"F32","shape":[2],"data_offsets":'
 
 
+NOT_SOUND = "x is not a sound safetensors file: "
+NO_FIT = "x is not a safetensors file: its header does not fit in it"
+
+
 @pytest.mark.parametrize(
-    "raw",
+    ("raw", "says"),
     [
-        b"",
-        b"\0\0",
-        (2**63).to_bytes(8, "little"),
-        _raw(b"{}"),
-        _raw(b"[]"),
-        _raw(b"\xff\xfe"),
-        _raw(b'{"a":' + _F32 + b"[0,8]}}", b"\0" * 4),  # truncated
-        _raw(b'{"a":' + _F32 + b"[0,8]}}", b"\0" * 12),  # trailing bytes
-        _raw(b'{"a":' + _F32 + b'[0,8]},"b":' + _F32 + b"[4,12]}}", b"\0" * 12),  # overlap
-        _raw(b'{"a":' + _F32 + b'[0,8]},"a":' + _F32 + b"[8,16]}}", b"\0" * 16),  # the same key twice
-        _raw(b'{"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'),  # empty tensor
-        _raw(b'{"a":{"dtype":"F32","shape":[-2],"data_offsets":[0,8]}}', b"\0" * 8),
-        _raw(b"[" * 50_000),
+        (b"", NO_FIT),
+        (b"\0" * 7, NO_FIT),
+        (b"\0" * 8, "the header of x is not valid JSON"),
+        ((2**63).to_bytes(8, "little"), NO_FIT),
+        (b"\3" + b"\0" * 7 + b"{}", NO_FIT),
+        (_raw(b"{}"), "x holds 0 tensors; 1 to 20,000 are served"),
+        (_raw(b"[]"), "the header of x must be a JSON object, not list"),
+        (_raw(b"\xff\xfe"), "the header of x is not UTF-8"),
+        (_raw(b"[" * 50_000), "the header of x is not valid JSON"),
+        (_raw(b'{"a":' + _F32 + b"[0,8]}}", b"\0" * 4), NOT_SOUND + "its tensors end at 70 of 66 bytes"),
+        (_raw(b'{"a":' + _F32 + b"[0,8]}}", b"\0" * 12), NOT_SOUND + "its tensors end at 70 of 74 bytes"),
+        (_raw(b'{"a":' + _F32 + b'[0,8]},"b":' + _F32 + b"[4,12]}}", b"\0" * 12),
+         NOT_SOUND + "b begins at byte 120, where 124 is due"),
+        (_raw(b'{"a":' + _F32 + b'[0,8]},"b":' + _F32 + b"[12,20]}}", b"\0" * 20),
+         NOT_SOUND + "b begins at byte 129, where 125 is due"),
+        (_raw(b'{"a":' + _F32 + b'[0,8]},"a":' + _F32 + b"[8,16]}}", b"\0" * 16),
+         "the header of x has the key 'a' twice in one object"),
+        (_raw(b'{"__metadata__":{"k":1}}'), "x has a __metadata__ that is no object of texts"),
+        (_raw(b'{"__metadata__":["k"]}'), "x has a __metadata__ that is no object of texts"),
+        (_raw(b'{"__metadata__":{"k":"v"}}'), "x holds 0 tensors; 1 to 20,000 are served"),
     ],
-)
-def test_broken_safetensors(tmp_path: Path, raw: bytes) -> None:
-    directory = lora(tmp_path / "a")
-    (directory / "adapter_model.safetensors").write_bytes(raw)
-    with pytest.raises(InvalidAdapter):
-        read_adapter(directory, BASE)
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_what_is_no_sound_file_is_refused_with_the_numbers(tmp_path: Path, raw: bytes, says: str) -> None:
+    assert refusal_of(tmp_path, raw) == says
+
+
+def refusal_of(directory: Path, raw: bytes) -> str:
+    (directory / "x").write_bytes(raw)
+    file = _open(directory / "x")
+    with pytest.raises(InvalidAdapter) as refusal:
+        read_header(file)
+    os.close(file.descriptor)
+    return str(refusal.value)
+
+
+WHOLE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        ([], "is not described by dtype, shape and data_offsets"),
+        (5, "is not described by dtype, shape and data_offsets"),
+        ({"more": 1}, "is not described by dtype, shape and data_offsets"),
+        ({"dtype": "F64"}, "has dtype F64; served are F32, F16, BF16"),
+        ({"dtype": "BOOL"}, "has dtype BOOL; served are F32, F16, BF16"),
+        ({"dtype": "s3cret"}, "has an unknown dtype; served are F32, F16, BF16"),
+        ({"dtype": ["F32"]}, "has an unknown dtype; served are F32, F16, BF16"),
+        *(({"shape": shape}, "has a shape or offsets that are no sizes")
+          for shape in ([-2], [2.0], [True], ["2"], "2", None, {"0": 2}, [1 << 48], [1] * 9)),
+        *(({"data_offsets": offsets}, "has a shape or offsets that are no sizes")
+          for offsets in ([0], [0, 8, 8], [-8, 0], [0.0, 8], "08", None, {"0": 0, "8": 8}, [0, 1 << 48], [])),
+        ({"shape": []}, "has the empty shape []"),
+        ({"shape": [3, 0]}, "has the empty shape [3, 0]"),
+        ({"data_offsets": [0, 4]}, "has 4 bytes; its shape needs 8"),
+        ({"data_offsets": [4, 16]}, "has 12 bytes; its shape needs 8"),
+        ({"data_offsets": [8, 4]}, "has -4 bytes; its shape needs 8"),
+    ],
+)  # fmt: skip
+def test_what_describes_no_tensor_is_refused_by_its_name(tmp_path: Path, entry: Any, says: str) -> None:
+    header = {"a.key": WHOLE | entry if isinstance(entry, dict) else entry}
+    assert refusal_of(tmp_path, _raw(json.dumps(header).encode(), b"\0" * 8)) == f"a.key in x {says}"
+
+
+def test_the_most_of_everything_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One more of each is refused: dimensions, letters of a name, tensors, bytes of a header."""
+
+    def header(names: list[str], dimensions: int = 1) -> bytes:
+        entries = {
+            name: {"dtype": "F16", "shape": [1] * dimensions, "data_offsets": [2 * index, 2 * index + 2]}
+            for index, name in enumerate(names)
+        }
+        return json.dumps(entries).encode()
+
+    assert _tensors(_file(tmp_path / "x", header(["a"], dimensions=8), b"\0" * 2)) == {"a": (1,) * 8}
+    assert _tensors(_file(tmp_path / "x", header(["k" * 512]), b"\0" * 2)) is not None
+    long = refusal_of(tmp_path, _raw(header(["k" * 513]), b"\0" * 2))
+    assert long == f"{'k' * 119}… in x has a name of 513 characters; at most 512 are served"
+    monkeypatch.setattr(safetensors_file, "MAX_TENSORS", 2)
+    assert _tensors(_file(tmp_path / "x", header(["a", "b"]), b"\0" * 4)) is not None
+    assert refusal_of(tmp_path, _raw(header(["a", "b", "c"]), b"\0" * 6)) == "x holds 3 tensors; 1 to 2 are served"
+    monkeypatch.setattr(safetensors_file, "MAX_HEADER_BYTES", len(header(["a"])))
+    assert _tensors(_file(tmp_path / "x", header(["a"]), b"\0" * 2)) is not None
+    more = refusal_of(tmp_path, _raw(header(["aa"]), b"\0" * 2))
+    assert more == f"x has a header of {len(header(['a'])) + 1} bytes; at most {len(header(['a']))} are read"
 
 
 def test_a_great_many_tensors_are_refused_by_count(tmp_path: Path) -> None:
