@@ -97,6 +97,46 @@ def test_a_directory_exchanged_for_a_link_is_not_followed(root: Path) -> None:
     assert refusal.value.errno == errno.ELOOP
 
 
+@pytest.mark.parametrize("instead", ["link", "file"])
+def test_an_adapters_directory_exchanged_after_it_was_judged_is_not_followed(
+    root: Path, monkeypatch: pytest.MonkeyPatch, instead: str
+) -> None:
+    """The race again, for the directory itself."""
+    directory, outside = lora(root / "a"), lora(root.parent / "outside")
+    resolved, judged = os.path.realpath, str(directory.resolve())
+
+    def resolve_then_exchange(name: str) -> str:
+        found = resolved(name)
+        if found == judged:
+            directory.rename(root / "before")
+            if instead == "link":
+                directory.symlink_to(outside)
+            else:
+                directory.touch()
+        return found
+
+    monkeypatch.setattr(os.path, "realpath", resolve_then_exchange)
+    with pytest.raises(InvalidAdapter, match="^'a' is not a directory$"):
+        read(root)
+
+
+def test_a_listing_tells_directories_from_the_rest_and_a_link_is_no_directory(root: Path) -> None:
+    directory = root / "a"
+    for name in ("b", "a"):
+        (directory / name).mkdir(parents=True)
+    (directory / "z").touch()
+    (directory / "link").symlink_to(directory / "a")
+    with Folder(str(directory), (str(root.resolve()),)) as folder:
+        assert (folder.names, folder.directories) == (["link", "z"], ["a", "b"])
+        assert (folder.path, folder.name, folder.root) == (str(directory.resolve()), "a", str(root.resolve()))
+
+
+def test_the_top_of_all_directories_can_be_opened() -> None:
+    descriptor = open_resolved("/", os.O_RDONLY | os.O_DIRECTORY)
+    assert os.path.samestat(os.fstat(descriptor), os.stat("/"))
+    os.close(descriptor)
+
+
 def test_what_is_read_is_the_file_that_was_opened(root: Path) -> None:
     """A file put in its place afterwards changes nothing: descriptors are read, not names."""
     lora(root / "a")
@@ -151,9 +191,11 @@ def test_a_directory_that_is_a_loop_of_links_is_refused(root: Path) -> None:
 def test_a_directory_of_endless_entries_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "MAX_ENTRIES", 5)
     directory = lora(root / "a")
-    for number in range(4):
-        (directory / str(number)).touch()
-    with pytest.raises(InvalidAdapter, match="more than 5 entries"):
+    for number in range(3):
+        (directory / str(number)).mkdir()
+    assert read(root).kind == "lora"
+    (directory / "one more").touch()
+    with pytest.raises(InvalidAdapter, match="^'a' has more than 5 entries$"):
         read(root)
 
 

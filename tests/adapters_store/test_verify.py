@@ -1,11 +1,16 @@
 """What verification says of whatever lies there: the adapter, or a refusal in few words; never anything else."""
 
+import io
 import json
+import os
+import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -148,3 +153,87 @@ def test_an_answer_carries_the_place_below_the_root(tmp_path: Path, job: Callabl
     lora(tmp_path / "org" / "a")
     answer = worker.answer(job("org/../org/a"))
     assert isinstance(answer, worker.Verified) and answer.root == "org/a"
+
+
+# -- the process ---
+
+
+class Standard:
+    """Standard input and output, as far as bytes go."""
+
+    def __init__(self, sent: bytes = b"") -> None:
+        self.buffer = io.BytesIO(sent)
+
+
+def frame(message: Any) -> bytes:
+    encoded = msgspec.msgpack.encode(message)
+    return len(encoded).to_bytes(8, "little") + encoded
+
+
+def work(monkeypatch: pytest.MonkeyPatch, sent: bytes) -> tuple[list[worker.Answer], dict[int, list[int]]]:
+    """What the process answers to these bytes, and which limits it sets itself."""
+    limits: dict[int, list[int]] = {}
+    output = Standard()
+    monkeypatch.setattr("sys.stdin", Standard(sent))
+    monkeypatch.setattr("sys.stdout", output)
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, both: limits.setdefault(kind, []).append(both[0]))
+    worker.main()
+    written = output.buffer.getvalue()
+    assert written[:1] == worker.READY
+    answers, rest = [], written[1:]
+    while rest:
+        size = int.from_bytes(rest[:8], "little")
+        answers.append(msgspec.msgpack.decode(rest[8 : 8 + size], type=worker.Answer))
+        rest = rest[8 + size :]
+    return answers, limits
+
+
+def test_jobs_are_answered_in_their_order_until_no_more_come(
+    tmp_path: Path, job: Callable[[str], Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lora(tmp_path / "a")
+    jobs = [job("a"), job("nowhere"), job("a")]
+    answers, _ = work(monkeypatch, b"".join(map(frame, jobs)))
+    assert answers == [worker.answer(it) for it in jobs]
+    assert work(monkeypatch, b"") == ([], {resource.RLIMIT_AS: [worker.MAX_MEMORY_BYTES]})
+    assert work(monkeypatch, frame(job("a")) + b"\0" * 7)[0] == answers[:1]  # a frame that is cut off is none
+
+
+def test_each_job_may_take_so_many_seconds_more_of_the_processor(
+    job: Callable[[str], Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spent = iter([(1.2, 0.5), (7.0, 1.0)])
+
+    def getrusage(who: int) -> Any:
+        assert who == resource.RUSAGE_SELF
+        user, system = next(spent)
+        return SimpleNamespace(ru_utime=user, ru_stime=system)
+
+    monkeypatch.setattr(resource, "getrusage", getrusage)
+    jobs = [msgspec.structs.replace(job("nowhere"), cpu_seconds=seconds) for seconds in (5, 10)]
+    _, limits = work(monkeypatch, b"".join(map(frame, jobs)))
+    assert limits == {resource.RLIMIT_AS: [worker.MAX_MEMORY_BYTES], resource.RLIMIT_CPU: [2 + 5, 8 + 10]}
+
+
+def test_an_answer_that_has_no_bytes_is_a_refusal(
+    tmp_path: Path, job: Callable[[str], Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A link's target may hold halves of surrogate pairs: names that are not UTF-8."""
+    lora(tmp_path / "a")
+    os.rename(tmp_path / "a", os.fsencode(tmp_path) + b"/\xff")
+    (tmp_path / "link").symlink_to(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    answers, _ = work(monkeypatch, frame(job("link")) * 2)
+    assert answers == [worker.Refused("InvalidAdapter", "a name in the adapter's path is not UTF-8")] * 2
+
+
+@pytest.mark.parametrize(("hard", "expected"), [(-1, (100, -1)), (150, (100, 150)), (100, (100, 100)), (70, (70, 70))])
+def test_a_limit_is_never_above_what_whoever_started_the_server_has_set(
+    monkeypatch: pytest.MonkeyPatch, hard: int, expected: tuple[int, int]
+) -> None:
+    assert resource.RLIM_INFINITY == -1
+    asked: list[Any] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (50, hard))
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, both: asked.append((kind, both)))
+    worker._limit(resource.RLIMIT_CPU, 100)
+    assert asked == [(resource.RLIMIT_CPU, expected)]
