@@ -104,7 +104,6 @@ def assemble(
         kv_cache_tokens=num_blocks * config.block_size,
         kv_cache_bytes=num_blocks * bytes_per_block,
         adapter_bytes=adapters.pool.num_pages * adapters.pool.page_bytes,
-        adapter_slots=config.adapter_slots,
         max_experts_per_adapter=adapters.stacks.e_max,
         stop_token_ids=stops,
         graph_rank=config.max_rank if isinstance(forward, GraphedForward) else None,

@@ -8,7 +8,6 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,9 +15,10 @@ import torch
 from server.assembly import Assembly, assemble
 from server.config import EngineConfig
 from server.device import choose_device, choose_dtype
-from server.engine.core import EngineCore
+from server.engine.core import Engine
 from server.engine.link import EngineLink
-from server.engine.messages import Configure, Progress, Ready, StartFailed, ToFront
+from server.engine.loop import Loop
+from server.engine.messages import Configure, Progress, Ready, StartFailed
 from server.errors import ConfigError
 from server.model.families import UnsupportedModelError, stop_token_ids
 from server.model.loader import OnProgress, load_model
@@ -52,18 +52,11 @@ def main() -> int:
         link.close()
         return 1
     link.send(Ready(assembly.info))
-    run(assembly, link, link.send, lambda: os.getppid() == options.parent)
+    engine = Engine(assembly.limits, assembly.kv_cache, assembly.runner, assembly.residency)
+    # without a front nobody could talk to us, and we would hold memory for nothing
+    Loop(engine, link, link.send).run(may_go_on=lambda: os.getppid() == options.parent)
     link.close()
     return 0
-
-
-def run(
-    assembly: Assembly, link: EngineLink, publish: Callable[[ToFront], None], has_parent: Callable[[], bool]
-) -> None:
-    """Step until told to stop, or until the front is gone: an engine nobody talks to holds memory for nothing."""
-    core = EngineCore(assembly.limits, assembly.kv_cache, assembly.runner, assembly.residency, link, publish)
-    while not core.is_shut_down and has_parent():
-        core.step()
 
 
 if __name__ == "__main__":

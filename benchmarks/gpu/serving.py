@@ -17,9 +17,9 @@ from benchmarks.gpu.measure import Bench, Scale
 from benchmarks.gpu.report import Row
 from server.assembly import assemble
 from server.config import EngineConfig
-from server.engine.request import Request, Sampling
+from server.engine.plan import Scheduled
+from server.engine.request import Lane, LaneSpec, Request, Sampling
 from server.engine.residency import Wait
-from server.engine.scheduler import Scheduled
 from server.model.cuda_graphs import GraphedForward
 from server.model.experts import RoutedExperts
 from server.model.forward import KernelForward
@@ -167,9 +167,9 @@ class Serving:
         plan = []
         blocks = -(-context // self._block_size)
         for index in range(batch):
-            request = self._request(index, context, index * blocks)
-            request.slot = 1 + index % adapters if adapters else 0
-            plan.append(Scheduled(request, context - 1, 1))
+            lane = self._lane(index, context, index * blocks)
+            lane.slot = 1 + index % adapters if adapters else 0
+            plan.append(Scheduled(lane, context - 1, 1, samples=True))
         return plan
 
     def prefill(self, tokens: int, slot: int = 0) -> list[Scheduled]:
@@ -181,34 +181,33 @@ class Serving:
         return decodes + self._prefill(tokens, batch * -(-context // self._block_size), 1 if adapters else 0)
 
     def _prefill(self, tokens: int, first_block: int, slot: int) -> list[Scheduled]:
-        request = self._request(1 << 20, tokens, first_block)
-        request.slot = slot
-        return [Scheduled(request, 0, tokens)]
+        lane = self._lane(1 << 20, tokens, first_block)
+        lane.slot = slot
+        return [Scheduled(lane, 0, tokens, samples=True)]
 
     @property
     def _block_size(self) -> int:
         return self._scale.size(16, 4)
 
-    def _request(self, number: int, length: int, first_block: int) -> Request:
-        request = Request(number, [self._rng.randrange(self.info.vocab_size) for _ in range(length)], 1, GREEDY)
-        request.block_table = [first_block + index for index in range(-(-length // self._block_size))]
-        if (request.block_table[-1] + 1) * self._block_size > self.info.kv_cache_tokens:
-            raise RuntimeError(
-                f"block {request.block_table[-1]} passes the cache's {self.info.kv_cache_tokens:,} tokens"
-            )
-        return request
+    def _lane(self, number: int, length: int, first_block: int) -> Lane:
+        prompt = [self._rng.randrange(self.info.vocab_size) for _ in range(length)]
+        lane = Request(number, [LaneSpec(prompt)], 1, GREEDY).first
+        lane.block_table = [first_block + index for index in range(-(-length // self._block_size))]
+        if (lane.block_table[-1] + 1) * self._block_size > self.info.kv_cache_tokens:
+            raise RuntimeError(f"block {lane.block_table[-1]} passes the cache's {self.info.kv_cache_tokens:,} tokens")
+        return lane
 
     def time(self, plan: list[Scheduled], repeats: int = 12) -> StepTime:
         runner = self.assembly.runner
         repeats = self._scale.size(repeats, 1)
         with torch.inference_mode():
-            runner.run(plan)
+            runner.launch(plan).outputs()
             work = self.work(plan)
             device = sorted(self._clock.events(work) for _ in range(repeats))
         wall = []
         for _ in range(repeats):
             start = time.perf_counter()
-            runner.run(plan)
+            runner.launch(plan).outputs()
             wall.append(time.perf_counter() - start)
         return StepTime(device[len(device) // 2], sorted(wall)[len(wall) // 2])
 
@@ -219,7 +218,7 @@ class Serving:
         return self.graphs.replay(key) if key is not None else lambda: self.graphs.logits(step)
 
     def _lay_out(self, plan: list[Scheduled]) -> HostStep:
-        return lay_out(sorted(plan, key=lambda it: it.request.slot), self.residency, self._block_size)
+        return lay_out(sorted(plan, key=lambda it: it.lane.slot), self.residency, self._block_size)
 
     def picks(self, plan: list[Scheduled]) -> Picks:
         if not self.experts:
@@ -243,9 +242,9 @@ class Serving:
 
     def floor_bytes(self, plan: list[Scheduled], picks: Picks) -> int:
         """Weights, adapters and KV cache that this step reads at least once."""
-        context = sum(len(scheduled.request.tokens) for scheduled in plan)
+        context = sum(len(scheduled.lane.tokens) for scheduled in plan)
         kv = context * self.info.kv_cache_bytes // self.info.kv_cache_tokens
-        slots = {scheduled.request.slot for scheduled in plan}
+        slots = {scheduled.lane.slot for scheduled in plan}
         lora = sum(
             weights.a.nbytes + weights.b.nbytes
             for site in self.residency.sites for slot in slots for weights in site.by_slot.get(slot, [])

@@ -11,44 +11,7 @@ from torch import Tensor
 from kernels.expert_route import TokenBatch
 from kernels.lora import Segment, Segments
 from kernels.paged_attention import AttentionBatch, DeviceBatch
-
-
-class SamplingLike(Protocol):
-    temperature: float
-    top_p: float
-    top_k: int
-    seed: int
-
-
-class RequestLike(Protocol):
-    """What a step needs to know of a request."""
-
-    id: int
-    tokens: list[int]
-    block_table: list[int]
-    slot: int
-
-    @property
-    def sampling(self) -> SamplingLike: ...
-
-    @property
-    def num_generated(self) -> int: ...
-
-
-class ScheduledLike(Protocol):
-    """`num_tokens` tokens of a request are to be computed, from `start` on."""
-
-    @property
-    def request(self) -> RequestLike: ...
-
-    @property
-    def start(self) -> int: ...
-
-    @property
-    def num_tokens(self) -> int: ...
-
-    @property
-    def samples(self) -> bool: ...
+from server.engine.plan import Scheduled
 
 
 class AdapterTables(Protocol):
@@ -62,9 +25,9 @@ class AdapterTables(Protocol):
 
 @dataclass(frozen=True)
 class HostStep:
-    """Tokens of all requests, flattened; requests in order of adapter slot, so that each adapter is one segment.
+    """Tokens of all lanes, flattened; lanes in order of adapter slot, so that each adapter is one segment.
 
-    Running example: request a (slot 2) decodes its 6th token, b (base) prefills 3 tokens.
+    Running example: lane a (slot 2) decodes its 6th token, b (base) prefills 3 tokens.
         token_ids   [b b b a]    positions [2 3 4 5]    token_slots [0 0 0 2]
         query_lens  [3 1]        kv_lens   [5 6]        sample_rows [2 3]
         spans       [(3, 4, 2)]  sample_spans [(1, 2, 2)]   (of the sampled rows b, a)
@@ -89,24 +52,24 @@ class HostStep:
         return len(self.token_ids) == len(self.sample_rows) == len(self.query_lens)
 
 
-def lay_out(plan: Sequence[ScheduledLike], tables: AdapterTables, block_size: int) -> HostStep:
+def lay_out(plan: Sequence[Scheduled], tables: AdapterTables, block_size: int) -> HostStep:
     """`plan` is in order of adapter slot."""
-    slots = {scheduled.request.slot for scheduled in plan}
+    slots = {scheduled.lane.slot for scheduled in plan}
     max_rank, has_experts = max(map(tables.lora_rank, slots), default=0), any(map(tables.has_experts, slots))
     step = HostStep([], [], [], [], [], [], [], [], [], [], max_rank, has_experts)
     for scheduled in plan:
-        request, start, end = scheduled.request, scheduled.start, scheduled.start + scheduled.num_tokens
-        table = request.block_table
-        _extend(step.spans, request.slot, len(step.token_ids), scheduled.num_tokens, tables)
-        step.token_ids.extend(request.tokens[start:end])
+        lane, start, end = scheduled.lane, scheduled.start, scheduled.start + scheduled.num_tokens
+        table = lane.block_table
+        _extend(step.spans, lane.slot, len(step.token_ids), scheduled.num_tokens, tables)
+        step.token_ids.extend(lane.tokens[start:end])
         step.positions.extend(range(start, end))
         step.slot_mapping.extend(table[p // block_size] * block_size + p % block_size for p in range(start, end))
-        step.token_slots.extend([request.slot] * scheduled.num_tokens)
+        step.token_slots.extend([lane.slot] * scheduled.num_tokens)
         step.query_lens.append(scheduled.num_tokens)
         step.kv_lens.append(end)
         step.block_tables.append(table)
         if scheduled.samples:
-            _extend(step.sample_spans, request.slot, len(step.sample_rows), 1, tables)
+            _extend(step.sample_spans, lane.slot, len(step.sample_rows), 1, tables)
             step.sample_rows.append(len(step.token_ids) - 1)
     return step
 

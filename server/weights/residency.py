@@ -7,7 +7,8 @@ from adapters_store.parts import AdapterPackage, ExpertReplacement, LowRank
 from adapters_store.ref import AdapterRef
 from kernels.lora import LoraSite
 from server.engine.messages import AdapterOnDevice
-from server.engine.residency import AdapterFailed, Slot, Wait
+from server.engine.request import Slot
+from server.engine.residency import AdapterFailed, Wait
 from server.weights.arena import ArenaError, Arenas
 from server.weights.expert_stacks import ExpertStacks
 from server.weights.lora_slabs import LoraSlabs
@@ -96,7 +97,7 @@ class DeviceResidency:
         adapter = self._adapters[ref]
         if adapter.state is State.FAILED:
             adapter.state = State.ABSENT
-            raise AdapterFailed(f"the adapter {ref.name!r} could not be loaded: {adapter.error}")
+            raise AdapterFailed(ref, adapter.error)
         if adapter.state is State.ABSENT and not self._start_transfer(adapter):
             return Wait.NO_ROOM
         if adapter.state is State.LOADING:
@@ -159,7 +160,7 @@ class DeviceResidency:
                 places += self._stacks.map(slot, adapter.experts) if adapter.experts else []
         except ArenaError as error:
             self._give_back(slot)
-            raise AdapterFailed(f"the adapter {adapter.ref.name!r} cannot be loaded: {error}") from None
+            raise AdapterFailed(adapter.ref, str(error)) from None
         adapter.slot, adapter.pages, adapter.state = slot, self._pool.num_used - used, State.LOADING
         adapter.transfer = Transfer(adapter.package.files, places, pages, self._copier.begin())
         self._transfers.start(adapter.transfer)
@@ -173,13 +174,13 @@ class DeviceResidency:
         victims = [a for a in self._adapters.values() if a.state is State.RESIDENT and a.pins == 0]
         problem = self._stacks.refusal(adapter.experts)
         if problem is not None:
-            raise AdapterFailed(f"the adapter {adapter.ref.name!r} cannot be loaded: {problem}")
+            raise AdapterFailed(adapter.ref, problem)
         # evict nothing in vain: first see whether evicting every idle adapter would do
         if not self._free_slots and not victims:
             return None
         needed = self._pages_for(self._free_slots[-1] if self._free_slots else victims[0].slot, adapter)
         if needed > self._pool.num_pages:
-            raise AdapterFailed(f"the adapter {adapter.ref.name!r} cannot be loaded: {self._too_large(needed)}")
+            raise AdapterFailed(adapter.ref, self._too_large(needed))
         if needed > self._pool.num_free + sum(victim.pages for victim in victims):
             return None
         while not self._free_slots or self._pages_for(self._free_slots[-1], adapter) > self._pool.num_free:

@@ -28,7 +28,7 @@ from server.weights.staging import HostCopy, PinnedCopy
 from server.weights.transfer import Transfer
 from tests.model.test_families import reference
 from tests.support.cuda_fake_driver import GRANULE, OK, FakeBindings, FakeCuda, Result
-from tests.support.engine_harness import Engine, generated, prompts
+from tests.support.engine_harness import Engine, prompts
 from tests.support.tiny_adapters import merge, register, save_esft, save_lora
 from tests.support.tiny_models import make_model
 from tests.weights.test_residency import SteppedTransfers, touches_unmapped, wait_until_resident
@@ -381,9 +381,9 @@ def serve_both_kinds(engine: Engine, tmp_path: Path) -> None:
     requests = [engine.add(prompt, 4, entry.ref) for entry, prompt in wanted]
     engine.run(lambda _: engine.residency.check())
     for (entry, prompt), request in zip(wanted, requests, strict=True):
-        assert generated(request) == reference(merge(make_model("qwen3_moe"), entry), prompt, 4)
+        assert request.tokens == reference(merge(make_model("qwen3_moe"), entry), prompt, 4)
     for entry in entries:
-        engine.adapters.remove(entry.ref)
+        engine.remove(entry.ref)
     engine.residency.check()
     assert engine.residency._pool.num_used == 0
 
@@ -542,13 +542,13 @@ def test_out_of_memory_fails_the_transfer_and_nothing_else(monkeypatch: pytest.M
     fake.driver.failures = {"cuMemCreate": [NO_MEMORY]}
     victim, other = (engine.add(prompts()[1], 5, entry.ref) for entry in (bad, good))
     engine.run()
-    assert engine.ended[victim.id].finish is FinishReason.ERROR
-    assert "cuMemCreate of 2,097,152 bytes" in str(engine.ended[victim.id].error)
-    assert generated(other) == reference(merge(make_model("llama"), good), prompts()[1], 5)
+    assert victim.finish is FinishReason.ERROR
+    assert "cuMemCreate of 2,097,152 bytes" in str(victim.error)
+    assert other.tokens == reference(merge(make_model("llama"), good), prompts()[1], 5)
     engine.residency.check()
     again = engine.add(prompts()[1], 5, bad.ref)
     engine.run()
-    assert generated(again) == reference(merge(make_model("llama"), bad), prompts()[1], 5)
+    assert again.tokens == reference(merge(make_model("llama"), bad), prompts()[1], 5)
 
 
 def test_staged_bytes_are_hashed_and_compared_before_they_are_installed(
@@ -564,7 +564,7 @@ def test_staged_bytes_are_hashed_and_compared_before_they_are_installed(
     file.write_bytes(raw)
     request = engine.add(prompts()[1], 5, entry.ref)
     engine.run()
-    assert "changed after it was registered" in str(engine.ended[request.id].error)
+    assert "changed after it was registered" in str(request.error)
     assert engine.residency.lora_rank(1) == 0
     engine.residency.check()
 

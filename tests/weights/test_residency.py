@@ -28,7 +28,7 @@ from server.weights.residency import DeviceResidency
 from server.weights.staging import HostCopy
 from server.weights.transfer import Job, Transfer
 from tests.model.test_families import reference
-from tests.support.engine_harness import Engine, generated, prompts
+from tests.support.engine_harness import Engine, prompts
 from tests.support.tiny_adapters import merge, register, save_esft, save_lora
 from tests.support.tiny_models import make_model
 
@@ -139,7 +139,7 @@ def test_an_esft_adapter_occupies_its_tuned_experts_and_less_than_a_page_a_tenso
     on_device = next(it for it in residency.report() if it.ref == entry.ref)
     assert 0 <= on_device.bytes - experts < stacks * PAGE  # only the last page of each range is not full
     residency.release(entry.ref)
-    engine.adapters.remove(entry.ref)
+    engine.remove(entry.ref)
     deadline = time.monotonic() + 10
     while resident_bytes() - before >= 32 * PAGE and time.monotonic() < deadline:  # on the transfer thread
         time.sleep(0.001)
@@ -190,9 +190,9 @@ def test_a_file_that_changed_after_registration_fails_its_requests_only(tmp_path
     file.write_bytes(file.read_bytes()[:-8])
     victim, other = engine.add(prompts()[1], 5, bad.ref), engine.add(prompts()[1], 5, good.ref)
     engine.run()
-    assert engine.ended[victim.id].finish is FinishReason.ERROR
-    assert "changed after it was registered" in str(engine.ended[victim.id].error)
-    assert generated(other) == reference(merge(make_model("llama"), good), prompts()[1], 5)
+    assert victim.finish is FinishReason.ERROR
+    assert "changed after it was registered" in str(victim.error)
+    assert other.tokens == reference(merge(make_model("llama"), good), prompts()[1], 5)
 
 
 @pytest.mark.parametrize("where", ["header", "first", "last", "link"])
@@ -253,13 +253,13 @@ def test_registering_again_says_where_the_files_are_now(tmp_path: Path) -> None:
     (tmp_path / "here").rename(tmp_path / "there")
     request = engine.add(prompts()[1], 5, entry.ref)
     engine.run()
-    assert engine.ended[request.id].finish is FinishReason.ERROR
-    assert str(tmp_path) not in str(engine.ended[request.id].error)  # the client learns no path
+    assert request.finish is FinishReason.ERROR
+    assert str(tmp_path) not in str(request.error)  # the client learns no path
     again = register(engine, tmp_path / "there", "name")
     assert again.ref == entry.ref
     request = engine.add(prompts()[1], 5, entry.ref)
     engine.run()
-    assert generated(request) == reference(merge(make_model("llama"), again), prompts()[1], 5)
+    assert request.tokens == reference(merge(make_model("llama"), again), prompts()[1], 5)
 
 
 def test_registering_again_forgives_a_failure_that_nobody_heard_of(tmp_path: Path) -> None:
@@ -357,10 +357,10 @@ def test_the_same_name_with_other_weights_never_reuses_a_prefix(tmp_path: Path) 
         )
         request = engine.add(prompts()[1], 8, entry.ref)
         engine.run()
-        assert generated(request) == reference(merge(make_model("llama"), entry), prompts()[1], 8)
+        assert request.tokens == reference(merge(make_model("llama"), entry), prompts()[1], 8)
         assert request.num_cached_tokens == 0
-        answers.append(generated(request))
-        engine.adapters.remove(entry.ref)
+        answers.append(request.tokens)
+        engine.remove(entry.ref)
     assert answers[0] != answers[1]
 
 
