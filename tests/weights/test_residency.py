@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from adapters_store.catalog import CatalogEntry
 from adapters_store.files import read_exactly
-from adapters_store.parts import ExpertReplacement, LowRank, SourceFile, TensorRef, tensors_of
+from adapters_store.parts import ExpertReplacement, LowRank, SourceFile, TensorRef
 from kernels.lora import LoraSite
 from server.engine.request import FinishReason
 from server.engine.residency import AdapterFailed, Wait
@@ -207,7 +207,7 @@ def test_other_bytes_of_the_same_size_and_time_are_never_served(tmp_path: Path, 
         engine.residency.release(it.ref)
     file = Path(entry.package.files[0].path)
     before, raw = file.stat(), bytearray(file.read_bytes())
-    first = min(tensor.offset for part in entry.package.parts for tensor in tensors_of(part))
+    first = min(tensor.offset for part in entry.package.parts for tensor in part.tensors)
     if where == "link":  # the very same bytes, but nobody has looked where they come from
         file.rename(tmp_path / "elsewhere")
         file.symlink_to(tmp_path / "elsewhere")
@@ -236,7 +236,7 @@ def test_every_byte_is_read_once_and_in_order(tmp_path: Path, monkeypatch: pytes
         read_exactly(descriptor, offset, into)
 
     monkeypatch.setattr(transfer, "read_exactly", read)
-    tensors = [tensor for part in reversed(entry.package.parts) for tensor in tensors_of(part)]
+    tensors = [tensor for part in reversed(entry.package.parts) for tensor in part.tensors]
     places = [(tensor, torch.full(tensor.shape, math.nan)) for tensor in tensors]
     copying = Transfer(entry.package.files, places, PageWork(), HostCopy())
     copying.run()
