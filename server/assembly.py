@@ -150,7 +150,7 @@ def _by_kernels(
     function: Model, residency: DeviceResidency, limits: SchedulerLimits, blocks: int, device: torch.device
 ) -> KernelForward:
     """blocks: of one sequence, at most."""
-    most_slices = max((len(site.widths) for site in residency.sites), default=1)
+    most_slices = max((len(site.widths) for site, _ in residency.sites), default=1)
     capacity = Capacity(limits.tokens_per_step, limits.max_running, blocks, most_slices)
     return KernelForward(function, DeviceInputs(capacity, device))
 

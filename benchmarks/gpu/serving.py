@@ -45,9 +45,9 @@ class StepTime:
 
 @dataclass(frozen=True)
 class Picks:
-    """Of one step: how many (layer, expert slot)s it reads, and the share of choices that fell on adapters' experts."""
+    """Of one step: how many expert places it reads in all layers, and the share of choices that fell on adapters'."""
 
-    slots: int
+    places: int
     tuned: float
 
 
@@ -130,8 +130,8 @@ class Serving:
                 if name != "lm_head"
             ]  # fmt: skip
             slot = self._make_resident("lora", tuple(parts))
-            for site in self.residency.sites:
-                for weights in site.by_slot.get(slot, []):
+            for _, adapters in self.residency.sites:
+                for weights in adapters.by_slot.get(slot, []):
                     if weights is not None:
                         weights.a.normal_(0, 0.02)
                         weights.b.normal_(0, 0.02)
@@ -226,14 +226,14 @@ class Serving:
         seen: list[Picks] = []
 
         def note(module: RoutedExperts, arguments: tuple[torch.Tensor, ...]) -> None:
-            slots = module.route(arguments[1]).slots
-            seen.append(Picks(len(slots.unique()), float((slots >= module.spec[0]).float().mean())))
+            places = module.route(arguments[1]).places
+            seen.append(Picks(len(places.unique()), float((places >= module.spec[0]).float().mean())))
 
         hooks = [module.register_forward_pre_hook(note) for module in self.experts]
         self.eager(plan)
         for hook in hooks:
             hook.remove()
-        return Picks(sum(it.slots for it in seen), sum(it.tuned for it in seen) / len(seen))
+        return Picks(sum(it.places for it in seen), sum(it.tuned for it in seen) / len(seen))
 
     def eager(self, plan: list[Scheduled]) -> torch.Tensor:
         """The step's logits, each kernel launched in turn."""
@@ -247,10 +247,10 @@ class Serving:
         slots = {scheduled.lane.slot for scheduled in plan}
         lora = sum(
             weights.a.nbytes + weights.b.nbytes
-            for site in self.residency.sites for slot in slots for weights in site.by_slot.get(slot, [])
+            for _, adapters in self.residency.sites for slot in slots for weights in adapters.by_slot.get(slot, [])
             if weights is not None
         )  # fmt: skip
-        experts = picks.slots * self.expert_bytes if self.experts else 0
+        experts = picks.places * self.expert_bytes if self.experts else 0
         return self.dense_bytes + experts + lora + kv
 
     @property

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.expert_route import TokenBatch
-from kernels.lora import Segments, cut, tile_rows
+from kernels.adapter_rows import AdapterRows, AdapterTiles, ShapeKey, cut, tile_rows
 from kernels.paged_attention import NUM_COUNTERS, DeviceBatch, splits_decodes
 from server.model.inputs import HostStep, StepInputs
 
@@ -28,19 +27,8 @@ class Capacity:
     slices: int  # of one LoRA site
 
 
-@dataclass(frozen=True)
-class LoraReach:
-    """What of LoRA a step passes through. max_rank: no adapter of the batch has a higher one.
-
-    at_all_sites: also where no adapter that is on the device acts. A captured batch does, since one may come.
-    """
-
-    max_rank: int
-    at_all_sites: bool = False
-
-
 def _most_tiles(sequences: int, rows: int) -> int:
-    """LoRA tiles: every sequence may have an adapter of its own, and there are tiles that are full besides."""
+    """Adapter tiles: every sequence may have an adapter of its own, and there are tiles that are full besides."""
     return sequences + rows // tile_rows(rows)
 
 
@@ -51,7 +39,7 @@ class DeviceInputs:
         self.capacity = capacity
         tiles = capacity.sequences + capacity.tokens // tile_rows(1)
         sizes = {
-            "counts": 3,  # tokens, LoRA tiles, LoRA tiles of the sampled rows
+            "counts": 3,  # tokens, adapter tiles, those of the sampled rows
             "token_ids": capacity.tokens,
             "positions": capacity.tokens,
             "slot_mapping": capacity.tokens,
@@ -78,10 +66,11 @@ class DeviceInputs:
         self._route_counters = torch.zeros(2, dtype=torch.int32, device=device)
         self._lora_counters = torch.zeros(1 + tiles * capacity.slices, dtype=torch.int32, device=device)
 
-    def fill(self, step: HostStep, rows: int, lora: LoraReach | None, with_experts: bool) -> StepInputs:
+    def fill(self, step: HostStep, rows: int, shape: ShapeKey, is_captured: bool = False) -> StepInputs:
         """Copy `step`, padded to `rows` tokens. A padded step is a decode, and padded with as many sequences.
 
-        lora and with_experts: take those paths, whether or not this step has such adapters.
+        shape: take the paths of such adapters, whether or not this step has any. It covers the step's own.
+        is_captured: see AdapterRows.
         """
         if self._copied is not None:
             self._copied.synchronize()  # long over, unless the last step sampled nothing and nobody waited for it
@@ -92,7 +81,7 @@ class DeviceInputs:
         self._stage("token_ids", step.token_ids, rows, 0)
         self._stage("positions", step.positions, rows, 0)
         self._stage("slot_mapping", step.slot_mapping, rows, -1)
-        if with_experts:
+        if shape.experts:
             self._stage("token_slots", step.token_slots, rows, 0)
         padding = range(len(step.token_ids), rows)
         self._stage("sample_rows", [*step.sample_rows, *padding])
@@ -101,8 +90,8 @@ class DeviceInputs:
         self._stage("tiles", [number for tile in tiles for number in tile])
         self._stage("sample_tiles", [number for tile in sample_tiles for number in tile])
         self._copy(step.block_tables)
-        return self.views(rows, num_sequences, len(step.sample_rows) + len(padding), max(step.query_lens), lora,
-                          with_experts, splits_decodes(step.query_lens, step.kv_lens))  # fmt: skip
+        return self.views(rows, num_sequences, len(step.sample_rows) + len(padding), max(step.query_lens), shape,
+                          is_captured, splits_decodes(step.query_lens, step.kv_lens))  # fmt: skip
 
     def _copy(self, block_tables: list[list[int]]) -> None:
         """Everything that was staged, and the block tables as wide as the longest of them."""
@@ -118,8 +107,8 @@ class DeviceInputs:
             self._block_tables[: len(block_tables), :width].copy_(packed)
 
     def views(
-        self, rows: int, num_sequences: int, num_samples: int, max_query_len: int, lora: LoraReach | None,
-        with_experts: bool, long_decodes: bool = False,
+        self, rows: int, num_sequences: int, num_samples: int, max_query_len: int, shape: ShapeKey, is_captured: bool,
+        long_decodes: bool = False,
     ) -> StepInputs:  # fmt: skip
         """What the device holds of a step of these sizes; always at the same addresses."""
         tile = tile_rows(rows)
@@ -139,18 +128,19 @@ class DeviceInputs:
                 splits_decodes=long_decodes,
             ),
             sample_rows=self._view("sample_rows", num_samples),
-            segments=self._segments("tiles", tiles, counts[1:2], tile, lora),
-            sample_segments=self._segments("sample_tiles", num_samples, counts[2:3], tile, lora),
-            tokens=TokenBatch(
-                self._view("token_slots", rows) if with_experts else None, counts[:1], self._route_counters
+            rows=AdapterRows(
+                self._view("token_slots", rows) if shape.experts else None,
+                self._tiles("tiles", tiles, counts[1:2], tile),
+                self._tiles("sample_tiles", num_samples, counts[2:3], tile),
+                shape,
+                is_captured,
             ),
+            num_tokens=counts[:1],
+            route_counters=self._route_counters,
         )
 
-    def _segments(self, name: str, most: int, count: Tensor, tile: int, lora: LoraReach | None) -> Segments:
-        if lora is None:
-            return Segments(())
-        tiles = self._view(name, 3 * most).view(most, 3)
-        return Segments((), tiles, count, tile, lora.max_rank, self._lora_counters, lora.at_all_sites)
+    def _tiles(self, name: str, most: int, count: Tensor, tile: int) -> AdapterTiles:
+        return AdapterTiles((), self._view(name, 3 * most).view(most, 3), count, tile, self._lora_counters)
 
     def _stage(self, name: str, values: Sequence[int], count: int | None = None, filler: int = 0) -> None:
         """Write `values`, and `filler` behind them up to `count`."""
@@ -177,4 +167,4 @@ def padding_step(tokens: int = 1, block_size: int = 1) -> HostStep:
     blocks = [0] * -(-tokens // block_size) if tokens > 1 else []
     kv_len = tokens if tokens > 1 else 0
     return HostStep([0] * tokens, list(range(tokens)), [-1] * tokens, [0] * tokens, [tokens], [kv_len], [blocks],
-                    [tokens - 1], [], [], 0, False)  # fmt: skip
+                    [tokens - 1], [], [], ShapeKey())  # fmt: skip

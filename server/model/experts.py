@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from kernels.expert_route import Routed, expert_route
+from kernels.expert_route import Routed, TokenBatch, expert_route
 from kernels.grouped_gemm import Act, Activation, Layout, combine, down, gate_up, tile_rows
 from server.model.families import UnsupportedModelError
 from server.model.inputs import CurrentStep
@@ -16,8 +16,8 @@ _ACTS = {"SiLU": Act.SILU, "SiLUActivation": Act.SILU, "GELUTanh": Act.GELU_TANH
 
 @dataclass(frozen=True)
 class Stacks:
-    """`gate_up` [slots, 2I, H] and `down` [slots, H, I] begin with the base's M experts; behind them lie the slots of
-    adapters (transposed where the family stores them so). expert_map [adapter slots + 1, M] int32 says which."""
+    """`gate_up` [places, 2I, H] and `down` [places, H, I] begin with the base's M experts; behind them lie the places
+    of adapters' (transposed where the family stores them so). expert_map [adapter slots + 1, M] int32 says which."""
 
     gate_up: Tensor
     down: Tensor
@@ -48,8 +48,9 @@ class RoutedExperts(nn.Module):
         return combine(down(gated, stacks.down, routed, self._layout, self.down_bias), routed)
 
     def route(self, logits: Tensor) -> Routed:
-        """Which slots the tokens of this step go to."""
-        tokens, stacks, routing = self._step.inputs.tokens, self.stacks, self._router.routing
+        """Which expert places the tokens of this step go to."""
+        inputs, stacks, routing = self._step.inputs, self.stacks, self._router.routing
+        tokens = TokenBatch(inputs.rows.slots, inputs.num_tokens, inputs.route_counters)
         rows = tile_rows(logits, routing.top_k, self.spec[0])
         return expert_route(logits, routing, stacks.expert_map, len(stacks.gate_up), tokens, rows,
                             self._router.correction)  # fmt: skip

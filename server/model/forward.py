@@ -5,7 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from server.model.device_inputs import DeviceInputs, LoraReach
+from server.model.device_inputs import DeviceInputs
 from server.model.inputs import CurrentStep, HostStep, StepInputs, host_inputs
 
 
@@ -47,5 +47,4 @@ class KernelForward:
         self.model, self.inputs = model, inputs
 
     def logits(self, step: HostStep) -> Tensor:
-        lora = LoraReach(step.max_rank) if step.max_rank else None
-        return self.model(self.inputs.fill(step, len(step.token_ids), lora, step.has_experts))
+        return self.model(self.inputs.fill(step, len(step.token_ids), step.shape))

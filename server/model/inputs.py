@@ -3,13 +3,14 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from kernels.expert_route import TokenBatch
-from kernels.lora import Segment, Segments
+from kernels.adapter_rows import AdapterRows, AdapterTiles, Segment, ShapeKey
+from kernels.lora import SiteAdapters
 from kernels.paged_attention import AttentionBatch, DeviceBatch
 from server.engine.plan import Scheduled
 
@@ -17,10 +18,8 @@ from server.engine.plan import Scheduled
 class AdapterTables(Protocol):
     """Which adapters are on the device. What kernels read of them was given to the injected modules at start."""
 
-    def lora_rank(self, slot: int) -> int:
-        """The highest of its linears'; 0 where the slot holds no LoRA."""
-
-    def has_experts(self, slot: int) -> bool: ...
+    def shape_key(self, slot: int) -> ShapeKey:
+        """Of the adapter in the slot; ShapeKey() for the base."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +40,9 @@ class HostStep:
     kv_lens: list[int]
     block_tables: list[list[int]]
     sample_rows: list[int]
-    spans: list[Segment]  # rows of LoRA adapters
+    spans: list[Segment]  # rows of adapters, of whatever kind
     sample_spans: list[Segment]  # the same for the rows of the logits
-    max_rank: int  # of the batch's LoRA adapters; 0: it has none
-    has_experts: bool  # some token has an expert adapter
+    shape: ShapeKey  # of all adapters of the batch
 
     @property
     def is_decode(self) -> bool:
@@ -55,12 +53,12 @@ class HostStep:
 def lay_out(plan: Sequence[Scheduled], tables: AdapterTables, block_size: int) -> HostStep:
     """`plan` is in order of adapter slot."""
     slots = {scheduled.lane.slot for scheduled in plan}
-    max_rank, has_experts = max(map(tables.lora_rank, slots), default=0), any(map(tables.has_experts, slots))
-    step = HostStep([], [], [], [], [], [], [], [], [], [], max_rank, has_experts)
+    shape = reduce(ShapeKey.joined, map(tables.shape_key, slots), ShapeKey())
+    step = HostStep([], [], [], [], [], [], [], [], [], [], shape)
     for scheduled in plan:
         lane, start, end = scheduled.lane, scheduled.start, scheduled.start + scheduled.num_tokens
         table = lane.block_table
-        _extend(step.spans, lane.slot, len(step.token_ids), scheduled.num_tokens, tables)
+        _extend(step.spans, lane.slot, len(step.token_ids), scheduled.num_tokens)
         step.token_ids.extend(lane.tokens[start:end])
         step.positions.extend(range(start, end))
         step.slot_mapping.extend(table[p // block_size] * block_size + p % block_size for p in range(start, end))
@@ -69,14 +67,14 @@ def lay_out(plan: Sequence[Scheduled], tables: AdapterTables, block_size: int) -
         step.kv_lens.append(end)
         step.block_tables.append(table)
         if scheduled.samples:
-            _extend(step.sample_spans, lane.slot, len(step.sample_rows), 1, tables)
+            _extend(step.sample_spans, lane.slot, len(step.sample_rows), 1)
             step.sample_rows.append(len(step.token_ids) - 1)
     return step
 
 
-def _extend(spans: list[Segment], slot: int, row: int, count: int, tables: AdapterTables) -> None:
-    """Add rows [row, row + count) of `slot`, merged with a neighbour's of the same; none without a LoRA adapter."""
-    if not tables.lora_rank(slot):
+def _extend(spans: list[Segment], slot: int, row: int, count: int) -> None:
+    """Add rows [row, row + count) of `slot`, merged with a neighbour's of the same; none of the base's."""
+    if slot == 0:
         return
     if spans and spans[-1].slot == slot and spans[-1].end == row:
         spans[-1] = Segment(spans[-1].start, row + count, slot)
@@ -86,7 +84,10 @@ def _extend(spans: list[Segment], slot: int, row: int, count: int, tables: Adapt
 
 @dataclass(frozen=True)
 class StepInputs:
-    """A step as tensors, for the host's path or for kernels. Integers are int64 there and int32 here."""
+    """A step as tensors, for the host's path or for kernels. Integers are int64 there and int32 here.
+
+    The last two are for expert_route: how many tokens are real, and its counters; None on the host's path.
+    """
 
     token_ids: Tensor  # [T]
     positions: Tensor  # [T]
@@ -94,9 +95,14 @@ class StepInputs:
     fresh_blocks: Tensor | None  # KV blocks that come into use with this step; None: nobody reads past an end
     attention: AttentionBatch | DeviceBatch
     sample_rows: Tensor  # [R]: rows whose logits are wanted
-    segments: Segments
-    sample_segments: Segments
-    tokens: TokenBatch
+    rows: AdapterRows
+    num_tokens: Tensor | None = None  # [1]
+    route_counters: Tensor | None = None  # [2], zero; left zero
+
+
+def lora_acts(adapters: SiteAdapters, rows: AdapterRows) -> bool:
+    """Whether a launch of lora at a site may have work. What a captured batch holds is read from the device."""
+    return rows.shape.rank > 0 and (rows.is_captured or bool(adapters.by_slot))
 
 
 class CurrentStep:
@@ -131,7 +137,10 @@ def host_inputs(step: HostStep, block_size: int, dtype: torch.dtype) -> StepInpu
         fresh_blocks=slot_mapping[slot_mapping % block_size == 0] // block_size,
         attention=AttentionBatch(step.query_lens, step.kv_lens, step.block_tables, block_size, dtype),
         sample_rows=torch.tensor(step.sample_rows, dtype=torch.int64),
-        segments=Segments(step.spans),
-        sample_segments=Segments(step.sample_spans),
-        tokens=TokenBatch(torch.tensor(step.token_slots) if step.has_experts else None),
+        rows=AdapterRows(
+            torch.tensor(step.token_slots, dtype=torch.int32) if step.shape.experts else None,
+            AdapterTiles(step.spans),
+            AdapterTiles(step.sample_spans),
+            step.shape,
+        ),
     )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from kernels.lora import LoraSite, Split
+from kernels.lora import LoraSite, SiteAdapters, Split
 from server.model.experts import RoutedExperts, Stacks
 from server.model.families import UnsupportedModelError, check_family
 from server.model.fused_ops import RmsNorm, fuse_rope, is_rms_norm
@@ -32,7 +32,7 @@ class Target:
 
     name: str
     shape: tuple[int, int]  # out, in
-    sites: list[tuple[LoraSite, Split]]
+    sites: list[tuple[LoraSite, SiteAdapters, Split]]
 
 
 @dataclass
@@ -144,7 +144,10 @@ def _inject_linears(model: nn.Module, names: list[str], step: CurrentStep, injec
     attention = model.get_submodule(names[0].rpartition(".")[0])
     if attention in injected.absorbed and names[0].endswith("kv_b_proj"):  # never called: attention goes around it
         it = injected.absorbed[attention]
-        sites = [(it.query_site, it.split_for_queries), (it.value_site, it.split_for_values)]
+        sites = [
+            (it.query_site, it.query_adapters, it.split_for_queries),
+            (it.value_site, it.value_adapters, it.split_for_values),
+        ]
         injected.targets.append(Target(names[0], (it.out_features, it.latent), sites))
         return
     fused = LoraLinear(linears, names[0] == "lm_head", step)
@@ -152,7 +155,7 @@ def _inject_linears(model: nn.Module, names: list[str], step: CurrentStep, injec
     for index, (name, linear) in enumerate(zip(names, linears, strict=True)):
         _replace(model, name, fused if len(names) == 1 else LinearSlice(fused, shared, index))
         shape = (linear.out_features, linear.in_features)
-        injected.targets.append(Target(name, shape, [(fused.site, _at(index))]))
+        injected.targets.append(Target(name, shape, [(fused.site, fused.adapters, _at(index))]))
 
 
 def _at(index: int) -> Split:

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.lora import LoraSite, lora
-from server.model.inputs import CurrentStep
+from kernels.lora import LoraSite, SiteAdapters, lora
+from server.model.inputs import CurrentStep, lora_acts
 
 
 class LoraLinear(nn.Module):
@@ -13,9 +13,10 @@ class LoraLinear(nn.Module):
 
     def __init__(self, linears: list[nn.Linear], is_lm_head: bool, step: CurrentStep) -> None:
         super().__init__()
-        self.site = LoraSite([linear.out_features for linear in linears])
+        self.site = LoraSite(tuple(linear.out_features for linear in linears))
+        self.adapters = SiteAdapters()
         self.in_features = linears[0].in_features
-        # logits are computed for sampled rows only, so their segments are other ones
+        # logits are computed for sampled rows only, so their tiles are other ones
         self._is_lm_head = is_lm_head
         self._step = step
         if len(linears) == 1:  # its own weight, which may be tied to the embedding
@@ -26,10 +27,11 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight, self.bias)
-        inputs = self._step.inputs
-        segments = inputs.sample_segments if self._is_lm_head else inputs.segments
-        if segments.act_at(self.site):
-            lora(y.view(-1, y.shape[-1]), x.reshape(-1, self.in_features), self.site, segments, self.bias)
+        rows = self._step.inputs.rows
+        if lora_acts(self.adapters, rows):
+            tiles = rows.sampled if self._is_lm_head else rows.tiles
+            lora(y.view(-1, y.shape[-1]), x.reshape(-1, self.in_features), self.site, self.adapters, tiles,
+                 rows.shape.rank, self.bias)  # fmt: skip
         return y
 
 

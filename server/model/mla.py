@@ -8,11 +8,11 @@ cache holds 512 + 64 numbers a token and layer instead of 16 * (192 + 128).
 import torch
 from torch import Tensor, nn
 
-from kernels.lora import LoraSite, LoraWeights, lora
+from kernels.lora import LoraSite, LoraWeights, SiteAdapters, lora
 from kernels.paged_attention import paged_attention
 from kernels.store_kv import store_latent
 from server.model.attention import clear, new_cache
-from server.model.inputs import CurrentStep
+from server.model.inputs import CurrentStep, lora_acts
 from server.model.probe import KVShape
 
 
@@ -36,8 +36,9 @@ class AbsorbedProjection:
         self.heads, self.latent = attention.num_heads, attention.kv_lora_rank
         self.key_dim, self.value_dim = attention.qk_nope_head_dim, attention.v_head_dim
         # (B_h^T q) A, where a plain site has B (A x): the same two matrices, transposed and in the other order
-        self.query_site = LoraSite([self.latent] * self.heads, own_inputs=True, transposed=True)
-        self.value_site = LoraSite([self.value_dim] * self.heads, own_inputs=True)
+        self.query_site = LoraSite((self.latent,) * self.heads, own_inputs=True, transposed=True)
+        self.value_site = LoraSite((self.value_dim,) * self.heads, own_inputs=True)
+        self.query_adapters, self.value_adapters = SiteAdapters(), SiteAdapters()
 
     @property
     def out_features(self) -> int:
@@ -88,18 +89,18 @@ class LatentLayer:
         clear(self._cache, inputs.fresh_blocks)
         store_latent(key[:, 0], value[:, 0], self._cache, inputs.slot_mapping)
         content, position = query.split([it.key_dim, query.shape[-1] - it.key_dim], dim=-1)
-        taken_in = self._with_lora(it.queries_in(content), content, it.query_site)
+        taken_in = self._with_lora(it.queries_in(content), content, it.query_site, it.query_adapters)
         absorbed = torch.cat([taken_in, position], dim=-1)
         context = paged_attention(absorbed, self._cache, self._cache[..., : it.latent], inputs.attention, scale,
                                   None, softcap, sinks)  # fmt: skip
-        return self._with_lora(it.values_out(context), context, it.value_site)
+        return self._with_lora(it.values_out(context), context, it.value_site, it.value_adapters)
 
-    def _with_lora(self, projected: Tensor, x: Tensor, site: LoraSite) -> Tensor:
+    def _with_lora(self, projected: Tensor, x: Tensor, site: LoraSite, adapters: SiteAdapters) -> Tensor:
         """projected, x [T, H, ..]: add what the adapters add, head by head."""
-        segments = self._step.inputs.segments
-        if segments.act_at(site):
+        rows = self._step.inputs.rows
+        if lora_acts(adapters, rows):
             projected = projected.contiguous()
-            lora(projected.flatten(1), x.flatten(1), site, segments)
+            lora(projected.flatten(1), x.flatten(1), site, adapters, rows.tiles, rows.shape.rank)
         return projected
 
 

@@ -7,9 +7,10 @@ reason, instead of ending the engine later.
 import torch
 from torch import Tensor
 
+from kernels.adapter_rows import ShapeKey
 from server.engine.request import Sampling
 from server.model.cuda_graphs import GraphedForward
-from server.model.device_inputs import LoraReach, padding_step
+from server.model.device_inputs import padding_step
 from server.model.loader import OnProgress
 from server.model.sampler import sample
 
@@ -42,5 +43,5 @@ def warm_up(forward: GraphedForward, has_experts: bool, block_size: int, on_prog
 
 def _prefill(forward: GraphedForward, tokens: int, block_size: int, with_experts: bool) -> Tensor:
     """With every site of LoRA, at none of which an adapter has a row."""
-    eager, reach = forward.eager, LoraReach(max(1, forward.max_rank), at_all_sites=True)
-    return eager.model(eager.inputs.fill(padding_step(tokens, block_size), tokens, reach, with_experts))
+    eager, shape = forward.eager, ShapeKey(max(1, forward.max_rank), int(with_experts))
+    return eager.model(eager.inputs.fill(padding_step(tokens, block_size), tokens, shape, is_captured=True))

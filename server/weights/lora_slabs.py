@@ -1,12 +1,13 @@
 """LoRA adapters on the device: one contiguous slab each, at its true rank, and the tables that kernels read."""
 
 from collections.abc import Iterable
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from adapters_store.parts import LowRank, TensorRef
-from kernels.lora import LoraSite, LoraWeights, Split
+from kernels.lora import TABLE_FIELDS, LoraSite, LoraWeights, SiteAdapters, Split, table_rows
 from server.weights.arena import Arenas
 from server.weights.page_pool import PagePool
 from server.weights.tables import to_device
@@ -26,23 +27,27 @@ class LoraSlabs:
         self._arena = arenas.slabs(num_slots * self._stride)
         self._sizes: dict[int, int] = {}  # bytes mapped, by slot
         self._ranks: dict[int, int] = {}  # the highest of its linears', by slot
-        self._bindings: dict[str, list[tuple[LoraSite, Split]]] = {}  # by module
-        self.sites: list[LoraSite] = []
+        self._bindings: dict[str, list[tuple[LoraSite, SiteAdapters, Split]]] = {}  # by module
+        self.sites: list[tuple[LoraSite, SiteAdapters]] = []
         self._table: Tensor | None = None
 
-    def bind(self, module: str, sites: Iterable[tuple[LoraSite, Split]]) -> None:
+    def bind(self, module: str, sites: Iterable[tuple[LoraSite, SiteAdapters, Split]]) -> None:
         """Say where the weights for one of the base's linears act."""
         self._bindings[module] = list(sites)
-        self.sites += [site for site, _ in self._bindings[module] if site not in self.sites]
+        for site, adapters, _ in self._bindings[module]:
+            if (site, adapters) not in self.sites:
+                self.sites.append((site, adapters))
 
     def make_table(self, device: torch.device) -> None:
-        """Keep the sites' tables for kernels too, all in one: [slots + 1, slices of all sites, 4] int64."""
+        """Keep the sites' tables for kernels too, all in one: [slots + 1, slices of all sites, fields] int64."""
         ends = [0]
-        for site in self.sites:
+        for site, _ in self.sites:
             ends.append(ends[-1] + len(site.widths))
-        self._table = torch.zeros(self._num_slots + 1, ends[-1], 4, dtype=torch.int64, device=device)
-        for site, start, end in zip(self.sites, ends, ends[1:], strict=False):
-            site.attach(self._table[:, start:end])
+        self._table = torch.zeros(self._num_slots + 1, ends[-1], TABLE_FIELDS, dtype=torch.int64, device=device)
+        for (site, adapters), start, end in zip(self.sites, ends, ends[1:], strict=False):
+            adapters.table = self._table[:, start:end]
+            columns = list(accumulate(site.widths, initial=0))
+            adapters.offsets = torch.tensor(columns, dtype=torch.int32, device=device)
 
     def pages_for(self, parts: list[LowRank]) -> int:
         return -(-self._layout(parts)[1] // self._arena.page_bytes)
@@ -67,14 +72,15 @@ class LoraSlabs:
                 self._arena.tensor(self._start(slot) + offsets[tensor.key], tensor.shape, self._dtype)
                 for tensor in (part.a, part.b)
             )
-            for site, split in self._bindings[part.module]:
+            for site, adapters, split in self._bindings[part.module]:
+                held = adapters.by_slot.setdefault(slot, [None] * len(site.widths))
                 for index, weights in split(LoraWeights(a, b, part.scale)):
-                    site.put(slot, index, weights)
+                    held[index] = weights
         self._show(slot)
 
     def unmap(self, slot: int) -> None:
-        for site in self.sites:
-            site.remove(slot)
+        for _, adapters in self.sites:
+            adapters.by_slot.pop(slot, None)
         self._show(slot)
         del self._ranks[slot]
         self._pool.give_back(self._arena.unmap(self._start(slot), self._sizes.pop(slot)))
@@ -85,7 +91,7 @@ class LoraSlabs:
 
     def check(self) -> None:
         self._arena.check([(self._start(slot), size) for slot, size in self._sizes.items()])
-        assert all(slot in self._sizes for site in self.sites for slot in site.by_slot)
+        assert all(slot in self._sizes for _, adapters in self.sites for slot in adapters.by_slot)
 
     @property
     def num_mapped_pages(self) -> int:
@@ -95,7 +101,7 @@ class LoraSlabs:
         """To kernels: what the slot holds now, and at which sites any slot holds anything."""
         if self._table is not None:
             for row in (slot, 0):
-                to_device(self._table[row], [numbers for site in self.sites for numbers in site.rows(row)])
+                to_device(self._table[row], [numbers for it in self.sites for numbers in table_rows(*it, row)])
 
     def _start(self, slot: int) -> int:
         return (slot - 1) * self._stride

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from adapters_store.parts import AdapterPackage, ExpertReplacement, LowRank
 from adapters_store.ref import AdapterRef
-from kernels.lora import LoraSite
+from kernels.adapter_rows import ShapeKey
+from kernels.lora import LoraSite, SiteAdapters
 from server.engine.messages import AdapterOnDevice
 from server.engine.request import Slot
 from server.engine.residency import AdapterFailed, Wait
@@ -132,14 +133,11 @@ class DeviceResidency:
 
     # -- AdapterTables, for the model -----------------------------------------------------------
 
-    def lora_rank(self, slot: int) -> int:
-        return self._slabs.rank(slot)
-
-    def has_experts(self, slot: int) -> bool:
-        return self._stacks.has(slot)
+    def shape_key(self, slot: int) -> ShapeKey:
+        return ShapeKey(self._slabs.rank(slot), int(self._stacks.has(slot)))
 
     @property
-    def sites(self) -> list[LoraSite]:
+    def sites(self) -> list[tuple[LoraSite, SiteAdapters]]:
         return self._slabs.sites
 
     # -- transfers -----------------------------------------------------------

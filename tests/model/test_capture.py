@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
+from kernels.adapter_rows import ShapeKey
 from kernels.compiled import everywhere
+from kernels.lora import TABLE_FIELDS
 from server.assembly import install_caches
-from server.model.device_inputs import Capacity, DeviceInputs, LoraReach
+from server.model.device_inputs import Capacity, DeviceInputs
 from server.model.experts import Stacks
 from server.model.families import pin_rope
 from server.model.forward import Model
@@ -63,14 +65,13 @@ def test_a_decode_step_can_be_captured(name: str, with_adapters: bool) -> None:
     with everywhere(), torch.inference_mode(), META:
         injected = inject(model, probed, step, fake_stacks)
         install_caches(model, probed, injected, 32, 16, step)
-        sites = {site for target in injected.targets for site, _ in target.sites}
-        for site in sites:
-            site.attach(torch.empty(SLOTS + 1, len(site.widths), 4, dtype=torch.int64))
+        for site, adapters in {(site, adapters) for target in injected.targets for site, adapters, _ in target.sites}:
+            adapters.table = torch.empty(SLOTS + 1, len(site.widths), TABLE_FIELDS, dtype=torch.int64)
+            adapters.offsets = torch.empty(len(site.widths) + 1, dtype=torch.int32)
         inputs._block_tables = torch.empty(SEQUENCES, BLOCKS, dtype=torch.int32)
         for attribute in ("_device", "_attention_counters", "_route_counters", "_lora_counters"):
             setattr(inputs, attribute, torch.empty(len(getattr(inputs, attribute)), dtype=torch.int32))
-        reach = LoraReach(64, at_all_sites=True) if with_adapters else None
-        views = inputs.views(ROWS, ROWS, ROWS, 1, reach, with_experts=with_adapters)
+        views = inputs.views(ROWS, ROWS, ROWS, 1, ShapeKey(64, 1) if with_adapters else ShapeKey(), is_captured=True)
         with Watch() as watch:
             logits = Model(model, step)(views)
     assert logits.shape == (ROWS, config.vocab_size) and logits.device == META

@@ -563,7 +563,7 @@ def test_staged_bytes_are_hashed_and_compared_before_they_are_installed(
     request = engine.add(prompts()[1], 5, entry.ref)
     engine.run()
     assert "changed after it was registered" in str(request.error)
-    assert engine.residency.lora_rank(1) == 0
+    assert engine.residency.shape_key(1).rank == 0
     engine.residency.check()
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from adapters_store.catalog import CatalogEntry
 from adapters_store.files import read_exactly
 from adapters_store.parts import ExpertReplacement, LowRank, SourceFile, TensorRef
-from kernels.lora import LoraSite
+from kernels.lora import Field, LoraSite, SiteAdapters
 from server.engine.request import FinishReason
 from server.engine.residency import AdapterFailed, Wait
 from server.model.probe import PROBE
@@ -220,7 +220,7 @@ def test_other_bytes_of_the_same_size_and_time_are_never_served(tmp_path: Path, 
     says = "Not a directory|symbolic links" if where == "link" else "changed after it was registered; register .* again"
     with pytest.raises(AdapterFailed, match=says):
         wait_until_resident(engine.residency, entry)
-    assert not engine.residency.has_experts(1) and engine.residency._stacks.num_mapped_pages == 0
+    assert not engine.residency.shape_key(1).experts and engine.residency._stacks.num_mapped_pages == 0
     engine.residency.check()
 
 
@@ -367,9 +367,9 @@ def test_the_same_name_with_other_weights_never_reuses_a_prefix(tmp_path: Path) 
 def test_the_table_that_kernels_read_says_where_any_adapter_acts() -> None:
     arenas = host_arenas()
     slabs = LoraSlabs(2, PagePool(1 << 20, arenas.page_bytes), torch.float32, arenas)
-    sites = {"q": LoraSite((8,)), "o": LoraSite((6,))}
-    for name, site in sites.items():
-        slabs.bind(name, [(site, lambda weights: [(0, weights)])])
+    held = {"q": SiteAdapters(), "o": SiteAdapters()}
+    for name, width in (("q", 8), ("o", 6)):
+        slabs.bind(name, [(LoraSite((width,)), held[name], lambda weights: [(0, weights)])])
     slabs.make_table(torch.device("cpu"))
     parts = {
         slot: [LowRank("q", TensorRef("f", "a", (rank, 4), "F32"), TensorRef("f", "b", (8, rank), "F32"), 1.0)]
@@ -380,7 +380,7 @@ def test_the_table_that_kernels_read_says_where_any_adapter_acts() -> None:
         slabs.install(slot, parts[slot])
     assert (slabs.rank(1), slabs.rank(2)) == (3, 5)
     for slot in (1, 2):
-        assert sites["q"].table is not None and sites["o"].table is not None
-        assert sites["q"].table[0, 0, 0] == 1 and sites["q"].table[slot].any() and not sites["o"].table.any()
+        assert held["q"].table is not None and held["o"].table is not None
+        assert held["q"].table[0, 0, Field.A] == 1 and held["q"].table[slot].any() and not held["o"].table.any()
         slabs.unmap(slot)
-    assert not sites["q"].table.any() and slabs.rank(1) == slabs.rank(2) == 0
+    assert not held["q"].table.any() and slabs.rank(1) == slabs.rank(2) == 0

@@ -1,4 +1,4 @@
-"""The kernels of paged_attention and store_kv against their references; what must not be read is poisoned."""
+"""paged_attention's kernel against its reference; what must not be read is poisoned."""
 
 import math
 import random
@@ -12,8 +12,6 @@ from kernels.paged_attention import AttentionBatch, DeviceBatch, reference, spli
 from kernels.paged_attention import kernel as attention_kernel
 from kernels.paged_attention.kernel import NO_LIMIT, Tile, choose_tile, paged_attention, split_dim
 from kernels.paged_attention.kernel import _launch as attention_op
-from kernels.store_kv import reference as store_reference
-from kernels.store_kv.kernel import _store_kv, _store_latent, store_kv, store_latent
 from tests.support.kernel_device import DEVICE
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("poisoned_memory")]
@@ -96,9 +94,6 @@ def check(case: Case, options: dict[str, object], launches: int = 1) -> Tensor:
         outputs.append(got)
     assert all(torch.equal(outputs[0], other) for other in outputs)
     return outputs[0]
-
-
-# -- attention ---
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -276,49 +271,3 @@ def test_attention_op_is_registered_rightly() -> None:
     arguments = (case.query, case.key_cache.contiguous(), case.value_cache.contiguous(), batch.query_starts,
                  batch.kv_lens, batch.block_tables, batch.counters, 1, False, 0.3, 0, 0, 0.0, None)  # fmt: skip
     torch.library.opcheck(attention_op, arguments, test_utils=("test_schema", "test_faketensor"))
-
-
-# -- store ---
-
-
-@pytest.mark.parametrize(("kv_heads", "dim", "value_dim"), [(1, 9, 5), (2, 16, 16), (3, 24, 8), (70, 80, 64)])
-@pytest.mark.parametrize("slot_type", [torch.int32, torch.int64])
-def test_store_kv(kv_heads: int, dim: int, value_dim: int, slot_type: torch.dtype) -> None:
-    tokens, blocks, block_size = 6, 5, 4
-    key = torch.randn(kv_heads, tokens, dim, device=DEVICE).transpose(0, 1)  # as the attention interface has them
-    value = torch.randn(kv_heads, tokens, value_dim + 3, device=DEVICE).transpose(0, 1)[..., :value_dim]
-    slots = torch.tensor([3, -1, 19, 0, -7, 8], dtype=slot_type, device=DEVICE)
-    caches = []
-    for store in (store_reference.store_kv, store_kv):
-        both = torch.full((blocks, 2, block_size, kv_heads, max(dim, value_dim)), math.nan, device=DEVICE)
-        store(key, value, both[:, 0, ..., :dim], both[:, 1, ..., :value_dim], slots)
-        caches.append(both)
-    assert torch.equal(caches[0].nan_to_num(7), caches[1].nan_to_num(7))
-    assert int((~caches[1][:, 0].isnan()).sum()) == 4 * kv_heads * dim  # what was stored, and nothing beside it
-    assert torch.equal(caches[1][4, 0, 3, :, :dim], key[2])
-
-
-def test_store_latent() -> None:
-    latent, rope = torch.randn(5, 32, device=DEVICE), torch.randn(5, 1, 8, device=DEVICE)[:, 0]
-    slots = torch.tensor([5, 2, -1, 11, 0], device=DEVICE)
-    caches = [torch.full((3, 4, 1, 40), math.nan, device=DEVICE) for _ in range(2)]
-    store_reference.store_latent(latent, rope, caches[0], slots)
-    store_latent(latent, rope, caches[1], slots)
-    assert torch.equal(caches[0].nan_to_num(7), caches[1].nan_to_num(7))
-    assert torch.equal(caches[1][2, 3, 0], torch.cat([latent[3], rope[3]]))
-    assert caches[1].isnan().any(-1).sum() == 8
-
-
-def test_store_ops_are_registered_rightly() -> None:
-    cache, slots = torch.zeros(3, 4, 2, 8, device=DEVICE), torch.tensor([1, -1], device=DEVICE)
-    rows = torch.randn(2, 2, 8, device=DEVICE)
-    test_utils = ("test_schema", "test_faketensor")
-    torch.library.opcheck(_store_kv, (rows, rows, cache, cache.clone(), slots), test_utils=test_utils)
-    latent, rope = torch.randn(2, 32, device=DEVICE), torch.randn(2, 8, device=DEVICE)
-    cache = torch.zeros(3, 4, 1, 40, device=DEVICE)
-    torch.library.opcheck(_store_latent, (latent, rope, cache, slots), test_utils=test_utils)
-
-
-def test_nothing_to_store() -> None:
-    cache, rows = torch.zeros(3, 4, 2, 8, device=DEVICE), torch.zeros(0, 2, 8, device=DEVICE)
-    store_kv(rows, rows, cache, cache.clone(), torch.zeros(0, dtype=torch.int64, device=DEVICE))
