@@ -2,7 +2,6 @@
 
 import os
 import re
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -34,7 +33,7 @@ class Catalog:
 
     `roots` are the directories below which adapters may be read: a path arrives over HTTP, and must not be a way to
     read the rest of the machine. `room` is what an adapter may need at most, `base_names` what the base is known as
-    beside its own name. Thread-safe.
+    beside its own name.
     """
 
     def __init__(
@@ -50,7 +49,6 @@ class Catalog:
         self._base, self._room = base, room
         self._roots = tuple(os.path.realpath(root) for root in roots)
         self._entries: dict[str, CatalogEntry] = {}
-        self._lock = threading.Lock()
 
     def job(self, name: str, path: str) -> Job:
         """What must be verified before this name may mean the adapter at `path`. Raises AdapterError for the name."""
@@ -64,18 +62,16 @@ class Catalog:
     def add(self, entry: CatalogEntry) -> bool:
         """Give the name to these weights. False if it already meant exactly these: then their files may have moved."""
         name = entry.ref.name
-        with self._lock:
-            self._check_name(name)
-            known = self._entries.get(name.casefold())
-            if known is not None:
-                if known.ref == entry.ref:
-                    self._entries[name.casefold()] = msgspec.structs.replace(entry, created=known.created)
-                    return False
-                raise AdapterConflict(
-                    f"the name {name!r} is taken by {known.ref.name!r} with other weights; delete that adapter first"
-                )
+        self._check_name(name)
+        known = self._entries.get(name.casefold())
+        if known is None:
             self._entries[name.casefold()] = entry
             return True
+        if known.ref != entry.ref:
+            other = " with other weights" if known.ref.revision != entry.ref.revision else ""
+            raise AdapterConflict(f"the name {name!r} is taken by {known.ref.name!r}{other}; delete that adapter first")
+        self._entries[name.casefold()] = msgspec.structs.replace(entry, created=known.created)
+        return False
 
     def get(self, name: str) -> CatalogEntry:
         if name not in self:
@@ -86,8 +82,9 @@ class Catalog:
         """New requests no longer find it; requests that hold its reference are the engine's to finish."""
         if name == self.base_name:
             raise AdapterConflict(f"{name!r} is the base model and cannot be deleted")
-        with self._lock:
-            return self._entries.pop(self.get(name).ref.name.casefold())
+        entry = self.get(name)
+        del self._entries[name.casefold()]
+        return entry
 
     def __iter__(self) -> Iterator[CatalogEntry]:
         return iter(sorted(self._entries.values(), key=lambda entry: entry.ref.name))

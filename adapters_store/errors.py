@@ -6,6 +6,7 @@
     ├── InvalidAdapterName   the name cannot be used in a URL or a metric label
     ├── AdapterPathRefused   the path lies outside the directories that the operator allowed
     ├── InvalidAdapter       the files are broken, incomplete, not an adapter at all, or cannot be verified in time
+    │   └── Unforeseen       verification failed in a way that nobody had thought of
     ├── UnsupportedAdapter   a sound adapter of a kind that cannot be served exactly
     └── CoverageError        tensors that do not bind to this base model, or tensors that are missing
 
@@ -13,6 +14,7 @@ Messages name the tensor, key or file, carry the numbers and say what to do. The
 holds, beyond booleans, numbers and words of PEFT's own: a path may lead to a file that is nobody's adapter.
 """
 
+import traceback
 from collections.abc import Sequence
 
 MAX_MESSAGE_BYTES = 2000
@@ -71,23 +73,25 @@ class InvalidAdapter(AdapterError):
     pass
 
 
+class Unforeseen(InvalidAdapter):
+    """The adapter's fault until somebody shows otherwise. `details` is a traceback for the log."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(f"the adapter could not be verified ({type(error).__name__}); the server's log says more")
+        self.details = clean("".join(traceback.format_exception(error)[-12:]), 8000)
+
+
 class UnsupportedAdapter(AdapterError):
     pass
 
 
 class CoverageError(AdapterError):
-    """Not every tensor of the adapter binds to a module of the base with the right shape, or some are missing.
-
-    `problems` holds a line for everything that is wrong; the message shows the first few.
-    """
-
-    def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
-        super().__init__(message)
-        self.problems = tuple(problems)
+    """Not every tensor of the adapter binds to a module of the base with the right shape, or some are missing."""
 
 
 def coverage_error(problems: Sequence[str], bound: int, total: int, remedies: Sequence[str] = ()) -> CoverageError:
-    """`total` counts the tensors of the files and `bound` those that fit; `remedies` say what to do, each once."""
+    """`problems` are lines, of which the message shows the first few. `total` counts the tensors of the files and
+    `bound` those that fit; `remedies` say what to do, each once."""
     lines = "; ".join(problems[:_PROBLEMS_SHOWN])
     if len(problems) > _PROBLEMS_SHOWN:
         lines += f"; and {len(problems) - _PROBLEMS_SHOWN} more"
@@ -97,4 +101,4 @@ def coverage_error(problems: Sequence[str], bound: int, total: int, remedies: Se
         fit = f"all {total} tensors of the adapter fit this base, but it is not whole: "
     todo = "".join(f". To do: {remedy}" for remedy in remedies[:_REMEDIES_SHOWN])
     room = MAX_MESSAGE_BYTES - len((fit + todo).encode())  # what to do is said whatever the names' length
-    return CoverageError(f"{fit}{clean(lines, room)}{todo}", problems)
+    return CoverageError(f"{fit}{clean(lines, room)}{todo}")

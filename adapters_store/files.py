@@ -11,7 +11,6 @@ import stat
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import PurePath
-from types import TracebackType
 
 from adapters_store.errors import AdapterPathRefused, InvalidAdapter, shown
 
@@ -91,9 +90,7 @@ class Folder:
     def __enter__(self) -> "Folder":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._closing.close()
 
     def open(self, name: str) -> OpenFile:

@@ -3,7 +3,8 @@
 The library opens names and maps files: a name can change between two looks, and a mapped file that is cut short kills
 the process. What it checks of a header is little, and checked here, together with what it accepts and a server must
 not: duplicate keys (two parsers see two files), a great many empty tensors, megabytes of metadata, NaN weights.
-`tests/adapters_store/test_files.py` holds this reader to the library's verdict. Pickle formats are never opened at all.
+`tests/adapters_store/test_safetensors_file.py` holds this reader to the library's verdict. Pickle formats are never
+opened at all.
 """
 
 import hashlib

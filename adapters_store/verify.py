@@ -10,14 +10,19 @@ import math
 import os
 import resource
 import sys
-import traceback
 from typing import BinaryIO, Literal
 
 import msgspec
 
-from adapters_store import errors
 from adapters_store.base_spec import BaseSpec
-from adapters_store.errors import AdapterError, AdapterPathRefused, InvalidAdapter
+from adapters_store.errors import (
+    AdapterError,
+    AdapterPathRefused,
+    CoverageError,
+    InvalidAdapter,
+    Unforeseen,
+    UnsupportedAdapter,
+)
 from adapters_store.files import Folder
 from adapters_store.formats import read_adapter
 from adapters_store.parts import AdapterPackage
@@ -50,8 +55,8 @@ Kind = Literal["AdapterPathRefused", "InvalidAdapter", "UnsupportedAdapter", "Co
 _KINDS: dict[Kind, type[AdapterError]] = {
     "AdapterPathRefused": AdapterPathRefused,
     "InvalidAdapter": InvalidAdapter,
-    "UnsupportedAdapter": errors.UnsupportedAdapter,
-    "CoverageError": errors.CoverageError,
+    "UnsupportedAdapter": UnsupportedAdapter,
+    "CoverageError": CoverageError,
 }
 
 
@@ -64,14 +69,6 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
 
 
 Answer = Verified | Refused
-
-
-class Unforeseen(InvalidAdapter):
-    """Verification failed in a way that nobody had thought of. The adapter's fault until somebody shows otherwise."""
-
-    def __init__(self, error: BaseException) -> None:
-        super().__init__(f"the adapter could not be verified ({type(error).__name__}); the server's log says more")
-        self.details = errors.clean("".join(traceback.format_exception(error)[-12:]), 8000)
 
 
 def verify(job: Job) -> Verified:

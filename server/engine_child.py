@@ -36,16 +36,6 @@ class EngineChild:
         self._is_ready = False
         self.client = EngineClient(self._link)
 
-    @property
-    def pid(self) -> int:
-        return self._running.pid
-
-    @property
-    def _running(self) -> asyncio.subprocess.Process:
-        if self._process is None:
-            raise StartupError("the engine was not started")
-        return self._process
-
     async def start(
         self, config: EngineConfig, on_progress: Callable[[Progress], None], timeout_s: float
     ) -> EngineInfo:
@@ -82,7 +72,9 @@ class EngineChild:
 
     async def wait(self) -> str:
         """Wait for the process to end by itself; returns how it ended."""
-        return f"its process has ended: {describe_exit(await self._running.wait())}"
+        if self._process is None:
+            raise StartupError("the engine was not started")
+        return f"its process has ended: {describe_exit(await self._process.wait())}"
 
     async def stop(self) -> None:
         """Ask it to end, and make it if it does not; one that still loads is not asked. Safe in any state."""

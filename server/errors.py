@@ -1,20 +1,29 @@
-"""Every way in which Heddle says no, and the HTTP status of each.
+"""Every way in which Heddle says no, and the HTTP status of each. What has none ends the start of the server.
 
 HeddleError
-├── ConfigError           a setting or the base model cannot be served; starting again will not help  (start fails)
-├── StartupError          the engine did not come up, or the port is taken; starting again may help   (start fails)
+├── ConfigError                a setting or the base model cannot be served; starting again will not help
+├── StartupError               the engine did not come up, or the port is taken; starting again may help
 ├── InvalidRequest        400  a field is missing, malformed, out of range or not served
-├── NotFound              404  an unknown model or route
+├── NotFound              404  an unknown model
 ├── PayloadTooLarge       413  the body exceeds the limit
 ├── UnsupportedEncoding   415  the body is compressed
 ├── TooManyHeaders        431  more headers than are read
+├── ClientLeft            499  nobody waits for the answer any more
 ├── EngineDead            503  the engine process has ended; nothing can be generated
 ├── EngineSilent          503  the engine process lives, and has said nothing for too long
 ├── ShuttingDown          503  a signal has come; nothing new is taken
 ├── Overloaded            503  as much is under way as is taken at once
 └── GenerationFailed      503  this request failed in the engine (its adapter could not be loaded, say); others go on
 
-adapters_store.errors.AdapterError, by kind (see ADAPTER_STATUS)
+AdapterError                   adapters_store/errors.py says what each means
+├── AdapterNotFound       404
+├── AdapterConflict       409
+├── InvalidAdapterName    400
+├── AdapterPathRefused    400
+├── InvalidAdapter        422
+│   └── Unforeseen        422
+├── UnsupportedAdapter    422
+└── CoverageError         422
 """
 
 from adapters_store import errors as adapter_errors
@@ -69,6 +78,14 @@ class TooManyHeaders(HeddleError):
     status = 431
     type = "invalid_request_error"
     code = "invalid_http"
+
+
+class ClientLeft(HeddleError):
+    status = 499
+    type = "client_left"
+
+    def __init__(self) -> None:
+        super().__init__("the client left")
 
 
 class EngineDead(HeddleError):

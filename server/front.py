@@ -17,10 +17,9 @@ import uvicorn
 
 from adapters_store.catalog import Catalog, CatalogEntry
 from adapters_store.declared_base import names_of_base
-from adapters_store.errors import AdapterError
+from adapters_store.errors import AdapterError, Unforeseen
 from adapters_store.room import Room
 from adapters_store.verifier import Verifier
-from adapters_store.verify import Unforeseen
 from server import listener
 from server.api.adapters import register, verified
 from server.api.app import create_app

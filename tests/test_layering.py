@@ -53,6 +53,14 @@ SOURCES = sorted(
 )
 
 
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+BESIDE_THE_TREE = ("tests/support",)  # what tests share; no test is in it
+
+
+def relative(file: Path) -> str:
+    return file.relative_to(ROOT).as_posix()
+
+
 def imports_of(file: Path) -> set[str]:
     names: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text())):
@@ -65,7 +73,7 @@ def imports_of(file: Path) -> set[str]:
 
 
 def rule_for(file: Path, rules: dict[str, tuple[str, ...]]) -> tuple[str, ...] | None:
-    path = file.relative_to(ROOT).as_posix()
+    path = relative(file)
     keys = [key for key in rules if path == key or path.startswith(f"{key}/")]
     return rules[max(keys, key=len)] if keys else None
 
@@ -74,7 +82,7 @@ def within(name: str, prefixes: tuple[str, ...]) -> bool:
     return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
 
 
-@pytest.mark.parametrize("file", SOURCES, ids=lambda file: file.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize("file", SOURCES, ids=relative)
 def test_imports(file: Path) -> None:
     allowed = rule_for(file, ALLOWED)
     assert allowed is not None, "a new place needs a rule"
@@ -89,7 +97,7 @@ def test_composition_roots_are_imported_by_nobody_below() -> None:
     exempt = {"server/front.py": ("server.api",), "server/cli.py": ("server.front", "server.api"),
               "server/__main__.py": ("server.cli",), "server/engine_process.py": ("server.assembly",)}  # fmt: skip
     for file in SOURCES:
-        path = file.relative_to(ROOT).as_posix()
+        path = relative(file)
         for name in imports_of(file):
             if within(name, NOBODY_IMPORTS) and not path.startswith("server/api/"):
                 assert within(name, exempt.get(path, ())), f"{path} imports {name}"
@@ -110,3 +118,25 @@ def test_cuda_bindings_only_in_the_driver_file() -> None:
 def test_the_kernels_package_is_empty_at_its_top() -> None:
     """Transformers may import a package of this name while it imports model code (server/kernels_name.py)."""
     assert (ROOT / "kernels" / "__init__.py").read_text() == ""
+
+
+def test_no_test_module_is_imported() -> None:
+    """What several tests need lies in tests/support, so that a test can be read, moved and deleted alone."""
+    imported = {
+        f"{relative(file)} imports {name}"
+        for file in (*TESTS, *(ROOT / "benchmarks").rglob("*.py"))
+        for name in imports_of(file)
+        if name.startswith("tests.") and ".test_" in name
+    }
+    assert imported == set()
+
+
+def test_folders_of_tests_mirror_the_tree() -> None:
+    """tests/kernels tests kernels/, tests/engine tests server/engine/: where a file's tests are needs no search."""
+    for folder in {file.parent for file in TESTS} - {ROOT / "tests"}:
+        below = folder.relative_to(ROOT / "tests")
+        is_mirror = (ROOT / below).is_dir() or (ROOT / "server" / below).is_dir()
+        is_beside = relative(folder) in BESIDE_THE_TREE
+        assert is_mirror != is_beside, f"{relative(folder)} tests no folder of that name"
+        holds_tests = any(folder.glob("test_*.py"))
+        assert holds_tests != is_beside, f"{relative(folder)} is no place for tests, or has none"

@@ -16,10 +16,9 @@ from adapters_store import safetensors_file
 from adapters_store.catalog import CatalogEntry
 from server.engine.request import FinishReason, Sampling
 from server.model.probe import PROBE
-from tests.model.test_families import reference
 from tests.support.engine_harness import GREEDY, Answer, Engine, prompts
 from tests.support.tiny_adapters import ALL_LINEARS, ATTENTION, merge, register, save_esft, save_lora, write_lora
-from tests.support.tiny_models import make_model
+from tests.support.tiny_models import make_model, reference
 
 MLA = ("kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 # DeepSeek's shared experts and dense layer are plain linears, but PEFT takes any target there for the routed experts

@@ -13,10 +13,9 @@ from pydantic import ValidationError
 from starlette.requests import ClientDisconnect
 
 from adapters_store.strict_json import NotStrictJSON, parse_object
-from server.api.errors import ClientLeft
 from server.api.protocol import Body, BodyLimits
 from server.api.service import service_of
-from server.errors import InvalidRequest
+from server.errors import ClientLeft, InvalidRequest
 
 INLINE_BYTES = 64 << 10  # parsed at once; longer bodies in a thread, where only the parser's own steps hold others up
 MAX_CONTAINERS = 10_000  # lists and objects in one body

@@ -2,20 +2,16 @@
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from typing import cast
 
 import msgspec
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
-from adapters_store.errors import AdapterError
 from server.errors import ADAPTER_STATUS, HeddleError
 
 log = logging.getLogger("heddle.api")
-
-
-class ClientLeft(Exception):
-    """Nobody waits for the answer any more."""
 
 
 def error_body(message: str, type: str, param: str | None = None, code: str | None = None) -> dict[str, object]:
@@ -45,8 +41,7 @@ def install(app: FastAPI) -> None:
     async def ours(_: Request, error: Exception) -> Response:
         return _respond_to(cast(HeddleError, error))
 
-    async def adapter(_: Request, error: Exception) -> Response:
-        status, code = ADAPTER_STATUS[type(error)]  # type: ignore[index]
+    async def adapter(status: int, code: str, _: Request, error: Exception) -> Response:
         return respond(status, error_body(str(error), "invalid_request_error", code=code))
 
     async def http(_: Request, raised: Exception) -> Response:
@@ -57,18 +52,13 @@ def install(app: FastAPI) -> None:
         body = error_body(message, "invalid_request_error")
         return respond(error.status_code, body, error.headers)
 
-    async def left(_: Request, error: Exception) -> Response:
-        return Response(status_code=499)  # nobody reads it
-
     async def unexpected(request: Request, error: Exception) -> Response:
         return respond(500, internal_error(request, error))
 
     app.add_exception_handler(HeddleError, ours)
-    for kind in ADAPTER_STATUS:
-        app.add_exception_handler(kind, adapter)
-    app.add_exception_handler(AdapterError, unexpected)
+    for kind, (status, code) in ADAPTER_STATUS.items():
+        app.add_exception_handler(kind, partial(adapter, status, code))
     app.add_exception_handler(HTTPException, http)
-    app.add_exception_handler(ClientLeft, left)
     app.add_exception_handler(Exception, unexpected)
 
 

@@ -8,8 +8,8 @@ import msgspec
 from fastapi import Request
 from fastapi.responses import StreamingResponse
 
-from server.api.errors import ClientLeft, body_of, internal_error
-from server.errors import HeddleError
+from server.api.errors import body_of, internal_error
+from server.errors import ClientLeft, HeddleError
 
 DONE = b"data: [DONE]\n\n"
 Result = TypeVar("Result")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from adapters_store.declared_base import declared, is_known, names_of_base, remarks
-from tests.adapters_store.test_formats import BASE, esft, lora, read_adapter
+from tests.support.adapter_files import BASE, esft, lora, read_adapter
 
 LLAMA = ("meta-llama/Llama-3-8B", "my-base")
 

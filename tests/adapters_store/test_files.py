@@ -1,27 +1,19 @@
-"""Files that strangers change while they are read: links, sizes, headers, and what is in them."""
+"""Files that strangers change while they are read: links, what is no file, and descriptors that all come back."""
 
 import json
-import math
 import os
 import socket
-import struct
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from adapters_store import files, safetensors_file
+from adapters_store import files
 from adapters_store.catalog import Catalog
 from adapters_store.errors import AdapterError, AdapterPathRefused, InvalidAdapter, UnsupportedAdapter
-from adapters_store.files import Folder, OpenFile, open_resolved
+from adapters_store.files import Folder, open_resolved
 from adapters_store.room import Room
-from adapters_store.safetensors_file import MAX_HEADER_BYTES, hash_and_check, read_header
-from tests.adapters_store.test_formats import A0, BASE, DENSE, esft, lora
+from tests.support.adapter_files import BASE, DENSE, esft, lora
 
 SECRET = "a line of somebody else's file"
 
@@ -35,9 +27,6 @@ def root(tmp_path: Path) -> Path:
 
 def read(root: Path, name: str = "a", room: Room | None = None) -> Any:
     return Catalog("base", BASE, (root,), room).read("x", name).package
-
-
-# -- links ---
 
 
 def test_a_hub_caches_links_are_followed_within_the_root(root: Path) -> None:
@@ -146,186 +135,6 @@ def test_a_directory_that_is_a_loop_of_links_is_refused(root: Path) -> None:
     (root / "b").symlink_to(root / "a")
     with pytest.raises(InvalidAdapter):
         read(root)
-
-
-# -- headers: ours against the library's ---
-
-
-def _file(path: Path, header: bytes, data: bytes) -> Path:
-    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
-    return path
-
-
-def _open(path: Path) -> OpenFile:
-    return OpenFile(open_resolved(str(path.resolve())), path.name, str(path))
-
-
-def _tensors(path: Path) -> dict[str, tuple[int, ...]] | None:
-    file = _open(path)
-    try:
-        return {tensor.key: tensor.shape for tensor in read_header(file).tensors}
-    except InvalidAdapter:
-        return None
-    finally:
-        os.close(file.descriptor)
-
-
-_SIZE = st.integers(0, 6)
-_ENTRY = st.fixed_dictionaries(
-    {
-        "dtype": st.sampled_from(["F32", "F16", "BF16", "I8", "F64", "nonsense"]),
-        "shape": st.lists(_SIZE, max_size=3) | st.just([-1]) | st.just([2.0]) | st.just([True]) | st.just([2**63]),
-        "data_offsets": st.tuples(_SIZE.map(lambda it: 4 * it), _SIZE.map(lambda it: 4 * it)).map(list) | st.just([0]),
-    }
-)
-
-
-_METADATA = st.dictionaries(st.just("k"), st.just("v") | st.just(1), max_size=1)
-
-
-@settings(max_examples=400, deadline=None)
-@given(
-    header=st.dictionaries(st.sampled_from(["a", "b", "__metadata__"]), _ENTRY | _METADATA, min_size=1),
-    size=st.integers(0, 24),
-)
-def test_what_we_accept_the_library_accepts(
-    tmp_path_factory: pytest.TempPathFactory, header: dict[str, Any], size: int
-) -> None:
-    path = _file(tmp_path_factory.getbasetemp() / "fuzz", json.dumps(header).encode(), b"\0" * size)
-    ours = _tensors(path)
-    if ours is not None:
-        with safe_open(path, framework="pt") as library:
-            assert {key: tuple(library.get_slice(key).get_shape()) for key in library.keys()} == ours
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    tensors=st.dictionaries(
-        st.text(min_size=1, max_size=12).filter(lambda key: key != "__metadata__"),
-        st.tuples(
-            st.lists(st.integers(1, 5), min_size=1, max_size=3),
-            st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
-        ),
-        min_size=1,
-        max_size=6,
-    )
-)
-def test_we_accept_what_the_library_writes(tmp_path_factory: pytest.TempPathFactory, tensors: dict[str, Any]) -> None:
-    path = tmp_path_factory.getbasetemp() / "written"
-    save_file({key: torch.ones(shape, dtype=dtype) for key, (shape, dtype) in tensors.items()}, path)
-    assert _tensors(path) == {key: tuple(shape) for key, (shape, _) in tensors.items()}
-
-
-def test_the_library_refuses_what_we_refuse_of_offsets(tmp_path: Path) -> None:
-    for offsets, size in (([0, 8], 4), ([0, 8], 12), ([4, 12], 12), ([8, 0], 8)):
-        header = json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": offsets}}).encode()
-        path = _file(tmp_path / "x", header, b"\0" * size)
-        assert _tensors(path) is None
-        with pytest.raises(SafetensorError), safe_open(path, framework="pt"):
-            pass
-
-
-def test_a_header_over_a_mebibyte_is_refused_before_it_is_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = lora(root / "a") / "adapter_model.safetensors"
-    with path.open("wb") as file:
-        file.write((MAX_HEADER_BYTES + 1).to_bytes(8, "little"))
-        file.truncate(64 << 20)
-    monkeypatch.setattr(safetensors_file, "parse_json", None)
-    with pytest.raises(InvalidAdapter, match="header of 1,048,577 bytes; at most 1,048,576"):
-        read(root)
-
-
-def test_headers_of_large_adapters_have_room(tmp_path: Path) -> None:
-    """7 linears of 60 layers, and 600 tuned experts of a large mixture."""
-    names = [f"base_model.model.model.layers.{layer}.self_attn.{name}_proj.lora_{side}.weight" for layer in range(60)
-             for name in ("q", "k", "v", "o", "gate", "up", "down") for side in "AB"]  # fmt: skip
-    experts = [f"model.layers.{i % 60}.mlp.experts.{i}.{name}_proj.weight" for i in range(600)
-               for name in ("gate", "up", "down")]  # fmt: skip
-    for keys in (names, experts):
-        header = {key: {"dtype": "BF16", "shape": [16384, 53248], "data_offsets": [10**12 + i, 10**12 + i + 1]}
-                  for i, key in enumerate(keys)}  # fmt: skip
-        assert len(json.dumps(header)) < MAX_HEADER_BYTES / 3
-
-
-# -- what is in them ---
-
-
-def _bits(value: float, dtype: torch.dtype) -> torch.Tensor:
-    return torch.tensor([0.5, value, -0.25], dtype=torch.float64).to(dtype)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "largest", "too_large"),
-    [
-        (torch.float32, 65504.0, math.nextafter(65504.0, 1e9) + 0.004),
-        (torch.float16, 65504.0, math.inf),
-        (torch.bfloat16, 65280.0, 65536.0),
-        (torch.float32, -65504.0, -1e38),
-        (torch.bfloat16, -65280.0, -1e38),
-    ],
-)
-def test_weights_of_absurd_size_are_refused(
-    tmp_path: Path, dtype: torch.dtype, largest: float, too_large: float
-) -> None:
-    for value, sound in ((largest, True), (too_large, False)):
-        save_file({"w": _bits(value, dtype)}, tmp_path / "x")
-        file = _open(tmp_path / "x")
-        if sound:
-            assert hash_and_check(read_header(file)).size == file.size
-        else:
-            with pytest.raises(InvalidAdapter, match="w holds (NaN or infinite weights|a weight above 65,504)"):
-                hash_and_check(read_header(file))
-        os.close(file.descriptor)
-
-
-def test_every_chunk_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(safetensors_file, "_CHUNK_BYTES", 64)
-    for place in (0, 15, 16, 39):
-        weights = torch.ones(40)
-        weights[place] = 1e38
-        save_file({"w": weights}, tmp_path / "x")
-        file = _open(tmp_path / "x")
-        with pytest.raises(InvalidAdapter, match="above 65,504"):
-            hash_and_check(read_header(file))
-        os.close(file.descriptor)
-
-
-def _sparse(path: Path, shape: tuple[int, int]) -> None:
-    key, size = A0, 4 * shape[0] * shape[1]
-    other, second = A0.replace("lora_A", "lora_B"), 4 * 8 * shape[0]
-    header = json.dumps({
-        key: {"dtype": "F32", "shape": shape, "data_offsets": [0, size]},
-        other: {"dtype": "F32", "shape": [8, shape[0]], "data_offsets": [size, size + second]},
-    }).encode()  # fmt: skip
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(header)) + header)
-        file.truncate(8 + len(header) + size + second)
-
-
-@pytest.fixture
-def unread(monkeypatch: pytest.MonkeyPatch) -> None:
-    def never(*_: object) -> None:
-        raise AssertionError("weights were read")
-
-    monkeypatch.setattr("adapters_store.formats.hash_and_check", never)
-
-
-@pytest.mark.usefixtures("unread")
-def test_what_the_device_cannot_hold_is_refused_before_its_bytes_are_read(root: Path) -> None:
-    directory = lora(root / "a")
-    rank = 50_000_000
-    _sparse(directory / "adapter_model.safetensors", (rank, 8))  # 3.2 GB that occupy a page
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 1}
-    (directory / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedAdapter, match="needs 3,200,000,000 bytes; all adapters together may use 1,000,000"):
-        read(root, room=Room(1_000_000, 4, 8))
-
-
-@pytest.mark.usefixtures("unread")
-def test_more_experts_than_a_layer_has_room_for_are_refused_before_their_bytes_are_read(root: Path) -> None:
-    esft(root / "a", {1: [0, 1, 2], 2: [3]})
-    with pytest.raises(UnsupportedAdapter, match="tunes 3 experts of layer 1; this server has room for 2"):
-        read(root, room=Room(1 << 30, 4, 2))
 
 
 def test_a_directory_of_endless_entries_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,80 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
-from adapters_store.base_spec import BaseSpec, ExpertStack
-from adapters_store.catalog import Catalog
-from adapters_store.errors import (
-    AdapterConflict,
-    AdapterError,
-    AdapterNotFound,
-    AdapterPathRefused,
-    CoverageError,
-    InvalidAdapter,
-    InvalidAdapterName,
-    UnsupportedAdapter,
-)
-from adapters_store.files import Folder
-from adapters_store.formats import read_adapter as read_folder
-from adapters_store.parts import AdapterPackage, ExpertReplacement, LowRank, describe
-
-HIDDEN, FFN, LAYERS, EXPERTS = 8, 6, 3, 4
-LINEARS = {
-    f"model.layers.{layer}.{name}": shape
-    for layer in range(LAYERS)
-    for name, shape in {"self_attn.q_proj": (HIDDEN, HIDDEN), "mlp.up_proj": (FFN, HIDDEN)}.items()
-}
-BASE = BaseSpec("tiny", LINEARS, {layer: ExpertStack(EXPERTS, HIDDEN, FFN, "gated") for layer in (1, 2)})
-DENSE = BaseSpec("dense", LINEARS, {})
-
-
-def lora(directory: Path, rank: int = 2, modules: Any = ("self_attn.q_proj", "mlp.up_proj"), **config: Any) -> Path:
-    tensors = {}
-    for layer in range(LAYERS):
-        for name in modules:
-            module = f"model.layers.{layer}.{name}"
-            out_features, in_features = LINEARS[module]
-            tensors[f"base_model.model.{module}.lora_A.weight"] = torch.randn(rank, in_features)
-            tensors[f"base_model.model.{module}.lora_B.weight"] = torch.randn(out_features, rank)
-    directory.mkdir(exist_ok=True)
-    save_file(tensors, directory / "adapter_model.safetensors")
-    written = {"peft_type": "LORA", "r": rank, "lora_alpha": 6, "target_modules": [m.split(".")[1] for m in modules]}
-    (directory / "adapter_config.json").write_text(json.dumps(written | config))
-    return directory
-
-
-def esft(directory: Path, tuned: dict[int, list[int]], prefix: str = "model.", **config: Any) -> Path:
-    tensors = {}
-    for layer, ids in tuned.items():
-        for expert in ids:
-            for matrix, shape in (("gate", (FFN, HIDDEN)), ("up", (FFN, HIDDEN)), ("down", (HIDDEN, FFN))):
-                tensors[f"{prefix}layers.{layer}.mlp.experts.{expert}.{matrix}_proj.weight"] = torch.randn(shape)
-    directory.mkdir(exist_ok=True)
-    save_file(tensors, directory / "model-00001-of-000001.safetensors")
-    written = {"experts": {str(layer): ids for layer, ids in tuned.items()}, "shared_experts": False,
-               "non_expert_modules": False}  # fmt: skip
-    (directory / "expert_cfg.json").write_text(json.dumps(written | config))
-    return directory
-
-
-def read_adapter(directory: Path, base: BaseSpec) -> AdapterPackage:
-    with Folder(str(directory), (os.path.realpath(directory.parent),)) as folder:
-        return read_folder(folder, base)
-
-
-def edit_weights(directory: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
-    file = next(directory.glob("*.safetensors"))
-    tensors = load_file(file)
-    change(tensors)
-    save_file(tensors, file)
-    return directory
-
-
-A0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
-
-
-# -- what binds ---
+from adapters_store.errors import AdapterError, CoverageError, InvalidAdapter, UnsupportedAdapter
+from adapters_store.parts import ExpertReplacement, LowRank, describe
+from tests.support.adapter_files import A0, BASE, DENSE, HIDDEN, LAYERS, edit_weights, esft, lora, read_adapter
 
 
 @pytest.mark.parametrize(
@@ -135,9 +64,6 @@ def test_revision_is_the_content_and_the_scale_not_the_place(tmp_path: Path) -> 
     config = json.loads((second / "adapter_config.json").read_text())
     (second / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 7}))
     assert read_adapter(first, BASE).revision != read_adapter(second, BASE).revision
-
-
-# -- what is refused ---
 
 
 @pytest.mark.parametrize(
@@ -240,7 +166,7 @@ def change_lora(kind: str) -> Callable[[dict[str, torch.Tensor]], None]:
 def test_every_tensor_binds_or_the_adapter_is_refused(tmp_path: Path, kind: str, says: str) -> None:
     with pytest.raises(CoverageError, match=says) as refusal:
         read_adapter(edit_weights(lora(tmp_path / "a"), change_lora(kind)), BASE)
-    assert len(refusal.value.problems) == 1
+    assert "; " not in str(refusal.value).partition(". To do")[0]  # one line: what is wrong, once
 
 
 def test_a_listed_target_without_tensors_is_refused(tmp_path: Path) -> None:
@@ -299,113 +225,3 @@ def test_pickles_are_never_opened(tmp_path: Path) -> None:
     with pytest.raises(InvalidAdapter, match="pickle"):
         read_adapter(directory, BASE)
     assert not canary.exists()
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_nan_and_infinite_weights_are_refused(tmp_path: Path, value: float, dtype: torch.dtype) -> None:
-    def poison(tensors: dict[str, torch.Tensor]) -> None:
-        for key in tensors:
-            tensors[key] = tensors[key].to(dtype)
-        tensors[A0][1, 3] = value
-
-    with pytest.raises(InvalidAdapter, match="q_proj.lora_A.weight holds NaN or infinite"):
-        read_adapter(edit_weights(lora(tmp_path / "a"), poison), BASE)
-
-
-def test_other_dtypes_are_refused(tmp_path: Path) -> None:
-    def widen(tensors: dict[str, torch.Tensor]) -> None:
-        tensors[A0] = tensors[A0].double()
-
-    with pytest.raises(InvalidAdapter, match="F64"):
-        read_adapter(edit_weights(lora(tmp_path / "a"), widen), BASE)
-
-
-def _header(header: bytes, data: bytes = b"") -> bytes:
-    return len(header).to_bytes(8, "little") + header + data
-
-
-_F32 = b'{"dtype":"F32","shape":[2],"data_offsets":'
-
-
-@pytest.mark.parametrize(
-    "raw",
-    [
-        b"",
-        b"\0\0",
-        (2**63).to_bytes(8, "little"),
-        _header(b"{}"),
-        _header(b"[]"),
-        _header(b"\xff\xfe"),
-        _header(b'{"a":' + _F32 + b"[0,8]}}", b"\0" * 4),  # truncated
-        _header(b'{"a":' + _F32 + b"[0,8]}}", b"\0" * 12),  # trailing bytes
-        _header(b'{"a":' + _F32 + b'[0,8]},"b":' + _F32 + b"[4,12]}}", b"\0" * 12),  # overlap
-        _header(b'{"a":' + _F32 + b'[0,8]},"a":' + _F32 + b"[8,16]}}", b"\0" * 16),  # the same key twice
-        _header(b'{"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'),  # empty tensor
-        _header(b'{"a":{"dtype":"F32","shape":[-2],"data_offsets":[0,8]}}', b"\0" * 8),
-        _header(b"[" * 50_000),
-    ],
-)
-def test_broken_safetensors(tmp_path: Path, raw: bytes) -> None:
-    directory = lora(tmp_path / "a")
-    (directory / "adapter_model.safetensors").write_bytes(raw)
-    with pytest.raises(InvalidAdapter):
-        read_adapter(directory, BASE)
-
-
-def test_a_great_many_tensors_are_refused_by_count(tmp_path: Path) -> None:
-    """In several files, since the header of one has no room for so many."""
-    directory = tmp_path / "a"
-    directory.mkdir()
-    for shard in range(3):
-        header = {
-            f"{shard}.{i}": {"dtype": "F16", "shape": [1], "data_offsets": [2 * i, 2 * i + 2]} for i in range(7000)
-        }
-        raw = _header(json.dumps(header, separators=(",", ":")).encode(), b"\0" * 14_000)
-        (directory / f"model-{shard}.safetensors").write_bytes(raw)
-    (directory / "expert_cfg.json").write_text('{"experts": {"1": [0]}}')
-    with pytest.raises(InvalidAdapter, match="holds 21,000 tensors; 1 to 20,000"):
-        read_adapter(directory, BASE)
-
-
-# -- the catalogue ---
-
-
-def test_catalogue_names(tmp_path: Path) -> None:
-    catalog = Catalog("base", BASE, (tmp_path,))
-    lora(tmp_path / "a"), lora(tmp_path / "b")
-    entry = catalog.read("first", "a")
-    assert catalog.add(entry) is True
-    assert catalog.add(catalog.read("first", "a")) is False  # the same weights again
-    with pytest.raises(AdapterConflict, match="first"):
-        catalog.add(catalog.read("first", "b"))
-    with pytest.raises(AdapterConflict, match="first"):
-        catalog.add(catalog.read("FIRST", "b"))
-    with pytest.raises(AdapterConflict, match="base"):
-        catalog.read("Base", "a")
-    for name in ("", "a,b", "../x", "a b", "a/b", "x" * 129, "-x", "ü"):
-        with pytest.raises(InvalidAdapterName):
-            catalog.read(name, "a")
-    with pytest.raises(AdapterNotFound):
-        catalog.get("First")
-    with pytest.raises(AdapterConflict):
-        catalog.remove("base")
-    assert [entry.ref.name for entry in catalog] == ["first"]
-    assert catalog.remove("first").ref == entry.ref and "first" not in catalog
-
-
-def test_paths_outside_the_roots_are_refused(tmp_path: Path) -> None:
-    root, secret = tmp_path / "root", tmp_path / "secret"
-    root.mkdir(), lora(secret), lora(root / "a")
-    (root / "link").symlink_to(secret)
-    inside = lora(root / "b")
-    (inside / "adapter_model.safetensors").unlink()
-    (inside / "adapter_model.safetensors").symlink_to(secret / "adapter_model.safetensors")
-    catalog = Catalog("base", BASE, (root,))
-    for path in ("../secret", str(secret), "link", "b", "/", "a/../../secret", "a\0"):
-        with pytest.raises(AdapterPathRefused):
-            catalog.read("x", path)
-    assert catalog.read("x", "a").root == "a"
-    assert catalog.read("x", str(root / "a")).root == "a"
-    with pytest.raises(AdapterPathRefused, match="without an adapter directory"):
-        Catalog("base", BASE).read("x", "a")

@@ -12,10 +12,9 @@ from safetensors.torch import load_file
 from adapters_store.catalog import Catalog, CatalogEntry
 from adapters_store.errors import InvalidAdapter
 from server.model.probe import PROBE
-from tests.model.test_families import reference
 from tests.support.engine_harness import Engine, prompts
 from tests.support.tiny_adapters import merge, register
-from tests.support.tiny_models import make_model
+from tests.support.tiny_models import make_model, reference
 
 
 def save(directory: Path, **config: Any) -> Path:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.adapters_store.test_verifier import NESTED
+from tests.support.adapter_files import NESTED_CONFIG, slow_patterns
 from tests.support.live_server import LiveServer, write_tokenizer
 from tests.support.tiny_adapters import save_esft, save_lora
 from tests.support.tiny_models import make_model, save_model
@@ -42,7 +42,7 @@ def hostile(adapters: Path, good: Path, esft: Path) -> dict[str, str]:
     tensors = load_file(good / "adapter_model.safetensors")
     save_file(tensors | {f"[/x]{ESCAPE}": torch.zeros(1)}, copy("markup-tensor") / "adapter_model.safetensors")
     configured(copy("markup-key"), **{f"[/zz]{ESCAPE}": 1})
-    (copy("nested") / "adapter_config.json").write_text(NESTED)
+    (copy("nested") / "adapter_config.json").write_text(NESTED_CONFIG)
     (copy("digits", esft) / "expert_cfg.json").write_text('{"experts": {"' + "1" * 4500 + '": [0]}}')
     (adapters / "loop").symlink_to(adapters / "loop")
     (adapters / "dangling").symlink_to(adapters / "nothing")
@@ -66,8 +66,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for place, base in declared.items():
         configured(save_lora(root / place, model, 1, ("q_proj",)), base_model_name_or_path=base)
     save_esft(root / "more" / "esft", model, 2, {1: [2, 0]})
-    slow = {rf"(.|..|...){{1,10}}(?<=!)(?#{number})": 4 for number in range(1999)}
-    configured(save_lora(root / "more" / "slow", model, 1, ("q_proj",)), rank_pattern=slow)
+    configured(save_lora(root / "more" / "slow", model, 1, ("q_proj",)), rank_pattern=slow_patterns(4))
     return root
 
 

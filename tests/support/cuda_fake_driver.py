@@ -33,6 +33,7 @@ class Result(enum.IntEnum):
 
 
 OK = Result.CUDA_SUCCESS
+NO_MEMORY = Result.CUDA_ERROR_OUT_OF_MEMORY
 
 
 class FakeBindings:

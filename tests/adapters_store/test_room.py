@@ -1,0 +1,50 @@
+"""What could never be on the device is refused before its bytes are read."""
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+
+from adapters_store.catalog import Catalog
+from adapters_store.errors import UnsupportedAdapter
+from adapters_store.room import Room
+from tests.support.adapter_files import A0, BASE, esft, lora
+
+
+def _sparse(path: Path, shape: tuple[int, int]) -> None:
+    key, size = A0, 4 * shape[0] * shape[1]
+    other, second = A0.replace("lora_A", "lora_B"), 4 * 8 * shape[0]
+    header = json.dumps({
+        key: {"dtype": "F32", "shape": shape, "data_offsets": [0, size]},
+        other: {"dtype": "F32", "shape": [8, shape[0]], "data_offsets": [size, size + second]},
+    }).encode()  # fmt: skip
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + size + second)
+
+
+@pytest.fixture
+def unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("adapters_store.formats.hash_and_check", never)
+
+
+@pytest.mark.usefixtures("unread")
+def test_what_the_device_cannot_hold_is_refused_before_its_bytes_are_read(tmp_path: Path) -> None:
+    directory = lora(tmp_path / "a")
+    rank = 50_000_000
+    _sparse(directory / "adapter_model.safetensors", (rank, 8))  # 3.2 GB that occupy a page
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 1}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedAdapter, match="needs 3,200,000,000 bytes; all adapters together may use 1,000,000"):
+        Catalog("base", BASE, (tmp_path,), Room(1_000_000, 4, 8)).read("x", "a")
+
+
+@pytest.mark.usefixtures("unread")
+def test_more_experts_than_a_layer_has_room_for_are_refused_before_their_bytes_are_read(tmp_path: Path) -> None:
+    esft(tmp_path / "a", {1: [0, 1, 2], 2: [3]})
+    with pytest.raises(UnsupportedAdapter, match="tunes 3 experts of layer 1; this server has room for 2"):
+        Catalog("base", BASE, (tmp_path,), Room(1 << 30, 4, 2)).read("x", "a")
