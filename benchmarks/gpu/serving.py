@@ -21,10 +21,9 @@ from server.engine.plan import Scheduled
 from server.engine.request import Lane, LaneSpec, Request, Sampling
 from server.engine.residency import Wait
 from server.model.cuda_graphs import GraphedForward
-from server.model.experts import RoutedExperts
+from server.model.experts import RoutedExperts, layer_of
 from server.model.forward import KernelForward
 from server.model.inputs import HostStep, lay_out
-from server.model.loader import layer_of
 from server.model.probe import PROBE
 from server.model.routers import Router
 from server.model.warm_up import warm_up
@@ -130,7 +129,7 @@ class Serving:
                 if name != "lm_head"
             ]  # fmt: skip
             slot = self._make_resident("lora", tuple(parts))
-            for _, adapters in self.residency.sites:
+            for adapters in self.assembly.tables.lora.sites.values():
                 for weights in adapters.by_slot.get(slot, []):
                     if weights is not None:
                         weights.a.normal_(0, 0.02)
@@ -247,7 +246,8 @@ class Serving:
         slots = {scheduled.lane.slot for scheduled in plan}
         lora = sum(
             weights.a.nbytes + weights.b.nbytes
-            for _, adapters in self.residency.sites for slot in slots for weights in adapters.by_slot.get(slot, [])
+            for adapters in self.assembly.tables.lora.sites.values()
+            for slot in slots for weights in adapters.by_slot.get(slot, [])
             if weights is not None
         )  # fmt: skip
         experts = picks.places * self.expert_bytes if self.experts else 0

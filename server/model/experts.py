@@ -1,5 +1,6 @@
 """Routed experts over a stack with room for adapters' own."""
 
+import re
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -54,6 +55,13 @@ class RoutedExperts(nn.Module):
         rows = tile_rows(logits, routing.top_k, self.spec[0])
         return expert_route(logits, routing, stacks.expert_map, len(stacks.gate_up), tokens, rows,
                             self._router.correction)  # fmt: skip
+
+
+def layer_of(name: str) -> int:
+    """model.layers.3.mlp.experts -> 3"""
+    match = re.search(r"\.layers\.(\d+)\.", f".{name}")
+    assert match is not None, name
+    return int(match[1])
 
 
 def _activation(experts: nn.Module) -> Activation:

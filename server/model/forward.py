@@ -1,12 +1,13 @@
 """From a step to logits: on the host by the references, on a GPU by kernels and captured graphs."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from server.model.device_inputs import DeviceInputs
-from server.model.inputs import CurrentStep, HostStep, StepInputs, host_inputs
+from server.model.inputs import CurrentStep, HostStep, StepInputs, TokenField, host_inputs
 
 
 class Forward(Protocol):
@@ -19,6 +20,7 @@ class Model:
 
     def __init__(self, model: nn.Module, step: CurrentStep) -> None:
         self._model, self._step = model, step
+        self.vocab_size: int = model.config.vocab_size
 
     def __call__(self, inputs: StepInputs) -> Tensor:
         with self._step.of(inputs):
@@ -33,11 +35,14 @@ class Model:
 class HostForward:
     """By the references."""
 
-    def __init__(self, model: Model, block_size: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: Model, block_size: int, dtype: torch.dtype, token_fields: Sequence[TokenField] = ()
+    ) -> None:
         self._model, self._block_size, self._dtype = model, block_size, dtype
+        self._token_fields = tuple(token_fields)
 
     def logits(self, step: HostStep) -> Tensor:
-        return self._model(host_inputs(step, self._block_size, self._dtype))
+        return self._model(host_inputs(step, self._block_size, self._dtype, self._token_fields))
 
 
 class KernelForward:

@@ -1,8 +1,8 @@
 """One step: first as lists on the host, then as tensors. Long-lived objects own memory; these own indices."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from typing import Protocol
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from kernels.adapter_rows import AdapterRows, AdapterTiles, Segment, ShapeKey
-from kernels.lora import SiteAdapters
 from kernels.paged_attention import AttentionBatch, DeviceBatch
 from server.engine.plan import Scheduled
 
@@ -83,11 +82,20 @@ def _extend(spans: list[Segment], slot: int, row: int, count: int) -> None:
 
 
 @dataclass(frozen=True)
-class StepInputs:
-    """A step as tensors, for the host's path or for kernels. Integers are int64 there and int32 here.
+class TokenField:
+    """A number a token that the ops of some kind of part want to know, beside the token's adapter slot.
 
-    The last two are for expert_route: how many tokens are real, and its counters; None on the host's path.
+    `filler` is that of a token that only pads the batch.
     """
+
+    name: str
+    values: Callable[[HostStep], Sequence[int]]
+    filler: int = 0
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """A step as tensors, for the host's path or for kernels. Integers are int64 there and int32 here."""
 
     token_ids: Tensor  # [T]
     positions: Tensor  # [T]
@@ -96,13 +104,10 @@ class StepInputs:
     attention: AttentionBatch | DeviceBatch
     sample_rows: Tensor  # [R]: rows whose logits are wanted
     rows: AdapterRows
+    # for expert_route's kernel: how many tokens are real, and its counters
     num_tokens: Tensor | None = None  # [1]
     route_counters: Tensor | None = None  # [2], zero; left zero
-
-
-def lora_acts(adapters: SiteAdapters, rows: AdapterRows) -> bool:
-    """Whether a launch of lora at a site may have work. What a captured batch holds is read from the device."""
-    return rows.shape.rank > 0 and (rows.is_captured or bool(adapters.by_slot))
+    fields: Mapping[str, Tensor] = field(default_factory=dict)  # [T] each, by name of their TokenField
 
 
 class CurrentStep:
@@ -126,7 +131,9 @@ class CurrentStep:
             self._inputs = None
 
 
-def host_inputs(step: HostStep, block_size: int, dtype: torch.dtype) -> StepInputs:
+def host_inputs(
+    step: HostStep, block_size: int, dtype: torch.dtype, token_fields: Sequence[TokenField] = ()
+) -> StepInputs:
     """For the reference path. `dtype` is that of attention scores' masks."""
     slot_mapping = torch.tensor(step.slot_mapping)
     return StepInputs(
@@ -143,4 +150,5 @@ def host_inputs(step: HostStep, block_size: int, dtype: torch.dtype) -> StepInpu
             AdapterTiles(step.sample_spans),
             step.shape,
         ),
+        fields={it.name: torch.tensor(it.values(step)) for it in token_fields},
     )

@@ -5,15 +5,18 @@ the latent space, attention runs there with one key head, and its result is take
 cache holds 512 + 64 numbers a token and layer instead of 16 * (192 + 128).
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
 
-from kernels.lora import LoraSite, LoraWeights, SiteAdapters, lora
+from kernels.lora import LoraWeights
 from kernels.paged_attention import paged_attention
 from kernels.store_kv import store_latent
-from server.model.attention import clear, new_cache
-from server.model.inputs import CurrentStep, lora_acts
+from server.model.attention import MakeKV, clear
+from server.model.inputs import CurrentStep
 from server.model.probe import KVShape
+from server.model.site_op import SiteOp, begin_all
 
 
 def is_latent(attention: nn.Module) -> bool:
@@ -25,20 +28,20 @@ def latent_shape(attention: nn.Module) -> KVShape:
     return KVShape(1, attention.kv_lora_rank + attention.qk_rope_head_dim, 0)
 
 
+class GainRefused(Exception):
+    """A gain cannot be expressed where the adapter's linear acts."""
+
+
 class AbsorbedProjection:
     """kv_b_proj [heads * (key_dim + value_dim), latent] of one layer, as queries and results pass through it.
 
-    LoRA on it acts on both sides, and on every head with rows of its own: two sites with a slice a head.
+    Adapters of it act on both sides, and on every head with rows of its own: two sites with a slice a head.
     """
 
     def __init__(self, attention: nn.Module) -> None:
         self._attention = attention
         self.heads, self.latent = attention.num_heads, attention.kv_lora_rank
         self.key_dim, self.value_dim = attention.qk_nope_head_dim, attention.v_head_dim
-        # (B_h^T q) A, where a plain site has B (A x): the same two matrices, transposed and in the other order
-        self.query_site = LoraSite((self.latent,) * self.heads, own_inputs=True, transposed=True)
-        self.value_site = LoraSite((self.value_dim,) * self.heads, own_inputs=True)
-        self.query_adapters, self.value_adapters = SiteAdapters(), SiteAdapters()
 
     @property
     def out_features(self) -> int:
@@ -57,29 +60,41 @@ class AbsorbedProjection:
         return torch.bmm(context.transpose(0, 1), up).transpose(0, 1)
 
     def split_for_queries(self, weights: LoraWeights) -> list[tuple[int, LoraWeights]]:
-        """(head, weights) of an adapter's low-rank update of kv_b_proj, for query_site."""
+        """(head, weights) of an adapter's low-rank update of kv_b_proj, where queries enter.
+
+        Raises GainRefused for weights with a gain: it scales rows of the projection, through which queries go the other
+        way. So it would have to scale them before the product, and a site's op comes after it.
+        """
+        if weights.gain is not None:
+            raise GainRefused("a gain of kv_b_proj cannot be carried to where queries enter the latent space")
         return [
             (head, LoraWeights(rows[: self.key_dim], weights.a, weights.scale))
             for head, rows in enumerate(weights.b.chunk(self.heads))
         ]
 
     def split_for_values(self, weights: LoraWeights) -> list[tuple[int, LoraWeights]]:
-        """The same for value_site."""
-        return [
-            (head, LoraWeights(weights.a, rows[self.key_dim :], weights.scale))
-            for head, rows in enumerate(weights.b.chunk(self.heads))
-        ]
+        """The same where results leave; rows keep their gains."""
+        rows = [rows[self.key_dim :] for rows in weights.b.chunk(self.heads)]
+        gains: list[Tensor | None] = [None] * self.heads
+        if weights.gain is not None:
+            gains = [gain[self.key_dim :] for gain in weights.gain.chunk(self.heads)]
+        return [(head, LoraWeights(weights.a, rows[head], weights.scale, gains[head])) for head in range(self.heads)]
 
 
 class LatentLayer:
     """The latents of one layer, and absorbed attention over them."""
 
-    def __init__(
-        self, projection: AbsorbedProjection, shape: KVShape, num_blocks: int, block_size: int, step: CurrentStep,
-        like: Tensor,
-    ) -> None:  # fmt: skip
-        self._cache = new_cache(like, num_blocks, block_size, 1, shape.key_dim)
-        self._projection, self._step = projection, step
+    def __init__(self, projection: AbsorbedProjection, shape: KVShape, step: CurrentStep) -> None:
+        self.shape, self._projection, self._step = shape, projection, step
+        self._query_ops: list[SiteOp] = []
+        self._value_ops: list[SiteOp] = []
+
+    def add_op(self, on_queries: SiteOp, on_values: SiteOp) -> None:
+        self._query_ops.append(on_queries)
+        self._value_ops.append(on_values)
+
+    def allocate(self, make: MakeKV) -> None:
+        self._cache = make(1, self.shape.key_dim)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
@@ -89,19 +104,22 @@ class LatentLayer:
         clear(self._cache, inputs.fresh_blocks)
         store_latent(key[:, 0], value[:, 0], self._cache, inputs.slot_mapping)
         content, position = query.split([it.key_dim, query.shape[-1] - it.key_dim], dim=-1)
-        taken_in = self._with_lora(it.queries_in(content), content, it.query_site, it.query_adapters)
+        taken_in = _adapted(it.queries_in, content, self._query_ops)
         absorbed = torch.cat([taken_in, position], dim=-1)
         context = paged_attention(absorbed, self._cache, self._cache[..., : it.latent], inputs.attention, scale,
                                   None, softcap, sinks)  # fmt: skip
-        return self._with_lora(it.values_out(context), context, it.value_site, it.value_adapters)
+        return _adapted(it.values_out, context, self._value_ops)
 
-    def _with_lora(self, projected: Tensor, x: Tensor, site: LoraSite, adapters: SiteAdapters) -> Tensor:
-        """projected, x [T, H, ..]: add what the adapters add, head by head."""
-        rows = self._step.inputs.rows
-        if lora_acts(adapters, rows):
-            projected = projected.contiguous()
-            lora(projected.flatten(1), x.flatten(1), site, adapters, rows.tiles, rows.shape.rank)
-        return projected
+
+def _adapted(product: Callable[[Tensor], Tensor], x: Tensor, ops: Sequence[SiteOp]) -> Tensor:
+    """The product of x [T, H, in] and what the adapters do to it, head by head."""
+    begun = begin_all(ops, x)
+    projected = product(x)
+    if begun:
+        projected = projected.contiguous()
+        for finish in begun:
+            finish(projected.flatten(1))
+    return projected
 
 
 def keep_latents(attention: nn.Module) -> None:

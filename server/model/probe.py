@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from server.model.product import is_linear
+
 PROBE = "heddle_probe"
 
 
@@ -49,9 +51,7 @@ def probe(model: nn.Module) -> Probed:
         return hook
 
     hooks = [
-        module.register_forward_pre_hook(note(name))
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear
+        module.register_forward_pre_hook(note(name)) for name, module in model.named_modules() if is_linear(module)
     ]
     AttentionInterface.register(PROBE, _recorder(shapes))
     model.config._attn_implementation = PROBE

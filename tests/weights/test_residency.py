@@ -163,7 +163,7 @@ def test_residency_under_random_events_keeps_its_books(tmp_path: Path) -> None:
     while transfers.pending:
         transfers.run_next(fails=False)
     assert residency.report() == () and residency._pool.num_used == 0
-    assert residency._slabs._arena.num_backed_pages == 0  # type: ignore[attr-defined]
+    assert engine.assembly.tables.lora._arena.num_backed_pages == 0  # type: ignore[attr-defined]
 
 
 def test_the_same_name_with_other_weights_never_reuses_a_prefix(tmp_path: Path) -> None:

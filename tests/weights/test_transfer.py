@@ -84,7 +84,7 @@ def test_other_bytes_of_the_same_size_and_time_are_never_served(tmp_path: Path, 
     says = "Not a directory|symbolic links" if where == "link" else "changed after it was registered; register .* again"
     with pytest.raises(AdapterFailed, match=says):
         wait_until_resident(engine.residency, entry)
-    assert not engine.residency.shape_key(1).experts and engine.residency._stacks.num_mapped_pages == 0
+    assert not engine.residency.shape_key(1).experts and engine.assembly.tables.experts.num_mapped_pages == 0
     engine.residency.check()
 
 

@@ -1,4 +1,4 @@
-"""What tests without a GPU cannot show: `python -m server.weights.gpu_self_test` on the machine that has one.
+"""What tests without a GPU cannot show: `python -m benchmarks.gpu.self_test` on the machine that has one.
 
 Raises AssertionError or ArenaError, else returns figures. Memory is counted by the driver, so nothing else may be
 allocating on the device meanwhile.

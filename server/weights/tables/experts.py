@@ -1,14 +1,16 @@
-"""ESFT adapters on the device: expert stacks with room behind the base's experts, and the expert maps."""
+"""Replaced experts on the device: stacks with room behind the base's experts, and the expert maps."""
 
+from collections.abc import Sequence
 from math import gcd, lcm
 
 import torch
 from torch import Tensor
 
 from adapters_store.parts import ExpertReplacement, TensorRef
+from kernels.adapter_rows import ShapeKey
 from server.weights.arena import ArenaError, Arenas
 from server.weights.page_pool import PagePool
-from server.weights.tables import to_device
+from server.weights.tables.table import Mapped, to_device
 
 
 class _Stack:
@@ -47,12 +49,14 @@ class _Layer:
         self.map = identity.repeat(num_slots + 1, 1)  # [slots + 1, M]
 
 
-class ExpertStacks:
+class ExpertTable:
     """The adapter in slot s keeps its experts of a layer at M + (s - 1) * E_max + δ, δ counting them by id.
 
     E_max is the same in all layers; 0 means as many as the base has. The rest of its places stay unmapped, so it
     occupies its tuned experts and less than a page a tensor.
     """
+
+    kind = ExpertReplacement
 
     def __init__(self, num_slots: int, e_max: int, pool: PagePool, arenas: Arenas) -> None:
         self._num_slots, self.e_max, self._pool, self._arenas = num_slots, e_max, pool, arenas
@@ -73,22 +77,21 @@ class ExpertStacks:
         self._layers[layer] = _Layer(first, second, len(gate_up), self._num_slots)
         return first.tensor, second.tensor, self._layers[layer].map
 
-    def refusal(self, parts: list[ExpertReplacement]) -> str | None:
-        """Why these can never be placed, if so: beyond E_max lie the next slot's experts."""
+    def refusal(self, parts: Sequence[ExpertReplacement]) -> str | None:
+        """Beyond E_max lie the next slot's experts."""
         for layer, experts in _by_layer(parts).items():
             if len(experts) > self.e_max:
                 return f"it tunes {len(experts)} experts of layer {layer}; there is room for {self.e_max}"
         return None
 
-    def pages_for(self, slot: int, parts: list[ExpertReplacement]) -> int:
+    def pages_for(self, slot: int, parts: Sequence[ExpertReplacement]) -> int:
         return sum(
             stack.arena.pages_to_map(*stack.range_of(slot, len(experts)))
             for layer, experts in _by_layer(parts).items()
             for stack in self._layers[layer].stacks
         )
 
-    def map(self, slot: int, parts: list[ExpertReplacement]) -> list[tuple[TensorRef, Tensor]]:
-        """Make room in `slot`; returns each tensor with the place that it must be copied to."""
+    def map(self, slot: int, parts: Sequence[ExpertReplacement]) -> Mapped:
         self._tuned[slot] = tuned = _by_layer(parts)
         mapped: list[tuple[_Stack, int]] = []
         try:
@@ -101,7 +104,7 @@ class ExpertStacks:
                 self._pool.give_back(stack.arena.unmap(*stack.range_of(slot, count)))
             del self._tuned[slot]
             raise
-        return [place for part in parts for place in self._places(slot, part)]
+        return Mapped([place for part in parts for place in self._places(slot, part)])
 
     def _places(self, slot: int, part: ExpertReplacement) -> list[tuple[TensorRef, Tensor]]:
         layer = self._layers[part.layer]
@@ -110,7 +113,6 @@ class ExpertStacks:
         return [*zip(part.gate_up, halves, strict=True), (part.down, layer.down.tensor[at])]
 
     def install(self, slot: int) -> None:
-        """Let routing see the slot: its bytes are in place."""
         for layer_id, experts in self._tuned[slot].items():
             layer = self._layers[layer_id]
             row = list(range(layer.num_base))
@@ -127,6 +129,9 @@ class ExpertStacks:
 
     def has(self, slot: int) -> bool:
         return slot in self._tuned
+
+    def shape_key(self, slot: int) -> ShapeKey:
+        return ShapeKey(experts=int(self.has(slot)))
 
     def check(self) -> None:
         for layer_id, layer in self._layers.items():
@@ -154,7 +159,7 @@ def _experts_to_a_page_boundary(stack: Tensor, page_bytes: int) -> int:
     return page_bytes // gcd(page_bytes, stack[0].numel() * stack.itemsize)
 
 
-def _by_layer(parts: list[ExpertReplacement]) -> dict[int, list[int]]:
+def _by_layer(parts: Sequence[ExpertReplacement]) -> dict[int, list[int]]:
     tuned: dict[int, list[int]] = {}
     for part in sorted(parts, key=lambda part: (part.layer, part.expert)):
         tuned.setdefault(part.layer, []).append(part.expert)

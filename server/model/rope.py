@@ -1,4 +1,4 @@
-"""Norms and rotary embeddings in one launch each, in place of the several that Transformers' take."""
+"""Rotary embeddings in one launch, in place of the several that Transformers' take."""
 
 import inspect
 import types
@@ -7,28 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from kernels.rms_norm import rms_norm
 from kernels.rope import rope, rope_complex
-
-
-class RmsNorm(nn.Module):
-    """Takes the place of a family's norm, with its rounding (kernels/rms_norm/reference.py)."""
-
-    def __init__(self, original: nn.Module) -> None:
-        super().__init__()
-        self.weight = original.weight
-        name = type(original).__name__
-        self._eps: float = original.eps if name == "Gemma2RMSNorm" else original.variance_epsilon
-        self._offset = 1.0 if name == "Gemma2RMSNorm" else 0.0
-        self._cast_first = name not in ("Gemma2RMSNorm", "GptOssRMSNorm")
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self._eps, self._offset, self._cast_first)
-
-
-def is_rms_norm(module: nn.Module) -> bool:
-    """One of the served families' norms: all have one weight, and one of two names for epsilon."""
-    return type(module).__name__.endswith("RMSNorm") and (hasattr(module, "variance_epsilon") or hasattr(module, "eps"))
 
 
 def _rope(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from server.weights.cuda_driver import load_driver
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_real_device() -> None:
-    from server.weights.gpu_self_test import self_test
+    from benchmarks.gpu.self_test import self_test
 
     try:
         load_driver(0)
