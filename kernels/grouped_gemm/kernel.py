@@ -365,7 +365,7 @@ def configurations() -> Iterator[Configuration]:
     yield Configuration("combine v2-lite", combine_kernel, types, dict(H=2048, K=6, BH=1024), ("rows", "out"))
 
 
-_INDICES = dict(pairs="*i32", tiles="*i32", num_tiles="*i32", stride="i64")
+_INDICES = dict(pairs="*i32", tiles="*i32", num_tiles="*i32", stride="i32")
 
 
 def _gate_up_configuration(

@@ -352,7 +352,7 @@ def _configurations(
     scatters: bool = False,
 ) -> Iterator[Configuration]:  # fmt: skip
     pointer, itemsize = ("*bf16", 2) if dtype == tl.bfloat16 else ("*fp32", 4)
-    types = dict(x=pointer, y=pointer, z="*fp32", bias=pointer, table="*i64", table_stride="i64", offsets="*i32",
+    types = dict(x=pointer, y=pointer, z="*fp32", bias=pointer, table="*i64", table_stride="i32", offsets="*i32",
                  pairs="*i32", tiles="*i32", num_tiles="*i32", counters="*i32", T="i32", max_rank="i32", stride_x="i32",
                  stride_y="i32", column_blocks="i32")  # fmt: skip
     aligned = ("x", "y", "z", "stride_x", "stride_y")

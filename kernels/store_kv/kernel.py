@@ -111,5 +111,5 @@ def configurations() -> Iterator[Configuration]:
             constants = _constants(heads, dim, value_dim, 16)
             types = {name: "i32" for name in _store.arg_names if name not in constants}
             types |= {name: f"*{element}" for name in ("key", "value", "key_cache", "value_cache")}
-            types["slot_mapping"] = "*i64"
+            types["slot_mapping"] = "*i32"
             yield Configuration(f"{name} {element}", _store, types, constants, tuple(types))
