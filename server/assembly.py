@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from adapters_store.base_spec import BaseSpec, ExpertStack
 from kernels.compiled import takes_on
@@ -16,7 +15,7 @@ from server.model.build import Build, Injected
 from server.model.cuda_graphs import CudaCapture, GraphedForward
 from server.model.device_inputs import Capacity, DeviceInputs
 from server.model.experts import Stacks
-from server.model.families import max_model_len, pin_rope
+from server.model.families import Foreign, max_model_len, pin_rope
 from server.model.forward import Forward, HostForward, KernelForward, Model
 from server.model.injections import inject
 from server.model.inputs import CurrentStep
@@ -61,7 +60,7 @@ class Tables:
 
 
 def assemble(
-    model: nn.Module,
+    model: Foreign,
     config: EngineConfig,
     stops: frozenset[int],
     on_progress: OnProgress = lambda *_: None,

@@ -7,12 +7,12 @@ that module. No mask is registered under our name, so Transformers builds none.
 from collections.abc import Callable
 from typing import Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AttentionInterface
 
 from kernels.paged_attention import paged_attention
 from kernels.store_kv import store_kv
-from server.model.families import LayerWindow
+from server.model.families import Foreign, LayerWindow
 from server.model.inputs import CurrentStep
 from server.model.probe import KVShape
 
@@ -67,7 +67,7 @@ def clear(cache: Tensor, fresh_blocks: Tensor | None) -> None:
 
 
 def _paged(
-    module: nn.Module,
+    module: Foreign,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -82,15 +82,15 @@ def _paged(
     Other arguments (dropout, the window as the call site sees it) are either meaningless here or known better.
     """
     assert attention_mask is None
-    layer: CachedLayer = module.cached_layer  # type: ignore[assignment]
-    rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
+    layer: CachedLayer = module.cached_layer
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return layer.attend(*rows, scale, softcap, s_aux)[None], None
+    return layer.attend(q, k, v, scale, softcap, s_aux)[None], None
 
 
 AttentionInterface.register(PAGED, _paged)
 
 
-def attach(module: nn.Module, layer: CachedLayer) -> None:
+def attach(module: Foreign, layer: CachedLayer) -> None:
     """Let an attention module find its cache."""
-    module.cached_layer = layer  # type: ignore[assignment]
+    module.cached_layer = layer

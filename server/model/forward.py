@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from server.model.device_inputs import DeviceInputs
+from server.model.families import Foreign
 from server.model.inputs import CurrentStep, HostStep, StepInputs, TokenField, host_inputs
 
 
@@ -18,18 +19,19 @@ class Forward(Protocol):
 class Model:
     """The injected model, as a function of a step's tensors."""
 
-    def __init__(self, model: nn.Module, step: CurrentStep) -> None:
+    def __init__(self, model: Foreign, step: CurrentStep) -> None:
         self._model, self._step = model, step
         self.vocab_size: int = model.config.vocab_size
 
     def __call__(self, inputs: StepInputs) -> Tensor:
         with self._step.of(inputs):
-            return self._model(
+            out: Tensor = self._model(
                 input_ids=inputs.token_ids[None],
                 position_ids=inputs.positions[None],
                 use_cache=False,
                 logits_to_keep=inputs.sample_rows,
             ).logits[0]
+            return out
 
 
 class HostForward:

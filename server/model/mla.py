@@ -8,22 +8,23 @@ cache holds 512 + 64 numbers a token and layer instead of 16 * (192 + 128).
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kernels.lora import LoraWeights
 from kernels.paged_attention import paged_attention
 from kernels.store_kv import store_latent
 from server.model.attention import MakeKV, clear
+from server.model.families import Foreign
 from server.model.inputs import CurrentStep
 from server.model.probe import KVShape
 from server.model.site_op import SiteOp, begin_all
 
 
-def is_latent(attention: nn.Module) -> bool:
+def is_latent(attention: Foreign) -> bool:
     return hasattr(attention, "expand_kv") and hasattr(attention, "kv_b_proj")
 
 
-def latent_shape(attention: nn.Module) -> KVShape:
+def latent_shape(attention: Foreign) -> KVShape:
     """What a token caches: one head of latent and rotated key, and no values beside."""
     return KVShape(1, attention.kv_lora_rank + attention.qk_rope_head_dim, 0)
 
@@ -38,17 +39,20 @@ class AbsorbedProjection:
     Adapters of it act on both sides, and on every head with rows of its own: two sites with a slice a head.
     """
 
-    def __init__(self, attention: nn.Module) -> None:
+    def __init__(self, attention: Foreign) -> None:
         self._attention = attention
-        self.heads, self.latent = attention.num_heads, attention.kv_lora_rank
-        self.key_dim, self.value_dim = attention.qk_nope_head_dim, attention.v_head_dim
+        self.heads: int = attention.num_heads
+        self.latent: int = attention.kv_lora_rank
+        self.key_dim: int = attention.qk_nope_head_dim
+        self.value_dim: int = attention.v_head_dim
 
     @property
     def out_features(self) -> int:
         return self.heads * (self.key_dim + self.value_dim)
 
     def _weight(self) -> Tensor:
-        return self._attention.kv_b_proj.weight.view(self.heads, self.key_dim + self.value_dim, self.latent)
+        weight: Tensor = self._attention.kv_b_proj.weight
+        return weight.view(self.heads, self.key_dim + self.value_dim, self.latent)
 
     def queries_in(self, query: Tensor) -> Tensor:
         """query [T, H, key_dim] -> [T, H, latent]."""
@@ -122,6 +126,6 @@ def _adapted(product: Callable[[Tensor], Tensor], x: Tensor, ops: Sequence[SiteO
     return projected
 
 
-def keep_latents(attention: nn.Module) -> None:
+def keep_latents(attention: Foreign) -> None:
     """Make the module hand its latents to the attention function instead of expanding them."""
-    attention.expand_kv = lambda latent, rotated: (latent, rotated)  # type: ignore[assignment]
+    attention.expand_kv = lambda latent, rotated: (latent, rotated)

@@ -28,6 +28,7 @@ class DenseProduct(nn.Module):
         super().__init__()
         self.widths = tuple(linear.out_features for linear in linears)
         self.in_features = linears[0].in_features
+        self.bias: Tensor | None
         if len(linears) == 1:  # its own weight, which may be tied to the embedding
             self.weight, self.bias = linears[0].weight, linears[0].bias
         else:
@@ -38,7 +39,8 @@ class DenseProduct(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
     def rows(self, index: int) -> Tensor:
-        return self.weight.split(self.widths)[index]
+        start = sum(self.widths[:index])
+        return self.weight[start : start + self.widths[index]]
 
 
 def is_linear(module: nn.Module) -> bool:

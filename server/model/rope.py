@@ -5,9 +5,10 @@ import types
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kernels.rope import rope, rope_complex
+from server.model.families import Foreign
 
 
 def _rope(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,7 +30,7 @@ _ROPES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
 }
 
 
-def fuse_rope(attention: nn.Module) -> None:
+def fuse_rope(attention: Foreign) -> None:
     """Let this module call our rope where its family's file calls its own.
 
     The function is a global of that file, and other models of the process use it too. So the module gets a copy of its
@@ -43,4 +44,4 @@ def fuse_rope(attention: nn.Module) -> None:
         forward.__code__, {**forward.__globals__, **ours}, forward.__name__, forward.__defaults__, forward.__closure__
     )
     copied.__kwdefaults__ = forward.__kwdefaults__
-    attention.forward = types.MethodType(copied, attention)  # type: ignore[method-assign]
+    attention.forward = types.MethodType(copied, attention)

@@ -63,7 +63,7 @@ class HostCopy:
 
 class _Buffer:
     def __init__(self, memory: Tensor, event: Any) -> None:
-        self.memory, self.bytes = memory, memoryview(memory.numpy())
+        self.memory, self.bytes = memory, memory.numpy().data
         self.copied = event  # recorded behind the last copy out of it; one never recorded is over
         self.used = 0
 

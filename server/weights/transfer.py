@@ -122,7 +122,7 @@ class Transfer:
             block = whole[
                 tuple(slice(at, at + size) for at, size in zip(tensor.cut_from.start, tensor.shape, strict=True))
             ]
-            bytes_of = memoryview(block.contiguous().view(torch.uint8).numpy().reshape(-1))
+            bytes_of = block.contiguous().view(torch.uint8).numpy().reshape(-1).data
             self._copies.put(partial(_hand_over, bytes_of), tensor.num_bytes, dtype, place)
 
 

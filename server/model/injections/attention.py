@@ -4,7 +4,7 @@ from torch import nn
 
 from server.model.attention import PAGED, CachedLayer, PagedLayer, attach
 from server.model.build import Build, Injected, Target
-from server.model.families import LayerWindow, layer_windows
+from server.model.families import Foreign, LayerWindow, layer_windows
 from server.model.mla import AbsorbedProjection, LatentLayer, is_latent, keep_latents, latent_shape
 from server.model.probe import KVShape
 from server.model.rope import fuse_rope
@@ -21,7 +21,8 @@ def inject_attention(build: Build, injected: Injected) -> None:
         attach(attention, layer)
         fuse_rope(attention)
         injected.layers.append(layer)
-    build.model.config._attn_implementation = PAGED
+    config: Foreign = build.model.config
+    config._attn_implementation = PAGED
 
 
 def _paged_layer(build: Build, shape: KVShape, window: LayerWindow) -> CachedLayer:

@@ -5,7 +5,7 @@ from torch import nn
 
 from server.model.build import Build, Injected
 from server.model.experts import RoutedExperts, layer_of
-from server.model.families import UnsupportedModelError
+from server.model.families import Foreign, UnsupportedModelError
 from server.model.routers import RULES, Router
 
 
@@ -20,7 +20,7 @@ def _is_experts(module: nn.Module) -> bool:
     return hasattr(module, "gate_up_proj") and hasattr(module, "_apply_gate")
 
 
-def _replace(build: Build, name: str, experts: nn.Module) -> RoutedExperts:
+def _replace(build: Build, name: str, experts: Foreign) -> RoutedExperts:
     router = _replace_router(build, name)
     layer = layer_of(name)
     stacks = build.make_stacks(layer, experts.gate_up_proj.data, experts.down_proj.data)

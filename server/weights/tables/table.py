@@ -26,7 +26,8 @@ class Table(Protocol):
     A transfer that fails is unmapped without having been installed.
     """
 
-    kind: PartKind
+    @property
+    def kind(self) -> PartKind: ...
 
     def refusal(self, parts: Sequence[Any]) -> str | None:
         """Why these can never be placed, if so."""
