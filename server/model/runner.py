@@ -7,7 +7,7 @@ import torch
 from server.engine.plan import Output, Plan, Scheduled
 from server.engine.request import Lane
 from server.model.forward import Forward
-from server.model.inputs import AdapterTables, lay_out
+from server.model.inputs import AdapterTables, HostStep, lay_out
 from server.model.sampler import SampledRows, sample
 
 NOT_FINITE = "the model's output is not finite"  # weights of an adapter can be finite and still overflow
@@ -21,14 +21,16 @@ class ModelRunner:
 
     @torch.inference_mode()
     def launch(self, plan: Plan) -> "LaunchedStep":
-        ordered = sorted(plan, key=lambda scheduled: scheduled.lane.slot)
-        logits = self.forward.logits(lay_out(ordered, self._tables, self._block_size))
-        sampling = [scheduled for scheduled in ordered if scheduled.samples]
+        logits = self.forward.logits(self.lay_out(plan))
+        sampling = [scheduled for scheduled in _in_order(plan) if scheduled.samples]
         if not sampling:
             return LaunchedStep((), None)
         requests = [scheduled.lane.request for scheduled in sampling]
         rows = sample(logits, [it.sampling for it in requests], [it.num_generated for it in requests])
         return LaunchedStep(sampling, rows)
+
+    def lay_out(self, plan: Plan) -> HostStep:
+        return lay_out(_in_order(plan), self._tables, self._block_size)
 
 
 class LaunchedStep:
@@ -42,6 +44,11 @@ class LaunchedStep:
         if self._rows is None:
             return {}
         return {it.lane: _output(token) for it, token in zip(self._sampling, self._rows.read(), strict=True)}
+
+
+def _in_order(plan: Plan) -> Plan:
+    """Of adapter slots, so that each adapter's rows are one segment."""
+    return sorted(plan, key=lambda scheduled: scheduled.lane.slot)
 
 
 def _output(token: int | None) -> Output:
