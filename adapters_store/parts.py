@@ -1,28 +1,45 @@
 """Canonical parts: what every adapter format is read into.
 
 Tables and kernels know only parts, so a new format is a new reader, and a new family is at most one new part.
-Parts describe tensors by file and key; nothing is loaded here. There may be 20,000 of them, which the garbage collector
-is told to leave alone: no cycle can run through them.
+Parts describe tensors by where they lie; nothing is loaded here. There may be 20,000 of them, which the garbage
+collector is told to leave alone: no cycle can run through them.
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from math import prod
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from adapters_store.ref import Kind
 
+if TYPE_CHECKING:
+    from adapters_store.room import Room
+
 BYTES_PER_ELEMENT = {"F32": 4, "F16": 2, "BF16": 2}
 
 
+class Whole(msgspec.Struct, frozen=True, gc=False):
+    """A tensor that a file holds, of which a smaller one is cut: from `start` on in each dimension."""
+
+    shape: tuple[int, ...]
+    start: tuple[int, ...]
+
+
 class TensorRef(msgspec.Struct, frozen=True, gc=False):
-    """One tensor of a safetensors file. `file` is its name in the adapter's directory, `dtype` as in the header, and
-    its bytes begin at `offset` of the file."""
+    """Where a tensor lies: in `file` (one of the package's), from byte `offset` on. `dtype` as safetensors name it.
+
+    `cut_from`: the bytes are those of a larger tensor, of which this one is a block; None: they are its own. A reader
+    that rewrites tensors (what is exactly low rank, say) names a file that it wrote itself: a file is a file.
+    """
 
     file: str
     key: str
     shape: tuple[int, ...]
     dtype: str
     offset: int = 0
+    cut_from: Whole | None = None
 
     @property
     def num_elements(self) -> int:
@@ -31,6 +48,11 @@ class TensorRef(msgspec.Struct, frozen=True, gc=False):
     @property
     def num_bytes(self) -> int:
         return self.num_elements * BYTES_PER_ELEMENT[self.dtype]
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Of what lies at `offset`."""
+        return self.cut_from.shape if self.cut_from else self.shape
 
 
 class SourceFile(msgspec.Struct, frozen=True, gc=False):
@@ -57,6 +79,18 @@ class LowRank(msgspec.Struct, frozen=True, tag="low_rank", gc=False):
     def rank(self) -> int:
         return self.a.shape[0]
 
+    @property
+    def tensors(self) -> tuple[TensorRef, ...]:
+        return (self.a, self.b)
+
+    @staticmethod
+    def described(parts: Sequence["LowRank"]) -> dict[str, object]:
+        return {"linears": {part.module: {"rank": part.rank, "scale": part.scale} for part in parts}}
+
+    @staticmethod
+    def lack_of_room(parts: Sequence["LowRank"], room: "Room") -> str | None:
+        return None
+
 
 class ExpertReplacement(msgspec.Struct, frozen=True, tag="expert_replacement", gc=False):
     """The token uses this expert instead of the base's. gate, up: [I, H], down: [H, I].
@@ -69,8 +103,32 @@ class ExpertReplacement(msgspec.Struct, frozen=True, tag="expert_replacement", g
     gate_up: tuple[TensorRef, ...]
     down: TensorRef
 
+    @property
+    def tensors(self) -> tuple[TensorRef, ...]:
+        return (*self.gate_up, self.down)
 
+    @staticmethod
+    def described(parts: Sequence["ExpertReplacement"]) -> dict[str, object]:
+        by_layer: dict[str, list[int]] = {}
+        for part in sorted(parts, key=lambda part: (part.layer, part.expert)):
+            by_layer.setdefault(str(part.layer), []).append(part.expert)
+        return {"experts": by_layer}
+
+    @staticmethod
+    def lack_of_room(parts: Sequence["ExpertReplacement"], room: "Room") -> str | None:
+        for layer, count in sorted(Counter(part.layer for part in parts).items()):
+            if count > room.experts_per_layer:
+                return (
+                    f"the adapter tunes {count} experts of layer {layer}; this server has room for "
+                    f"{room.experts_per_layer} (--max-experts-per-adapter)"
+                )
+        return None
+
+
+# A kind of part says of itself which tensors it has (`tensors`), what people are told of those of one adapter
+# (`described`), and why a server has no room for them (`lack_of_room`, None if it has).
 Part = LowRank | ExpertReplacement
+PartKind = type[LowRank] | type[ExpertReplacement]
 
 
 class AdapterPackage(msgspec.Struct, frozen=True):
@@ -89,31 +147,24 @@ class AdapterPackage(msgspec.Struct, frozen=True):
     @property
     def num_elements(self) -> int:
         """Elements that a device holds for this adapter."""
-        return sum(tensor.num_elements for part in self.parts for tensor in tensors_of(part))
+        return sum(tensor.num_elements for part in self.parts for tensor in part.tensors)
 
     @property
     def file_bytes(self) -> int:
         return sum(file.size for file in self.files)
 
 
-def tensors_of(part: Part) -> tuple[TensorRef, ...]:
-    match part:
-        case LowRank(a=a, b=b):
-            return (a, b)
-        case ExpertReplacement(gate_up=gate_up, down=down):
-            return (*gate_up, down)
+def by_kind(parts: Sequence[Part]) -> dict[PartKind, list[Any]]:
+    """The parts of an adapter, of each kind that it has."""
+    kinds: dict[PartKind, list[Any]] = {}
+    for part in parts:
+        kinds.setdefault(type(part), []).append(part)
+    return kinds
 
 
 def describe(package: AdapterPackage) -> dict[str, object]:
-    """What was bound, for people: linears with rank and scale, or tuned experts by layer."""
-    low_rank = [part for part in package.parts if isinstance(part, LowRank)]
-    experts = [part for part in package.parts if isinstance(part, ExpertReplacement)]
-    described: dict[str, object] = {"bound_tensors": sum(len(tensors_of(part)) for part in package.parts)}
-    if low_rank:
-        described["linears"] = {part.module: {"rank": part.rank, "scale": part.scale} for part in low_rank}
-    if experts:
-        by_layer: dict[str, list[int]] = {}
-        for part in sorted(experts, key=lambda part: (part.layer, part.expert)):
-            by_layer.setdefault(str(part.layer), []).append(part.expert)
-        described["experts"] = by_layer
+    """What was bound, for people."""
+    described: dict[str, object] = {"bound_tensors": sum(len(part.tensors) for part in package.parts)}
+    for kind, parts in by_kind(package.parts).items():
+        described |= kind.described(parts)
     return described

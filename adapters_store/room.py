@@ -1,12 +1,11 @@
 """How much of an adapter there is room for, asked before its bytes are read."""
 
-from collections import Counter
 from collections.abc import Sequence
 
 import msgspec
 
 from adapters_store.errors import UnsupportedAdapter
-from adapters_store.parts import ExpertReplacement, Part, tensors_of
+from adapters_store.parts import Part, by_kind
 
 
 class Room(msgspec.Struct, frozen=True):
@@ -21,16 +20,13 @@ class Room(msgspec.Struct, frozen=True):
 
     def check(self, parts: Sequence[Part]) -> None:
         """Refuse what could never be on the device. Raises UnsupportedAdapter with the numbers."""
-        needed = sum(tensor.num_elements for part in parts for tensor in tensors_of(part)) * self.bytes_per_element
+        needed = sum(tensor.num_elements for part in parts for tensor in part.tensors) * self.bytes_per_element
         if needed > self.num_bytes:
             raise UnsupportedAdapter(
                 f"the adapter needs {needed:,} bytes; all adapters together may use {self.num_bytes:,} "
                 "(--adapter-bytes)"
             )
-        by_layer = Counter(part.layer for part in parts if isinstance(part, ExpertReplacement))
-        for layer, count in sorted(by_layer.items()):
-            if count > self.experts_per_layer:
-                raise UnsupportedAdapter(
-                    f"the adapter tunes {count} experts of layer {layer}; this server has room for "
-                    f"{self.experts_per_layer} (--max-experts-per-adapter)"
-                )
+        for kind, own in by_kind(parts).items():
+            problem = kind.lack_of_room(own, self)
+            if problem is not None:
+                raise UnsupportedAdapter(problem)

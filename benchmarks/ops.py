@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels.paged_attention.batch as attention_batch
+from kernels.adapter_rows import AdapterTiles, Segment
 from kernels.expert_route import Routed
 from kernels.grouped_gemm import Layout, down
-from kernels.lora import LoraSite, LoraWeights, Segment, Segments, lora
+from kernels.lora import LoraSite, LoraWeights, SiteAdapters, lora
 from kernels.paged_attention import AttentionBatch, paged_attention
 
 ROUNDS = 7
@@ -46,13 +47,11 @@ def lora_forms(tokens: int, width: int, out: int, adapters: int) -> None:
         slot: LoraWeights(torch.randn(8 + 8 * (slot % 2), width), torch.randn(out, 8 + 8 * (slot % 2)), 2.0)
         for slot in range(1, adapters + 1)
     }
-    site = LoraSite([out])
-    for slot, it in weights.items():
-        site.put(slot, 0, it)
+    site, held = LoraSite((out,)), SiteAdapters({slot: [it] for slot, it in weights.items()})
     popularity = [1 / slot for slot in weights]
     slots = sorted(rng.choices(list(weights), popularity, k=tokens))
     spans = [Segment(slots.index(s), len(slots) - slots[::-1].index(s), s) for s in sorted(set(slots))]
-    segments = Segments(spans)
+    tiles = AdapterTiles(spans)
     x, y = torch.randn(tokens, width), torch.randn(tokens, out)
     live = [weights[s] for s in sorted(set(slots))]
     all_a = torch.cat([it.a for it in live])
@@ -66,7 +65,11 @@ def lora_forms(tokens: int, width: int, out: int, adapters: int) -> None:
     base = torch.randn(out, width)
     compare(
         f"lora {tokens} tokens, {width}->{out}, {len(live)} adapters",
-        {"base linear": lambda: F.linear(x, base), "segments": lambda: lora(y, x, site, segments), "masked": masked},
+        {
+            "base linear": lambda: F.linear(x, base),
+            "segments": lambda: lora(y, x, site, held, tiles, 16),
+            "masked": masked,
+        },
     )
 
 
@@ -91,21 +94,21 @@ def attention_forms(sequences: int) -> None:
 
 
 def grouped_forms(tokens: int, used: int, spread: int) -> None:
-    """torch's grouped product over all slots against a loop over those in use; `spread` slots per used one."""
+    """torch's grouped product over all places against a loop over those in use; `spread` places per used one."""
     stack = torch.randn(used * spread, 128, 256)
-    slots = list(range(0, used * spread, spread))
+    places = list(range(0, used * spread, spread))
     counts = [tokens // used] * used
     rows = torch.randn(sum(counts), 256)
     pairs = torch.arange(len(rows))
-    tiles = torch.tensor([[slot, index * counts[0], counts[0]] for index, slot in enumerate(slots)])
+    tiles = torch.tensor([[place, index * counts[0], counts[0]] for index, place in enumerate(places)])
     routed = Routed(pairs, pairs[:, None], pairs, tiles, torch.tensor([len(tiles)]), len(rows))
     ends = torch.zeros(used * spread, dtype=torch.int32)
-    ends[slots] = torch.tensor(counts, dtype=torch.int32)
+    ends[places] = torch.tensor(counts, dtype=torch.int32)
     offsets = ends.cumsum(0, dtype=torch.int32)
     transposed = stack.transpose(1, 2)
 
     compare(
-        f"grouped product, {len(rows)} rows, {used} of {len(stack)} slots used",
+        f"grouped product, {len(rows)} rows, {used} of {len(stack)} places used",
         {
             "ours": lambda: down(rows, stack, routed, Layout()),
             "torch's grouped": lambda: F.grouped_mm(rows, transposed, offs=offsets),

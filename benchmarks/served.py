@@ -71,6 +71,27 @@ class Heddle:
         self._process.wait(30)
 
 
+class OtherWork:
+    """What else the machine did meanwhile: `share` of its CPU time went to processes that this one did not start."""
+
+    share = 0.0
+
+    def __enter__(self) -> "OtherWork":
+        self._start, self._before = time.monotonic(), self._busy_seconds()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        seconds = (time.monotonic() - self._start) * (psutil.cpu_count() or 1)
+        self.share = max(0.0, self._busy_seconds() - self._before) / seconds
+
+    @staticmethod
+    def _busy_seconds() -> float:
+        """Of others since boot."""
+        machine, this = psutil.cpu_times(), psutil.Process()
+        ours = sum(sum(it.cpu_times()[:2]) for it in (this, *this.children(recursive=True)))
+        return sum(machine) - machine.idle - getattr(machine, "iowait", 0.0) - getattr(machine, "guest", 0.0) - ours
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -3,8 +3,9 @@
     python -m benchmarks.throughput            # both workloads; rewrites the table in README.md
     python -m benchmarks.throughput --only llama --rounds 1 --no-write
 
-All systems run in turns in one run, since machines are noisy: the figures are medians of the rounds, and the ratios
-are medians of the ratios within a round.
+All systems run in turns in one run, each round with the same prompts for all of them, since machines are noisy. Figures
+are medians of the rounds. A ratio is that of the figures beside it; the range behind it goes from the lowest to the
+highest ratio within a round.
 """
 
 import argparse
@@ -19,11 +20,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.served import NEW_TOKENS, Heddle
+from benchmarks.served import NEW_TOKENS, Heddle, OtherWork
 from benchmarks.workload import Job, copy_demo, make_jobs, make_llama
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 MARKERS = ("<!-- throughput:begin -->", "<!-- throughput:end -->")
+Rounds = dict[str, list[float]]  # output tokens a second of each system, round by round
 
 
 class Peft:
@@ -51,13 +53,14 @@ class Peft:
         return len(jobs) * NEW_TOKENS / (time.perf_counter() - start)
 
 
-def measure(name: str, directory: Path, rounds: int, requests: int) -> dict[str, float]:
+def measure(name: str, directory: Path, rounds: int, requests: int) -> Rounds:
+    """Tokens a second of `base`, `mixed` and `peft`. Every other round goes through them backwards."""
     adapters = sorted(path.name for path in (directory / "adapters").iterdir())
     loras = [it for it in adapters if (directory / "adapters" / it / "adapter_config.json").exists()]
     vocab = json.loads((directory / "base" / "config.json").read_text())["vocab_size"]
     heddle = Heddle(directory)
     peft = Peft(directory, loras)
-    rows: dict[str, list[float]] = {"base": [], "mixed": [], "peft": []}
+    rows: Rounds = {"base": [], "mixed": [], "peft": []}
     systems: dict[str, Callable[[int], float]] = {
         "base": lambda seed: heddle.run(make_jobs(requests, [], vocab, seed)),
         "mixed": lambda seed: heddle.run(make_jobs(requests, adapters, vocab, seed)),
@@ -67,39 +70,45 @@ def measure(name: str, directory: Path, rounds: int, requests: int) -> dict[str,
         for system in ("base", "mixed"):  # adapters in memory, code paths warm
             systems[system](999)
         for seed in range(rounds):
-            for system, run in systems.items():
-                rows[system].append(run(seed if system != "mixed" else 100 + seed))
-                print(f"{name} round {seed} {system:6} {rows[system][-1]:8.1f} tokens/s", flush=True)
+            for system in reversed(systems) if seed % 2 else systems:
+                with OtherWork() as others:
+                    rows[system].append(systems[system](seed))
+                print(f"{name} round {seed} {system:6} {rows[system][-1]:8.1f} tokens/s, "
+                      f"{others.share:.0%} of the machine busy with other work", flush=True)  # fmt: skip
     finally:
         heddle.stop()
-    figures = {system: statistics.median(values) for system, values in rows.items()}
-    pairs = list(zip(rows["base"], rows["mixed"], rows["peft"], strict=True))
-    figures["mixed/base"] = statistics.median(mixed / base for base, mixed, _ in pairs)
-    figures["mixed/peft"] = statistics.median(mixed / other for _, mixed, other in pairs)
-    return figures
+    return rows
 
 
-def table(results: dict[str, dict[str, float]]) -> str:
+def table(results: dict[str, Rounds]) -> str:
     lines = ["| workload | base only | mixed adapters | mixed / base | PEFT mixed batch | Heddle / PEFT |",
              "|---|---:|---:|---:|---:|---:|"]  # fmt: skip
-    for name, it in results.items():
+    for name, rows in results.items():
+        base, mixed, peft = (round(statistics.median(rows[system])) for system in ("base", "mixed", "peft"))
+        of_base, of_peft = _ratios(rows, "base"), _ratios(rows, "peft")
         lines.append(
-            f"| {name} | {it['base']:.0f} tok/s | {it['mixed']:.0f} tok/s | {it['mixed/base']:.0%} | "
-            f"{it['peft']:.0f} tok/s | {it['mixed/peft']:.1f}x |"
+            f"| {name} | {base} tok/s | {mixed} tok/s | "
+            f"{100 * mixed / base:.0f} % ({100 * min(of_base):.0f}–{100 * max(of_base):.0f}) | "
+            f"{peft} tok/s | {mixed / peft:.1f}x ({min(of_peft):.1f}–{max(of_peft):.1f}) |"
         )
     return "\n".join(lines)
+
+
+def _ratios(rows: Rounds, other: str) -> list[float]:
+    """mixed/other of each round."""
+    return [mixed / theirs for mixed, theirs in zip(rows["mixed"], rows[other], strict=True)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("llama", "demo"))
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--no-write", action="store_true", help="leave README.md alone")
     options = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     makers = {"llama": ("random Llama, 8 LoRA (r 8, 16)", make_llama), "demo": ("demo MoE, 4 LoRA + 4 ESFT", copy_demo)}
-    results: dict[str, dict[str, float]] = {}
+    results: dict[str, Rounds] = {}
     for key, (name, make) in makers.items():
         if options.only in (None, key):
             with tempfile.TemporaryDirectory() as directory:

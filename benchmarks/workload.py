@@ -21,8 +21,8 @@ class Job:
     adapter: str | None
 
 
-def make_llama(directory: Path) -> None:
-    """A random Llama of about 50 million parameters, with eight LoRA adapters on all linears, ranks 8 and 16."""
+def make_llama(directory: Path, num_adapters: int = NUM_ADAPTERS) -> None:
+    """A random Llama of about 36 million parameters, with LoRA adapters on all linears, ranks 8 and 16 in turns."""
     import peft
 
     torch.manual_seed(0)
@@ -33,7 +33,7 @@ def make_llama(directory: Path) -> None:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.save_pretrained(directory / "base")
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    for index in range(NUM_ADAPTERS):
+    for index in range(num_adapters):
         rank = 16 if index % 2 else 8
         lora = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, init_lora_weights=False,
                                task_type="CAUSAL_LM")  # fmt: skip
@@ -55,13 +55,16 @@ def copy_demo(directory: Path) -> None:
 
 
 def make_jobs(count: int, adapters: Sequence[str | None], vocab_size: int, seed: int) -> list[Job]:
-    """Prompts of 64 to 256 random ids; adapter i with a probability like 1 / (i + 1); None is the base."""
-    rng = random.Random(seed)
+    """Prompts of 64 to 256 random ids; adapter i with a probability like 1 / (i + 1); None is the base.
+
+    The prompts depend on the seed alone: the same seed with other adapters asks for the same work.
+    """
+    rng, chooser = random.Random(seed), random.Random(f"adapters {seed}")
     weights = [1 / (index + 1) for index in range(len(adapters))]
     return [
         Job(
             [rng.randrange(4, vocab_size) for _ in range(rng.randint(64, 256))],
-            rng.choices(adapters, weights)[0] if adapters else None,
+            chooser.choices(adapters, weights)[0] if adapters else None,
         )
         for _ in range(count)
     ]

@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -110,7 +111,13 @@ def _config(options: argparse.Namespace) -> ServerConfig:
         model_dir = str(DEMO / "base")
         adapters, name = adapters or str(DEMO / "adapters"), name or "heddle-demo"
     numbers = {field: getattr(options, field) for field in _NUMBERS}
-    engine = EngineConfig(model_dir=model_dir, device=options.device, dtype=options.dtype, **numbers)
+    engine = EngineConfig(
+        model_dir=model_dir,
+        device=options.device,
+        dtype=options.dtype,
+        trace_steps=os.environ.get("HEDDLE_TRACE_STEPS") or None,
+        **numbers,
+    )
     return ServerConfig(
         engine=engine,
         adapters_dir=adapters,

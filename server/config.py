@@ -34,6 +34,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     adapter_slots: int = 64  # adapters on the device at once
     max_rank: int = 64  # the highest LoRA rank that a GPU's decodes are captured for; higher ones run without
     max_experts_per_adapter: int = 0  # E_max: tuned experts of one adapter in one layer; 0: as many as the base has
+    trace_steps: str | None = None  # a file to which each step is appended as a line of JSON (server/model/trace.py)
     max_skips: int = 200  # steps that a request may be passed over before others stop taking room from it
 
     def __post_init__(self) -> None:

@@ -8,7 +8,6 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,12 +15,16 @@ import torch
 from server.assembly import Assembly, assemble
 from server.config import EngineConfig
 from server.device import choose_device, choose_dtype
-from server.engine.core import EngineCore
+from server.engine.core import Engine
 from server.engine.link import EngineLink
-from server.engine.messages import Configure, Progress, Ready, StartFailed, ToFront
+from server.engine.loop import Loop
+from server.engine.messages import Configure, Progress, Ready, StartFailed
+from server.engine.plan import Runner
 from server.errors import ConfigError
 from server.model.families import UnsupportedModelError, stop_token_ids
 from server.model.loader import OnProgress, load_model
+from server.model.runner import ModelRunner
+from server.model.trace import TracedRunner
 from server.weights.arena import ArenaError
 
 
@@ -33,6 +36,16 @@ def build(config: EngineConfig, on_progress: OnProgress) -> Assembly:
     return assemble(model, config, stop_token_ids(model.config, generation), on_progress, device)
 
 
+def traced(runner: ModelRunner, config: EngineConfig) -> Runner:
+    """The runner, and where `config` says so, one that tells of each step. Raises ConfigError."""
+    if config.trace_steps is None:
+        return runner
+    try:
+        return TracedRunner(runner, Path(config.trace_steps))
+    except OSError as error:
+        raise ConfigError(f"steps cannot be traced to {config.trace_steps!r}: {error.strerror}") from None
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Heddle's engine process; started by `heddle serve`.")
     parser.add_argument("address", help="where the front listens (ZeroMQ)")
@@ -42,8 +55,10 @@ def main() -> int:
     first = link.receive_all(60_000)
     if not first or not isinstance(first[0], Configure):
         return 1
+    config = first[0].config
     try:
-        assembly = build(first[0].config, lambda stage, done, total: link.send(Progress(stage, done, total)))
+        assembly = build(config, lambda stage, done, total: link.send(Progress(stage, done, total)))
+        runner = traced(assembly.runner, config)
     except Exception as error:  # whatever it is, the operator hears it from the front
         is_final = isinstance(error, UnsupportedModelError | ConfigError)
         if not is_final and not isinstance(error, ArenaError):
@@ -52,18 +67,11 @@ def main() -> int:
         link.close()
         return 1
     link.send(Ready(assembly.info))
-    run(assembly, link, link.send, lambda: os.getppid() == options.parent)
+    engine = Engine(assembly.limits, assembly.kv_cache, runner, assembly.residency)
+    # without a front nobody could talk to us, and we would hold memory for nothing
+    Loop(engine, link, link.send).run(may_go_on=lambda: os.getppid() == options.parent)
     link.close()
     return 0
-
-
-def run(
-    assembly: Assembly, link: EngineLink, publish: Callable[[ToFront], None], has_parent: Callable[[], bool]
-) -> None:
-    """Step until told to stop, or until the front is gone: an engine nobody talks to holds memory for nothing."""
-    core = EngineCore(assembly.limits, assembly.kv_cache, assembly.runner, assembly.residency, link, publish)
-    while not core.is_shut_down and has_parent():
-        core.step()
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from adapters_store import safetensors_file
 from adapters_store.catalog import CatalogEntry
-from server.engine.request import FinishReason, Request, Sampling
+from server.engine.request import FinishReason, Sampling
 from server.model.probe import PROBE
-from tests.support.engine_harness import GREEDY, Engine, generated, prompts
+from tests.support.engine_harness import GREEDY, Answer, Engine, prompts
 from tests.support.tiny_adapters import ALL_LINEARS, ATTENTION, merge, register, save_esft, save_lora, write_lora
 from tests.support.tiny_models import make_model, reference
 
@@ -58,8 +58,8 @@ class Oracle:
     def __init__(self, name: str, entries: list[CatalogEntry]) -> None:
         self._models = {None: make_model(name)} | {entry.ref: merge(make_model(name), entry) for entry in entries}
 
-    def __call__(self, request: Request) -> list[int]:
-        return reference(self._models[request.adapter], request.tokens[: request.prompt_len], request.max_tokens)
+    def __call__(self, request: Answer) -> list[int]:
+        return reference(self._models[request.adapter], request.prompt, request.max_tokens)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -71,15 +71,15 @@ def test_mixed_batch_equals_merged_models(name: str, tmp_path: Path) -> None:
     for index, prompt in enumerate(prompts(10)):
         engine.add(prompt, NEW_TOKENS, choices[index % len(choices)])
     engine.run()
-    for request in engine.requests:
-        assert generated(request) == oracle(request), request.adapter
-    assert max(len(slots) for slots in engine.batch_slots) >= 3  # they did share steps
+    for request in engine.answers.values():
+        assert request.tokens == oracle(request), request.adapter
+    assert max(len(slots) for slots in engine.slots_of_steps) >= 3  # they did share steps
     # and the adapters do something: the same prompt through each gives another answer
     answers = set()
     for choice in choices:
         request = engine.add(prompts(10)[1], NEW_TOKENS, choice)
         engine.run()
-        answers.add(tuple(generated(request)))
+        answers.add(tuple(request.tokens))
     assert len(answers) == len(choices)
 
 
@@ -92,36 +92,38 @@ def test_the_oracle_holds_under_everything_at_once(name: str, tmp_path: Path) ->
     paths = save_adapters(tmp_path, name)
     entries = [register(engine, path) for path in paths]
     late = register(engine, save_lora(tmp_path / "late", make_model(name), 9, CASES[name][0], rank=5))
-    engine.adapters.remove(late.ref)  # it arrives later
+    engine.remove(late.ref)  # it arrives later
     oracle = Oracle(name, [*entries, late])
     shared = [rng.randrange(3, 199) for _ in range(9)]  # a common beginning: prefix hits
     served = [None, *(entry.ref for entry in entries)]
-    cancelled: list[Request] = []
+    cancelled: list[Answer] = []
 
     def between(step: int) -> None:
         if step < 60 and step % 2 == 0:
             prompt = shared[: rng.choice([0, 9])] + [rng.randrange(3, 199) for _ in range(rng.randrange(1, 20))]
             engine.add(prompt, NEW_TOKENS, rng.choice(served))
         if step == 10:
-            engine.adapters.register(late.ref, late.package)
+            engine.register(late.ref, late.package)
             served.append(late.ref)
         if step == 30:  # its requests that are under way finish on it
-            engine.adapters.remove(entries[0].ref)
+            engine.remove(entries[0].ref)
             served.remove(entries[0].ref)
         if step in (15, 25, 35):
             victim = rng.choice(engine.scheduler.running or list(engine.scheduler.waiting))
-            assert engine.scheduler.abort(victim.id) is not None
-            cancelled.append(victim)
+            cancelled.append(engine.answers[victim.id])
+            engine.abort(cancelled[-1])
 
     engine.run(between)
-    for request in engine.requests:
-        if request not in cancelled:
-            assert engine.ended[request.id].finish is FinishReason.LENGTH
-            assert generated(request) == oracle(request), request.adapter
+    for request in engine.answers.values():
+        if request in cancelled:
+            assert request.finish is FinishReason.ABORT
+        else:
+            assert request.finish is FinishReason.LENGTH
+            assert request.tokens == oracle(request), request.adapter
     assert engine.scheduler.num_preemptions > 0
     assert engine.assembly.kv_cache.num_prefix_hits > 0
     assert engine.assembly.kv_cache.pool.num_free == engine.assembly.kv_cache.pool.num_blocks
-    assert late.ref in {request.adapter for request in engine.requests}
+    assert late.ref in {request.adapter for request in engine.answers.values()}
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "qwen3_moe"])
@@ -145,10 +147,10 @@ def test_an_adapter_that_overflows_fails_alone(name: str, tmp_path: Path, monkey
         engine.run()
         good += [engine.add(prompt, NEW_TOKENS) for prompt in prompts(6)]
         engine.run()
-        assert all(engine.ended[request.id].finish is FinishReason.ERROR for request in bad)
-        assert "not finite" in str(engine.ended[bad[0].id].error)
+        assert all(request.finish is FinishReason.ERROR for request in bad)
+        assert "not finite" in str(bad[0].error)
         for request in good:
-            assert generated(request) == expected[tuple(request.tokens[: request.prompt_len])]
+            assert request.tokens == expected[tuple(request.prompt)]
 
 
 def _kv_bytes(name: str, blocks: int) -> int:

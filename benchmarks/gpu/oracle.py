@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks.gpu.measure import Bench
 from benchmarks.gpu.report import Row
 from server.model.probe import PROBE
-from tests.support.engine_harness import Engine, generated, prompts
+from tests.support.engine_harness import Engine, prompts
 from tests.support.tiny_adapters import merge, register, save_esft, write_lora
 from tests.support.tiny_models import make_model, reference
 
@@ -35,8 +35,5 @@ def _compared(bench: Bench, name: str, folder: Path) -> Row:
     for index, prompt in enumerate(prompts(count)):
         engine.add(prompt[: size(99, 6)], new_tokens, refs[index % len(refs)])
     engine.run()
-    right = sum(
-        generated(it) == reference(expected[it.adapter], it.tokens[: it.prompt_len], new_tokens)
-        for it in engine.requests
-    )
+    right = sum(it.tokens == reference(expected[it.adapter], it.prompt, new_tokens) for it in engine.answers.values())
     return {"family": name, "requests": count, "equal": right, "ok": right == count}

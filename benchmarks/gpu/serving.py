@@ -17,14 +17,13 @@ from benchmarks.gpu.measure import Bench, Scale
 from benchmarks.gpu.report import Row
 from server.assembly import assemble
 from server.config import EngineConfig
-from server.engine.request import Request, Sampling
+from server.engine.plan import Scheduled
+from server.engine.request import Lane, LaneSpec, Request, Sampling
 from server.engine.residency import Wait
-from server.engine.scheduler import Scheduled
 from server.model.cuda_graphs import GraphedForward
-from server.model.experts import RoutedExperts
+from server.model.experts import RoutedExperts, layer_of
 from server.model.forward import KernelForward
 from server.model.inputs import HostStep, lay_out
-from server.model.loader import layer_of
 from server.model.probe import PROBE
 from server.model.routers import Router
 from server.model.warm_up import warm_up
@@ -45,9 +44,9 @@ class StepTime:
 
 @dataclass(frozen=True)
 class Picks:
-    """Of one step: how many (layer, expert slot)s it reads, and the share of choices that fell on adapters' experts."""
+    """Of one step: how many expert places it reads in all layers, and the share of choices that fell on adapters'."""
 
-    slots: int
+    places: int
     tuned: float
 
 
@@ -130,8 +129,8 @@ class Serving:
                 if name != "lm_head"
             ]  # fmt: skip
             slot = self._make_resident("lora", tuple(parts))
-            for site in self.residency.sites:
-                for weights in site.by_slot.get(slot, []):
+            for adapters in self.assembly.tables.lora.sites.values():
+                for weights in adapters.by_slot.get(slot, []):
                     if weights is not None:
                         weights.a.normal_(0, 0.02)
                         weights.b.normal_(0, 0.02)
@@ -167,9 +166,9 @@ class Serving:
         plan = []
         blocks = -(-context // self._block_size)
         for index in range(batch):
-            request = self._request(index, context, index * blocks)
-            request.slot = 1 + index % adapters if adapters else 0
-            plan.append(Scheduled(request, context - 1, 1))
+            lane = self._lane(index, context, index * blocks)
+            lane.slot = 1 + index % adapters if adapters else 0
+            plan.append(Scheduled(lane, context - 1, 1, samples=True))
         return plan
 
     def prefill(self, tokens: int, slot: int = 0) -> list[Scheduled]:
@@ -181,34 +180,33 @@ class Serving:
         return decodes + self._prefill(tokens, batch * -(-context // self._block_size), 1 if adapters else 0)
 
     def _prefill(self, tokens: int, first_block: int, slot: int) -> list[Scheduled]:
-        request = self._request(1 << 20, tokens, first_block)
-        request.slot = slot
-        return [Scheduled(request, 0, tokens)]
+        lane = self._lane(1 << 20, tokens, first_block)
+        lane.slot = slot
+        return [Scheduled(lane, 0, tokens, samples=True)]
 
     @property
     def _block_size(self) -> int:
         return self._scale.size(16, 4)
 
-    def _request(self, number: int, length: int, first_block: int) -> Request:
-        request = Request(number, [self._rng.randrange(self.info.vocab_size) for _ in range(length)], 1, GREEDY)
-        request.block_table = [first_block + index for index in range(-(-length // self._block_size))]
-        if (request.block_table[-1] + 1) * self._block_size > self.info.kv_cache_tokens:
-            raise RuntimeError(
-                f"block {request.block_table[-1]} passes the cache's {self.info.kv_cache_tokens:,} tokens"
-            )
-        return request
+    def _lane(self, number: int, length: int, first_block: int) -> Lane:
+        prompt = [self._rng.randrange(self.info.vocab_size) for _ in range(length)]
+        lane = Request(number, [LaneSpec(prompt)], 1, GREEDY).first
+        lane.block_table = [first_block + index for index in range(-(-length // self._block_size))]
+        if (lane.block_table[-1] + 1) * self._block_size > self.info.kv_cache_tokens:
+            raise RuntimeError(f"block {lane.block_table[-1]} passes the cache's {self.info.kv_cache_tokens:,} tokens")
+        return lane
 
     def time(self, plan: list[Scheduled], repeats: int = 12) -> StepTime:
         runner = self.assembly.runner
         repeats = self._scale.size(repeats, 1)
         with torch.inference_mode():
-            runner.run(plan)
+            runner.launch(plan).outputs()
             work = self.work(plan)
             device = sorted(self._clock.events(work) for _ in range(repeats))
         wall = []
         for _ in range(repeats):
             start = time.perf_counter()
-            runner.run(plan)
+            runner.launch(plan).outputs()
             wall.append(time.perf_counter() - start)
         return StepTime(device[len(device) // 2], sorted(wall)[len(wall) // 2])
 
@@ -219,7 +217,7 @@ class Serving:
         return self.graphs.replay(key) if key is not None else lambda: self.graphs.logits(step)
 
     def _lay_out(self, plan: list[Scheduled]) -> HostStep:
-        return lay_out(sorted(plan, key=lambda it: it.request.slot), self.residency, self._block_size)
+        return lay_out(sorted(plan, key=lambda it: it.lane.slot), self.residency, self._block_size)
 
     def picks(self, plan: list[Scheduled]) -> Picks:
         if not self.experts:
@@ -227,14 +225,14 @@ class Serving:
         seen: list[Picks] = []
 
         def note(module: RoutedExperts, arguments: tuple[torch.Tensor, ...]) -> None:
-            slots = module.route(arguments[1]).slots
-            seen.append(Picks(len(slots.unique()), float((slots >= module.spec[0]).float().mean())))
+            places = module.route(arguments[1]).places
+            seen.append(Picks(len(places.unique()), float((places >= module.spec[0]).float().mean())))
 
         hooks = [module.register_forward_pre_hook(note) for module in self.experts]
         self.eager(plan)
         for hook in hooks:
             hook.remove()
-        return Picks(sum(it.slots for it in seen), sum(it.tuned for it in seen) / len(seen))
+        return Picks(sum(it.places for it in seen), sum(it.tuned for it in seen) / len(seen))
 
     def eager(self, plan: list[Scheduled]) -> torch.Tensor:
         """The step's logits, each kernel launched in turn."""
@@ -243,15 +241,16 @@ class Serving:
 
     def floor_bytes(self, plan: list[Scheduled], picks: Picks) -> int:
         """Weights, adapters and KV cache that this step reads at least once."""
-        context = sum(len(scheduled.request.tokens) for scheduled in plan)
+        context = sum(len(scheduled.lane.tokens) for scheduled in plan)
         kv = context * self.info.kv_cache_bytes // self.info.kv_cache_tokens
-        slots = {scheduled.request.slot for scheduled in plan}
+        slots = {scheduled.lane.slot for scheduled in plan}
         lora = sum(
             weights.a.nbytes + weights.b.nbytes
-            for site in self.residency.sites for slot in slots for weights in site.by_slot.get(slot, [])
+            for adapters in self.assembly.tables.lora.sites.values()
+            for slot in slots for weights in adapters.by_slot.get(slot, [])
             if weights is not None
         )  # fmt: skip
-        experts = picks.slots * self.expert_bytes if self.experts else 0
+        experts = picks.places * self.expert_bytes if self.experts else 0
         return self.dense_bytes + experts + lora + kv
 
     @property

@@ -28,7 +28,7 @@ def under_load(bench: Bench) -> Iterator[Row]:
                       max_rank=0)  # fmt: skip
     yield serving.started
     plan = serving.decodes(size(32, 2), size(1024, 9), 0)
-    serving.assembly.runner.run(plan)
+    serving.assembly.runner.launch(plan).outputs()
     with tempfile.TemporaryDirectory() as folder:
         refs = [_register(serving, Path(folder) / f"adapter-{index}", tuned) for index in range(3)]
         alone = _step_times(serving, plan, size(100, 2))
@@ -54,7 +54,7 @@ def _step_times(serving: Serving, plan: list[Any], steps: int) -> list[float]:
     for _ in range(steps):
         start = time.perf_counter()
         serving.residency.poll()
-        serving.assembly.runner.run(plan)
+        serving.assembly.runner.launch(plan).outputs()
         times.append(time.perf_counter() - start)
     return times
 

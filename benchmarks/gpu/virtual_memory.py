@@ -4,11 +4,11 @@ from collections.abc import Iterator
 
 from benchmarks.gpu.measure import Bench
 from benchmarks.gpu.report import Row
+from benchmarks.gpu.self_test import check
+from benchmarks.gpu.self_test import self_test as on_the_device
 from server.weights.arena import VirtualArena, VirtualMemoryUnsupported
 from server.weights.cuda_arena import CudaPages
 from server.weights.cuda_driver import CudaDriver
-from server.weights.gpu_self_test import check
-from server.weights.gpu_self_test import self_test as on_the_device
 from server.weights.staging import HostCopy
 
 

@@ -1,4 +1,7 @@
-"""expert_route: choose each token's experts, reroute them through its adapter's expert map, bucket them by slot."""
+"""expert_route: choose each token's experts, reroute them through its adapter's expert map, bucket them by place.
+
+An expert place is a row of the expert stack: the base's experts first, the adapters' behind them.
+"""
 
 from torch import Tensor
 
@@ -13,7 +16,7 @@ def expert_route(
     logits: Tensor,
     routing: Routing,
     expert_map: Tensor,
-    num_slots: int,
+    num_places: int,
     batch: TokenBatch,
     tile_rows: int,
     bias: Tensor | None = None,
@@ -22,5 +25,5 @@ def expert_route(
     if takes(logits):
         from kernels.expert_route import kernel
 
-        return kernel.expert_route(logits, routing, expert_map, num_slots, batch, tile_rows, bias)
-    return reference.expert_route(logits, routing, expert_map, num_slots, batch, tile_rows, bias)
+        return kernel.expert_route(logits, routing, expert_map, num_places, batch, tile_rows, bias)
+    return reference.expert_route(logits, routing, expert_map, num_places, batch, tile_rows, bias)

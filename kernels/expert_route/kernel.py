@@ -1,13 +1,13 @@
 """Triton form of expert_route.
 
 Decode: one launch. Programs take work by ticket: first blocks of tokens (scores, top-k, reroute), then blocks of pairs
-(sort and tiles). A pair's place in the order is counted, not sorted: the pairs with a smaller slot, and those before it
-with the same one. That is quadratic in the pairs and still the cheapest for a few thousand; it needs no histogram over
-slots, no padding ids, and its order does not depend on timing. A program that holds a block of pairs waits only for
+(sort and tiles). A pair's position is counted, not sorted: the pairs with a smaller place, and those before it with the
+same one. That is quadratic in the pairs and still the cheapest for a few thousand; it needs no histogram over
+places, no padding ids, and its order does not depend on timing. A program that holds a block of pairs waits only for
 tickets that running programs took and that never wait, so there is no deadlock however few programs run at once.
 
-Prefill: counting sort in three launches (blocks of tokens count their pairs by slot, a scan over blocks and slots,
-placement), linear in the pairs.
+Prefill: counting sort in three launches (blocks of tokens count their pairs by place, a scan over blocks and
+places, a scatter), linear in the pairs.
 """
 
 from collections.abc import Iterator
@@ -20,10 +20,10 @@ from torch import Tensor
 from kernels.compiled.kernel import Configuration
 from kernels.expert_route.routing import GroupScore, Routed, Routing, TokenBatch, max_tiles
 
-_BLOCK_PAIRS = 32  # pairs placed by one piece of work
+_BLOCK_PAIRS = 32  # pairs put in order by one piece of work
 _BLOCK_OTHERS = 64  # pairs that it compares them with at a time
 _QUADRATIC = 4096  # pairs up to which counting is cheaper than the counting sort's launches; counts fit into 16 bits
-_SCAN = dict(BV=64, BB=16, BW=1024)  # slots a program, blocks at a time; slots at a time of the last program
+_SCAN = dict(BV=64, BB=16, BW=1024)  # places a program, blocks at a time; places at a time of the last program
 
 
 def _decode_tokens(experts: int) -> int:
@@ -96,12 +96,12 @@ def _choose(
 
 @triton.jit
 def _route_block(
-    block, logits, bias, token_slots, expert_map, num_tokens, out_weights, out_slots, T,
+    block, logits, bias, token_slots, expert_map, num_tokens, out_weights, out_places, T,
     M: tl.constexpr, MP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BT: tl.constexpr, SCORE: tl.constexpr,
     RENORM: tl.constexpr, SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, G: tl.constexpr, TOP_G: tl.constexpr,
     TOP2: tl.constexpr, HAS_ADAPTERS: tl.constexpr, HAS_PADDING: tl.constexpr,
 ):  # fmt: skip
-    """Choose and reroute one block of BT tokens; write their weights and slots."""
+    """Choose and reroute one block of BT tokens; write their weights and places."""
     t = block * BT + tl.arange(0, BT)
     in_batch = t < T
     weights, ids = _choose(logits, bias, t, in_batch, M, MP, K, KP, SCORE, RENORM, SCALE, HAS_BIAS, G, TOP_G, TOP2)
@@ -109,27 +109,27 @@ def _route_block(
     wanted = in_batch[:, None] & (kk < K)[None, :]
     if HAS_ADAPTERS:
         adapter = tl.load(token_slots + t, mask=in_batch, other=0)
-        slots = tl.load(expert_map + adapter[:, None] * M + ids, mask=wanted, other=0)
+        places = tl.load(expert_map + adapter[:, None] * M + ids, mask=wanted, other=0)
     else:
-        slots = ids
+        places = ids
     if HAS_PADDING:
-        slots = tl.where((t < tl.load(num_tokens))[:, None], slots, -1)
+        places = tl.where((t < tl.load(num_tokens))[:, None], places, -1)
     pair = t[:, None] * K + kk[None, :]
     tl.store(out_weights + pair, weights, mask=wanted)
-    tl.store(out_slots + pair, slots, mask=wanted)
+    tl.store(out_places + pair, places, mask=wanted)
 
 
 @triton.jit
-def _place_block(block, slots, pairs, tiles, num_tiles, P, TILE: tl.constexpr, BP: tl.constexpr, BQ: tl.constexpr):
-    """Find the places of BP pairs by counting, write them there, and open a tile at every TILE-th of a slot."""
+def _order_block(block, places, pairs, tiles, num_tiles, P, TILE: tl.constexpr, BP: tl.constexpr, BQ: tl.constexpr):
+    """Find the positions of BP pairs by counting, write them there, and open a tile at every TILE-th of a place."""
     p = block * BP + tl.arange(0, BP)
-    mine = tl.load(slots + p, mask=p < P, other=-1, cache_modifier=".cg")
+    mine = tl.load(places + p, mask=p < P, other=-1, cache_modifier=".cg")
     # counts by lane, summed once at the end: a reduction costs more than all the comparisons of a block
-    ahead = tl.zeros((BP, BQ), tl.int32)  # smaller slots below, the same slot's earlier pairs above the 16th bit
+    ahead = tl.zeros((BP, BQ), tl.int32)  # smaller places below, the same one's earlier pairs above the 16th bit
     equals = tl.zeros((BP, BQ), tl.int32)
     for first in range(0, P, BQ):
         q = first + tl.arange(0, BQ)
-        other = tl.load(slots + q, mask=q < P, other=-1, cache_modifier=".cg")
+        other = tl.load(places + q, mask=q < P, other=-1, cache_modifier=".cg")
         real = (other >= 0)[None, :]
         equal = (other[None, :] == mine[:, None]) & real
         smaller = (other[None, :] < mine[:, None]) & real
@@ -150,7 +150,7 @@ def _place_block(block, slots, pairs, tiles, num_tiles, P, TILE: tl.constexpr, B
 
 @triton.jit(do_not_specialize=["T"])
 def route_kernel(
-    logits, bias, token_slots, expert_map, num_tokens, out_weights, out_slots, pairs, tiles, num_tiles, counters, T,
+    logits, bias, token_slots, expert_map, num_tokens, out_weights, out_places, pairs, tiles, num_tiles, counters, T,
     M: tl.constexpr, MP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BT: tl.constexpr, SCORE: tl.constexpr,
     RENORM: tl.constexpr, SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, G: tl.constexpr, TOP_G: tl.constexpr,
     TOP2: tl.constexpr, HAS_ADAPTERS: tl.constexpr, HAS_PADDING: tl.constexpr, TILE: tl.constexpr, BP: tl.constexpr,
@@ -164,7 +164,7 @@ def route_kernel(
         if work < token_blocks:
             if work == 0:
                 tl.store(num_tiles, 0)  # released to the others by this block's arrival
-            _route_block(work, logits, bias, token_slots, expert_map, num_tokens, out_weights, out_slots, T, M, MP, K,
+            _route_block(work, logits, bias, token_slots, expert_map, num_tokens, out_weights, out_places, T, M, MP, K,
                          KP, BT, SCORE, RENORM, SCALE, HAS_BIAS, G, TOP_G, TOP2, HAS_ADAPTERS, HAS_PADDING)  # fmt: skip
             tl.debug_barrier()  # all threads' stores before the one thread's release
             tl.atomic_add(counters + 1, 1, sem="release", scope="gpu")
@@ -172,7 +172,7 @@ def route_kernel(
             while tl.atomic_add(counters + 1, 0, sem="acquire", scope="gpu") < token_blocks:
                 pass
             tl.debug_barrier()
-            _place_block(work - token_blocks, out_slots, pairs, tiles, num_tiles, T * K, TILE, BP, BQ)
+            _order_block(work - token_blocks, out_places, pairs, tiles, num_tiles, T * K, TILE, BP, BQ)
         work = tl.atomic_add(counters, 1, sem="relaxed")
     # every program takes exactly one ticket beyond the work; who takes the last of those is the last to leave
     if work == token_blocks + pair_blocks + tl.num_programs(0) - 1:
@@ -182,26 +182,26 @@ def route_kernel(
 
 @triton.jit(do_not_specialize=["T", "V"])
 def count_kernel(
-    logits, bias, token_slots, expert_map, num_tokens, out_weights, out_slots, within, counts, T, V,
+    logits, bias, token_slots, expert_map, num_tokens, out_weights, out_places, within, counts, T, V,
     M: tl.constexpr, MP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BT: tl.constexpr, SCORE: tl.constexpr,
     RENORM: tl.constexpr, SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, G: tl.constexpr, TOP_G: tl.constexpr,
     TOP2: tl.constexpr, HAS_ADAPTERS: tl.constexpr, HAS_PADDING: tl.constexpr,
 ):  # fmt: skip
-    """Counting sort, first launch: choose, and count this block's pairs by slot. counts [blocks, V], zero on entry."""
+    """Counting sort, first launch: choose, and count this block's pairs by place. counts [blocks, V], zero on entry."""
     block = tl.program_id(0)
-    _route_block(block, logits, bias, token_slots, expert_map, num_tokens, out_weights, out_slots, T, M, MP, K, KP, BT,
+    _route_block(block, logits, bias, token_slots, expert_map, num_tokens, out_weights, out_places, T, M, MP, K, KP, BT,
                  SCORE, RENORM, SCALE, HAS_BIAS, G, TOP_G, TOP2, HAS_ADAPTERS, HAS_PADDING)  # fmt: skip
-    tl.debug_barrier()  # the slots are read back below in another layout
+    tl.debug_barrier()  # the places are read back below in another layout
     i = tl.arange(0, BT * KP)
     first = block * BT * K
     p = first + i
     valid = (i < BT * K) & (p < T * K)
-    mine = tl.load(out_slots + p, mask=valid, other=-1, cache_modifier=".cg")
+    mine = tl.load(out_places + p, mask=valid, other=-1, cache_modifier=".cg")
     before = tl.zeros((BT * KP,), tl.int32)
     same = tl.zeros((BT * KP,), tl.int32)
     for start in range(0, BT * KP, 32):
         j = start + tl.arange(0, 32)
-        other = tl.load(out_slots + first + j, mask=(j < BT * K) & (first + j < T * K), other=-1, cache_modifier=".cg")
+        other = tl.load(out_places + first + j, mask=(j < BT * K) & (first + j < T * K), other=-1, cache_modifier=".cg")
         equal = other[None, :] == mine[:, None]
         before += tl.sum((equal & (j[None, :] < i[:, None])).to(tl.int32), 1)
         same += tl.sum(equal.to(tl.int32), 1)
@@ -215,9 +215,9 @@ def scan_kernel(
     counts, starts, first_tiles, num_tiles, counters, BLOCKS, V, TILE: tl.constexpr, BV: tl.constexpr,
     BB: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
-    """Second launch: counts become each block's offset within its slot; the last program scans over the slots.
+    """Second launch: counts become each block's offset within its place; the last program scans over the places.
 
-    starts, first_tiles [V]: first position and first tile of each slot.
+    starts, first_tiles [V]: first position and first tile of each place.
     """
     v = tl.program_id(0) * BV + tl.arange(0, BV)
     total = tl.zeros((BV,), tl.int32)
@@ -228,7 +228,7 @@ def scan_kernel(
         count = tl.load(at, mask=mask, other=0)
         tl.store(at, total[None, :] + tl.cumsum(count, 0) - count, mask=mask)
         total += tl.sum(count, 0)
-    tl.store(starts + v, total, mask=v < V)  # the slot's total until the last program scans
+    tl.store(starts + v, total, mask=v < V)  # the place's total until the last program scans
     tl.debug_barrier()
     if tl.atomic_add(counters, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
         tl.debug_barrier()
@@ -247,16 +247,16 @@ def scan_kernel(
 
 
 @triton.jit(do_not_specialize=["T", "V", "LAST_BLOCK"])
-def place_kernel(
-    slots, within, counts, starts, first_tiles, pairs, tiles, T, V, LAST_BLOCK,
+def scatter_kernel(
+    places, within, counts, starts, first_tiles, pairs, tiles, T, V, LAST_BLOCK,
     K: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Third launch: write each pair to its position, and every TILE-th of a slot opens a tile.
+    """Third launch: write each pair to its position, and every TILE-th of a place opens a tile.
 
-    A slot's size is its offset in the block after the last one, which the first launch left empty.
+    A place's size is its offset in the block after the last one, which the first launch left empty.
     """
     p = tl.program_id(0) * BP + tl.arange(0, BP)
-    mine = tl.load(slots + p, mask=p < T * K, other=-1)
+    mine = tl.load(places + p, mask=p < T * K, other=-1)
     real = mine >= 0
     block = p // (BT * K)
     rank = tl.load(counts + block * V + mine, mask=real, other=0) + tl.load(within + p, mask=real, other=0)
@@ -273,11 +273,11 @@ def place_kernel(
 @torch.library.custom_op("heddle::expert_route", mutates_args=("counters",))
 def _expert_route(
     logits: Tensor, expert_map: Tensor, token_slots: Tensor | None, bias: Tensor | None, num_tokens: Tensor | None,
-    counters: Tensor, num_slots: int, tile_rows: int, top_k: int, score: int, renormalise: bool, scale: float,
+    counters: Tensor, num_places: int, tile_rows: int, top_k: int, score: int, renormalise: bool, scale: float,
     num_groups: int, top_groups: int, group_score: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    outputs = _empty_outputs(logits, top_k, num_slots, tile_rows)
-    weights, slots, pairs, tiles, num_tiles = outputs
+    outputs = _empty_outputs(logits, top_k, num_places, tile_rows)
+    weights, places, pairs, tiles, num_tiles = outputs
     tokens, experts = logits.shape
     assert tokens > 0
     rule = dict(
@@ -287,8 +287,8 @@ def _expert_route(
         HAS_PADDING=num_tokens is not None,
     )  # fmt: skip
     # an argument that is not read still needs a pointer
-    inputs = (logits, logits if bias is None else bias, slots if token_slots is None else token_slots, expert_map,
-              slots if num_tokens is None else num_tokens, weights, slots)  # fmt: skip
+    inputs = (logits, logits if bias is None else bias, places if token_slots is None else token_slots, expert_map,
+              places if num_tokens is None else num_tokens, weights, places)  # fmt: skip
     num_pairs = tokens * top_k
     if num_pairs <= _QUADRATIC:
         block_tokens = _decode_tokens(experts)
@@ -299,29 +299,29 @@ def _expert_route(
         block_tokens = _count_tokens(experts)
         blocks = triton.cdiv(tokens, block_tokens)
         within = torch.empty_like(pairs)
-        counts = torch.zeros(blocks + 1, num_slots, dtype=torch.int32, device=logits.device)
-        starts, first_tiles = torch.empty(2, num_slots, dtype=torch.int32, device=logits.device)
-        count_kernel[(blocks,)](*inputs, within, counts, tokens, num_slots, **rule, BT=block_tokens, num_warps=8)
-        scan_kernel[(triton.cdiv(num_slots, _SCAN["BV"]),)](counts, starts, first_tiles, num_tiles, counters,
-                                                           blocks + 1, num_slots, TILE=tile_rows, **_SCAN,
-                                                           num_warps=4)  # fmt: skip
-        place_kernel[(triton.cdiv(num_pairs, 256),)](slots, within, counts, starts, first_tiles, pairs, tiles, tokens,
-                                                    num_slots, blocks, K=top_k, BT=block_tokens, BP=256,
-                                                    TILE=tile_rows, num_warps=4)  # fmt: skip
+        counts = torch.zeros(blocks + 1, num_places, dtype=torch.int32, device=logits.device)
+        starts, first_tiles = torch.empty(2, num_places, dtype=torch.int32, device=logits.device)
+        count_kernel[(blocks,)](*inputs, within, counts, tokens, num_places, **rule, BT=block_tokens, num_warps=8)
+        scan_kernel[(triton.cdiv(num_places, _SCAN["BV"]),)](counts, starts, first_tiles, num_tiles, counters,
+                                                            blocks + 1, num_places, TILE=tile_rows, **_SCAN,
+                                                            num_warps=4)  # fmt: skip
+        scatter_kernel[(triton.cdiv(num_pairs, 256),)](places, within, counts, starts, first_tiles, pairs, tiles,
+                                                      tokens, num_places, blocks, K=top_k, BT=block_tokens, BP=256,
+                                                      TILE=tile_rows, num_warps=4)  # fmt: skip
     return outputs
 
 
 @_expert_route.register_fake
 def _(
     logits: Tensor, expert_map: Tensor, token_slots: Tensor | None, bias: Tensor | None, num_tokens: Tensor | None,
-    counters: Tensor, num_slots: int, tile_rows: int, top_k: int, score: int, renormalise: bool, scale: float,
+    counters: Tensor, num_places: int, tile_rows: int, top_k: int, score: int, renormalise: bool, scale: float,
     num_groups: int, top_groups: int, group_score: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return _empty_outputs(logits, top_k, num_slots, tile_rows)
+    return _empty_outputs(logits, top_k, num_places, tile_rows)
 
 
 def _empty_outputs(
-    logits: Tensor, top_k: int, num_slots: int, tile_rows: int
+    logits: Tensor, top_k: int, num_places: int, tile_rows: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tokens = logits.shape[0]
 
@@ -329,7 +329,7 @@ def _empty_outputs(
         return torch.empty(*shape, dtype=torch.int32, device=logits.device)
 
     weights = torch.empty(tokens, top_k, dtype=torch.float32, device=logits.device)
-    most = max_tiles(tokens * top_k, num_slots, tile_rows)
+    most = max_tiles(tokens * top_k, num_places, tile_rows)
     return weights, ints(tokens, top_k), ints(tokens * top_k), ints(most, 3), ints(1)
 
 
@@ -337,16 +337,16 @@ def expert_route(
     logits: Tensor,
     routing: Routing,
     expert_map: Tensor,
-    num_slots: int,
+    num_places: int,
     batch: TokenBatch,
     tile_rows: int,
     bias: Tensor | None = None,
 ) -> Routed:
-    """As in reference.py. The number of slots bounds that of tiles."""
+    """As in reference.py. The number of places bounds that of tiles."""
     assert batch.counters is not None
     outputs = _expert_route(
         logits.contiguous(), expert_map, batch.slots, bias, batch.num_tokens, batch.counters,
-        num_slots, tile_rows, routing.top_k, int(routing.score),
+        num_places, tile_rows, routing.top_k, int(routing.score),
         routing.renormalise, routing.scale, routing.num_groups, routing.top_groups, int(routing.group_score),
     )  # fmt: skip
     return Routed(*outputs, tile_rows)
@@ -355,7 +355,7 @@ def expert_route(
 def configurations() -> Iterator[Configuration]:
     """DeepSeek-V2-Lite, DeepSeek-V3, Qwen3-30B-A3B, gpt-oss-120b: decode, and for the first the counting sort."""
     pointers = dict(logits="*fp32", bias="*fp32", token_slots="*i32", expert_map="*i32", num_tokens="*i32",
-                    out_weights="*fp32", out_slots="*i32")  # fmt: skip
+                    out_weights="*fp32", out_places="*i32")  # fmt: skip
     rest = dict(pairs="*i32", tiles="*i32", num_tiles="*i32", counters="*i32", T="i32")
     shapes = {
         "v2-lite": dict(M=64, K=6, SCORE=0, RENORM=False, SCALE=1.0, HAS_BIAS=False, G=1, TOP_G=1, TOP2=False),
@@ -386,6 +386,6 @@ def configurations() -> Iterator[Configuration]:
         counts="*i32", starts="*i32", first_tiles="*i32", num_tiles="*i32", counters="*i32", BLOCKS="i32", V="i32"
     )
     yield Configuration("scan", scan_kernel, types, dict(TILE=64, **_SCAN))
-    types = dict(slots="*i32", within="*i32", counts="*i32", starts="*i32", first_tiles="*i32", pairs="*i32",
+    types = dict(places="*i32", within="*i32", counts="*i32", starts="*i32", first_tiles="*i32", pairs="*i32",
                  tiles="*i32", T="i32", V="i32", LAST_BLOCK="i32")  # fmt: skip
-    yield Configuration("place", place_kernel, types, dict(K=6, BT=16, BP=256, TILE=64))
+    yield Configuration("scatter", scatter_kernel, types, dict(K=6, BT=16, BP=256, TILE=64))

@@ -5,37 +5,37 @@ from torch import Tensor
 
 from kernels.expert_route.routing import GroupScore, Routed, Routing, Score, TokenBatch
 
-_NO_SLOT = torch.iinfo(torch.int32).max
+_NO_PLACE = torch.iinfo(torch.int32).max
 
 
 def expert_route(
     logits: Tensor,
     routing: Routing,
     expert_map: Tensor,
-    num_slots: int,
+    num_places: int,
     batch: TokenBatch,
     tile_rows: int,
     bias: Tensor | None = None,
 ) -> Routed:
-    """Choose each token's experts, replace them by the slots that its adapter has for them, and sort by slot.
+    """Choose each token's experts, replace them by the places that its adapter has for them, and sort by place.
 
     logits [T, M]: the router's, over the base's M experts; weights are untouched by rerouting.
     expert_map [adapters + 1, M] int32: row 0 is the identity.
-    num_slots: of the expert stack; no slot in the map is larger. tile_rows: the most rows of a tile.
+    num_places: of the expert stack; no place in the map is as large. tile_rows: the most rows of a tile.
     bias [M]: added to the scores for choosing only (DeepSeek-V3).
     """
     weights, ids = choose(logits.float(), routing, bias)
     if batch.slots is not None:
-        slots = expert_map[batch.slots[:, None], ids].int()
+        places = expert_map[batch.slots[:, None], ids].int()
     else:
-        slots = ids.int()
+        places = ids.int()
     if batch.num_tokens is not None:
-        slots[torch.arange(len(slots), device=slots.device) >= batch.num_tokens] = -1
-    flat = slots.flatten()
-    pairs = torch.where(flat < 0, _NO_SLOT, flat).argsort(stable=True).int()
+        places[torch.arange(len(places), device=places.device) >= batch.num_tokens] = -1
+    flat = places.flatten()
+    pairs = torch.where(flat < 0, _NO_PLACE, flat).argsort(stable=True).int()
     real = flat[pairs[: int((flat >= 0).sum())]]
     used, counts = torch.unique_consecutive(real, return_counts=True)
-    return Routed(weights, slots, pairs, *_tiles(used, counts, tile_rows), tile_rows)
+    return Routed(weights, places, pairs, *_tiles(used, counts, tile_rows), tile_rows)
 
 
 def choose(logits: Tensor, routing: Routing, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -67,14 +67,14 @@ def _limit_to_groups(ranked: Tensor, routing: Routing) -> Tensor:
 
 
 def _tiles(used: Tensor, counts: Tensor, tile_rows: int) -> tuple[Tensor, Tensor]:
-    """Cut each slot's pairs into tiles: [n, 3] int32, and n as a tensor."""
+    """Cut each place's pairs into tiles: [n, 3] int32, and n as a tensor."""
     starts = counts.cumsum(0) - counts
-    if len(counts) == 0 or tile_rows >= int(counts.max()):  # the CPU's: a slot is one tile
+    if len(counts) == 0 or tile_rows >= int(counts.max()):  # the CPU's: a place is one tile
         tiles = torch.stack([used, starts, counts], dim=-1)
     else:
-        per_slot = -(-counts // tile_rows)
-        slot_of = torch.arange(len(used), device=used.device).repeat_interleave(per_slot)
-        within = torch.arange(len(slot_of), device=used.device) - (per_slot.cumsum(0) - per_slot)[slot_of]
-        rows = (counts[slot_of] - within * tile_rows).clamp(max=tile_rows)
-        tiles = torch.stack([used[slot_of], starts[slot_of] + within * tile_rows, rows], dim=-1)
+        per_place = -(-counts // tile_rows)
+        place_of = torch.arange(len(used), device=used.device).repeat_interleave(per_place)
+        within = torch.arange(len(place_of), device=used.device) - (per_place.cumsum(0) - per_place)[place_of]
+        rows = (counts[place_of] - within * tile_rows).clamp(max=tile_rows)
+        tiles = torch.stack([used[place_of], starts[place_of] + within * tile_rows, rows], dim=-1)
     return tiles.int(), torch.tensor([len(tiles)], dtype=torch.int32, device=used.device)

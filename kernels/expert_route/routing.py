@@ -48,25 +48,25 @@ class TokenBatch(NamedTuple):
 
 
 class Routed(NamedTuple):
-    """Choices of a step's tokens, and the (token, choice) pairs sorted by expert slot and cut into tiles.
+    """Choices of a step's tokens, and the (token, choice) pairs sorted by expert place and cut into tiles.
 
     Running example, 2 tokens with 2 choices each, pairs numbered token * 2 + choice, tiles of at most 1 row:
-        slots      [[7, 3], [3, 0]]
+        places     [[7, 3], [3, 0]]
         weights    [[.6, .4], [.7, .3]]
-        pairs      [3, 1, 2, 0]                              in order of slot, and of number within a slot
-        tiles      [[0, 0, 1], [3, 1, 1], [3, 2, 1], [7, 3, 1]]    slot, first position, rows; in any order
+        pairs      [3, 1, 2, 0]                              in order of place, and of number within a place
+        tiles      [[0, 0, 1], [3, 1, 1], [3, 2, 1], [7, 3, 1]]    place, first position, rows; in any order
         num_tiles  [4]       tile_rows  1
     """
 
     weights: Tensor  # [T, K] float32
-    slots: Tensor  # [T, K] int32; -1: a token that only pads the batch
+    places: Tensor  # [T, K] int32: row of the expert stack; -1: a token that only pads the batch
     pairs: Tensor  # [T * K] int32; behind the pairs of real tokens, anything
     tiles: Tensor  # [most tiles there can be, 3] int32
     num_tiles: Tensor  # [1] int32
     tile_rows: int  # the most rows of a tile
 
 
-def max_tiles(num_pairs: int, num_slots: int, tile_rows: int) -> int:
-    """The most tiles that so many pairs can fall into: every slot in use may end in one that is not full."""
-    in_use = min(num_pairs, num_slots)
+def max_tiles(num_pairs: int, num_places: int, tile_rows: int) -> int:
+    """The most tiles that so many pairs can fall into: every place in use may end in one that is not full."""
+    in_use = min(num_pairs, num_places)
     return in_use + (num_pairs - in_use) // tile_rows

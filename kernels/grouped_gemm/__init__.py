@@ -19,7 +19,7 @@ _ONE_TILE = 1 << 30
 def tile_rows(x: Tensor, top_k: int, num_experts: int) -> int:
     """The most rows of a tile for this batch: so many that a matrix is seldom read twice, and no more.
 
-    On the CPU a slot's rows are one product.
+    On the CPU a place's rows are one product.
     """
     if not takes(x):
         return _ONE_TILE

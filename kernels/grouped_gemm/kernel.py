@@ -1,8 +1,8 @@
 """Triton form of grouped_gemm: persistent programs walk the tiles that expert_route opened.
 
-A tile is up to TILE rows of one slot; its rows are gathered on load and scattered on store, so nothing is sorted or
-padded in memory. At decode the weights' bytes are the cost: the only rule for tile sizes is to read each matrix once.
-A stack is addressed by stride (it may be an arena with holes), or through a table of one pointer a slot.
+A tile is up to TILE rows of one expert place; its rows are gathered on load and scattered on store, so nothing is
+sorted or padded in memory. At decode the weights' bytes are the cost: the only rule for tile sizes is to read each
+matrix once. A stack is addressed by stride: it may be an arena with holes.
 """
 
 from collections.abc import Iterator
@@ -61,16 +61,6 @@ def _act(gate, up, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
 
 
 @triton.jit
-def _matrix(stack, pointers, slot, stride, POINTERS: tl.constexpr):
-    """Address of a slot's matrix."""
-    if POINTERS:
-        # an address out of a table says nothing of itself, and would be read an element at a time
-        return tl.multiple_of(tl.load(pointers + slot).to(tl.pointer_type(stack.dtype.element_ty)), 16)
-    else:
-        return stack + slot.to(tl.int64) * stride
-
-
-@triton.jit
 def _offsets(row, k, DEPTH: tl.constexpr, ROWS: tl.constexpr, TRANSPOSED: tl.constexpr):
     """Of elements (row, k) of a matrix [ROWS, DEPTH], or [DEPTH, ROWS] if transposed; as [k, row]."""
     if TRANSPOSED:
@@ -81,19 +71,19 @@ def _offsets(row, k, DEPTH: tl.constexpr, ROWS: tl.constexpr, TRANSPOSED: tl.con
 
 @triton.jit
 def gate_up_kernel(
-    x, stack, pointers, bias, h, pairs, tiles, num_tiles, stride,
+    x, stack, bias, h, pairs, tiles, num_tiles, stride,
     H: tl.constexpr, I: tl.constexpr, K: tl.constexpr, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
-    HAS_BIAS: tl.constexpr, TRANSPOSED: tl.constexpr, INTERLEAVED: tl.constexpr, POINTERS: tl.constexpr,
-    TILE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, TRANSPOSED: tl.constexpr, INTERLEAVED: tl.constexpr, TILE: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """h[position] = act(gate) * up for each position of a tile; x [T, H], stack [slots, 2I, H], h [P, I].
+    """h[position] = act(gate) * up for each position of a tile; x [T, H], stack [places, 2I, H], h [P, I].
 
     ACT below 0: h [P, 2I] holds gate and up in the order of the matrix's rows.
     """
     column_blocks: tl.constexpr = (I + BN - 1) // BN
     for work in range(tl.program_id(0), tl.load(num_tiles) * column_blocks, tl.num_programs(0)):
         tile = work // column_blocks
-        slot = tl.load(tiles + tile * 3)
+        place = tl.load(tiles + tile * 3)
         start = tl.load(tiles + tile * 3 + 1)
         m = tl.arange(0, TILE)
         row_mask = m < tl.load(tiles + tile * 3 + 2)
@@ -103,7 +93,7 @@ def gate_up_kernel(
         gate_row = n * 2 if INTERLEAVED else n
         up_row = n * 2 + 1 if INTERLEAVED else n + I
         k = tl.arange(0, BK)
-        weights = _matrix(stack, pointers, slot, stride, POINTERS)
+        weights = stack + place.to(tl.int64) * stride
         x_at = x + token.to(tl.int64)[:, None] * H + k[None, :]
         if INTERLEAVED:  # read as they lie and part afterwards: every other element would be read one at a time
             both_row = (work % column_blocks) * (2 * BN) + tl.arange(0, 2 * BN)
@@ -129,7 +119,7 @@ def gate_up_kernel(
                 gate = dot(rows, tl.load(gate_at + step, mask=mask, other=0.0), gate)
                 up = dot(rows, tl.load(up_at + step, mask=mask, other=0.0), up)
         if HAS_BIAS:
-            bias_at = bias + slot * (2 * I)
+            bias_at = bias + place * (2 * I)
             gate += tl.load(bias_at + gate_row, mask=column_mask, other=0.0).to(tl.float32)[None, :]
             up += tl.load(bias_at + up_row, mask=column_mask, other=0.0).to(tl.float32)[None, :]
         if ACT >= 0:
@@ -149,16 +139,16 @@ def gate_up_kernel(
 
 @triton.jit
 def activate_kernel(
-    products, slots, h,
+    products, places, h,
     I: tl.constexpr, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, INTERLEAVED: tl.constexpr,
     BN: tl.constexpr,
 ):  # fmt: skip
     """h[position] = act(gate) * up; products [P, 2I], h [P, I].
 
-    Padding tokens are the last of a batch, so as many positions hold a real pair as leading entries of slots do.
+    Padding tokens are the last of a batch, so as many positions hold a real pair as leading entries of places do.
     """
     position = tl.program_id(0)
-    if tl.load(slots + position) >= 0:
+    if tl.load(places + position) >= 0:
         row = products + position.to(tl.int64) * (2 * I)
         n = tl.program_id(1) * BN + tl.arange(0, BN)
         if INTERLEAVED:
@@ -174,15 +164,15 @@ def activate_kernel(
 
 @triton.jit
 def down_kernel(
-    h, stack, pointers, bias, out, pairs, tiles, num_tiles, stride,
-    H: tl.constexpr, I: tl.constexpr, HAS_BIAS: tl.constexpr, TRANSPOSED: tl.constexpr, POINTERS: tl.constexpr,
-    TILE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    h, stack, bias, out, pairs, tiles, num_tiles, stride,
+    H: tl.constexpr, I: tl.constexpr, HAS_BIAS: tl.constexpr, TRANSPOSED: tl.constexpr, TILE: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """out[pair] = stack[slot] @ h[position]; h [P, I], stack [slots, H, I], out [P, H] in order of pair number."""
+    """out[pair] = stack[place] @ h[position]; h [P, I], stack [places, H, I], out [P, H] in order of pair number."""
     column_blocks: tl.constexpr = (H + BN - 1) // BN
     for work in range(tl.program_id(0), tl.load(num_tiles) * column_blocks, tl.num_programs(0)):
         tile = work // column_blocks
-        slot = tl.load(tiles + tile * 3)
+        place = tl.load(tiles + tile * 3)
         start = tl.load(tiles + tile * 3 + 1)
         m = tl.arange(0, TILE)
         row_mask = m < tl.load(tiles + tile * 3 + 2)
@@ -190,7 +180,7 @@ def down_kernel(
         n = (work % column_blocks) * BN + tl.arange(0, BN)
         column_mask = n < H
         k = tl.arange(0, BK)
-        weights = _matrix(stack, pointers, slot, stride, POINTERS)
+        weights = stack + place.to(tl.int64) * stride
         weights_at = weights + _offsets(n, k, I, H, TRANSPOSED)
         h_at = h + (start + m).to(tl.int64)[:, None] * I + k[None, :]
         total = tl.zeros((TILE, BN), tl.float32)
@@ -200,20 +190,20 @@ def down_kernel(
             step = first * H if TRANSPOSED else first
             total = dot(rows, tl.load(weights_at + step, mask=deep[:, None] & column_mask[None, :], other=0.0), total)
         if HAS_BIAS:
-            total += tl.load(bias + slot * H + n, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+            total += tl.load(bias + place * H + n, mask=column_mask, other=0.0).to(tl.float32)[None, :]
         out_at = out + pair.to(tl.int64)[:, None] * H + n[None, :]
         tl.store(out_at, total.to(out.dtype.element_ty), mask=row_mask[:, None] & column_mask[None, :])
 
 
 @triton.jit
-def combine_kernel(rows, weights, slots, out, H: tl.constexpr, K: tl.constexpr, BH: tl.constexpr):
+def combine_kernel(rows, weights, places, out, H: tl.constexpr, K: tl.constexpr, BH: tl.constexpr):
     """out[t] = sum over k of weights[t, k] * rows[t * K + k], in the order of k whatever the order of work."""
     t = tl.program_id(0)
     n = tl.program_id(1) * BH + tl.arange(0, BH)
     total = tl.zeros((BH,), tl.float32)
     for k in tl.static_range(K):
         pair = t * K + k
-        width = tl.where(tl.load(slots + pair) >= 0, H, 0)  # a padding token's rows were never written
+        width = tl.where(tl.load(places + pair) >= 0, H, 0)  # a padding token's rows were never written
         row = tl.load(rows + pair.to(tl.int64) * H + n, mask=n < width, other=0.0).to(tl.float32)
         total += tl.where(width > 0, tl.load(weights + pair), 0.0) * row
     tl.store(out + t.to(tl.int64) * H + n, total.to(out.dtype.element_ty), mask=n < H)
@@ -221,86 +211,83 @@ def combine_kernel(rows, weights, slots, out, H: tl.constexpr, K: tl.constexpr, 
 
 @torch.library.custom_op("heddle::expert_gate_up", mutates_args=())
 def _gate_up(
-    x: Tensor, stack: Tensor, pointers: Tensor | None, bias: Tensor | None, pairs: Tensor, tiles: Tensor,
-    num_tiles: Tensor, top_k: int, tile: int, act: int, alpha: float, limit: float, transposed: bool,
-    interleaved: bool,
+    x: Tensor, stack: Tensor, bias: Tensor | None, pairs: Tensor, tiles: Tensor, num_tiles: Tensor, top_k: int,
+    tile: int, act: int, alpha: float, limit: float, transposed: bool, interleaved: bool,
 ) -> Tensor:  # fmt: skip
     hidden = x.shape[1]
     inner = stack.shape[2 if transposed else 1] // 2
     h = x.new_empty(pairs.shape[0], inner if act >= 0 else 2 * inner)
     blocks = _for_size(_GATE_UP[tile], x.itemsize)
     gate_up_kernel[(_programs(x, tiles, inner, blocks),)](
-        x, stack, num_tiles if pointers is None else pointers, x if bias is None else bias, h, pairs, tiles, num_tiles,
-        stack.stride(0), H=hidden, I=inner, K=top_k, ACT=act, ALPHA=alpha, LIMIT=limit, HAS_BIAS=bias is not None,
-        TRANSPOSED=transposed, INTERLEAVED=interleaved, POINTERS=pointers is not None, TILE=tile, BN=blocks.columns,
-        BK=blocks.depth, num_warps=blocks.num_warps, num_stages=stages(blocks.num_stages),
+        x, stack, x if bias is None else bias, h, pairs, tiles, num_tiles, stack.stride(0), H=hidden, I=inner, K=top_k,
+        ACT=act, ALPHA=alpha, LIMIT=limit, HAS_BIAS=bias is not None, TRANSPOSED=transposed, INTERLEAVED=interleaved,
+        TILE=tile, BN=blocks.columns, BK=blocks.depth, num_warps=blocks.num_warps,
+        num_stages=stages(blocks.num_stages),
     )  # fmt: skip
     return h
 
 
 @_gate_up.register_fake
 def _(
-    x: Tensor, stack: Tensor, pointers: Tensor | None, bias: Tensor | None, pairs: Tensor, tiles: Tensor,
-    num_tiles: Tensor, top_k: int, tile: int, act: int, alpha: float, limit: float, transposed: bool,
-    interleaved: bool,
+    x: Tensor, stack: Tensor, bias: Tensor | None, pairs: Tensor, tiles: Tensor, num_tiles: Tensor, top_k: int,
+    tile: int, act: int, alpha: float, limit: float, transposed: bool, interleaved: bool,
 ) -> Tensor:  # fmt: skip
     columns = stack.shape[2 if transposed else 1]
     return x.new_empty(pairs.shape[0], columns // 2 if act >= 0 else columns)
 
 
 @torch.library.custom_op("heddle::expert_activate", mutates_args=())
-def _activate(products: Tensor, slots: Tensor, act: int, alpha: float, limit: float, interleaved: bool) -> Tensor:
+def _activate(products: Tensor, places: Tensor, act: int, alpha: float, limit: float, interleaved: bool) -> Tensor:
     inner = products.shape[1] // 2
     h = products.new_empty(products.shape[0], inner)
     columns = min(_ACTIVATE_COLUMNS, triton.next_power_of_2(inner))
     activate_kernel[(products.shape[0], triton.cdiv(inner, columns))](
-        products, slots, h, I=inner, ACT=act, ALPHA=alpha, LIMIT=limit, INTERLEAVED=interleaved, BN=columns
+        products, places, h, I=inner, ACT=act, ALPHA=alpha, LIMIT=limit, INTERLEAVED=interleaved, BN=columns
     )
     return h
 
 
 @_activate.register_fake
-def _(products: Tensor, slots: Tensor, act: int, alpha: float, limit: float, interleaved: bool) -> Tensor:
+def _(products: Tensor, places: Tensor, act: int, alpha: float, limit: float, interleaved: bool) -> Tensor:
     return products.new_empty(products.shape[0], products.shape[1] // 2)
 
 
 @torch.library.custom_op("heddle::expert_down", mutates_args=())
 def _down(
-    h: Tensor, stack: Tensor, pointers: Tensor | None, bias: Tensor | None, pairs: Tensor, tiles: Tensor,
-    num_tiles: Tensor, tile: int, transposed: bool,
+    h: Tensor, stack: Tensor, bias: Tensor | None, pairs: Tensor, tiles: Tensor, num_tiles: Tensor, tile: int,
+    transposed: bool,
 ) -> Tensor:  # fmt: skip
     hidden = stack.shape[2 if transposed else 1]
     out = h.new_empty(h.shape[0], hidden)
     blocks = _for_size(_DOWN[tile], h.itemsize)
     down_kernel[(_programs(h, tiles, hidden, blocks),)](
-        h, stack, num_tiles if pointers is None else pointers, h if bias is None else bias, out, pairs, tiles,
-        num_tiles, stack.stride(0), H=hidden, I=h.shape[1], HAS_BIAS=bias is not None, TRANSPOSED=transposed,
-        POINTERS=pointers is not None, TILE=tile, BN=blocks.columns, BK=blocks.depth, num_warps=blocks.num_warps,
-        num_stages=stages(blocks.num_stages),
+        h, stack, h if bias is None else bias, out, pairs, tiles, num_tiles, stack.stride(0), H=hidden, I=h.shape[1],
+        HAS_BIAS=bias is not None, TRANSPOSED=transposed, TILE=tile, BN=blocks.columns, BK=blocks.depth,
+        num_warps=blocks.num_warps, num_stages=stages(blocks.num_stages),
     )  # fmt: skip
     return out
 
 
 @_down.register_fake
 def _(
-    h: Tensor, stack: Tensor, pointers: Tensor | None, bias: Tensor | None, pairs: Tensor, tiles: Tensor,
-    num_tiles: Tensor, tile: int, transposed: bool,
+    h: Tensor, stack: Tensor, bias: Tensor | None, pairs: Tensor, tiles: Tensor, num_tiles: Tensor, tile: int,
+    transposed: bool,
 ) -> Tensor:  # fmt: skip
     return h.new_empty(h.shape[0], stack.shape[2 if transposed else 1])
 
 
 @torch.library.custom_op("heddle::expert_combine", mutates_args=())
-def _combine(rows: Tensor, weights: Tensor, slots: Tensor) -> Tensor:
+def _combine(rows: Tensor, weights: Tensor, places: Tensor) -> Tensor:
     tokens, top_k = weights.shape
     hidden = rows.shape[1]
     out = rows.new_empty(tokens, hidden)
     columns = min(_COMBINE_COLUMNS, triton.next_power_of_2(hidden))
-    combine_kernel[(tokens, triton.cdiv(hidden, columns))](rows, weights, slots, out, H=hidden, K=top_k, BH=columns)
+    combine_kernel[(tokens, triton.cdiv(hidden, columns))](rows, weights, places, out, H=hidden, K=top_k, BH=columns)
     return out
 
 
 @_combine.register_fake
-def _(rows: Tensor, weights: Tensor, slots: Tensor) -> Tensor:
+def _(rows: Tensor, weights: Tensor, places: Tensor) -> Tensor:
     return rows.new_empty(weights.shape[0], rows.shape[1])
 
 
@@ -311,34 +298,29 @@ def gate_up(
     activation: Activation | None,
     layout: Layout,
     bias: Tensor | None = None,
-    pointers: Tensor | None = None,
 ) -> Tensor:
-    """As in reference.py. pointers [slots] int64: address of each slot's matrix, in place of stride and slot."""
+    """As in reference.py."""
     act = _NO_ACT if activation is None else int(activation.act)
     alpha, limit = (1.0, 0.0) if activation is None else (activation.alpha, activation.limit)
     return _gate_up(
-        x.contiguous(), stack, pointers, bias, routed.pairs, routed.tiles, routed.num_tiles, routed.slots.shape[1],
+        x.contiguous(), stack, bias, routed.pairs, routed.tiles, routed.num_tiles, routed.places.shape[1],
         routed.tile_rows, act, alpha, limit, layout.transposed, layout.interleaved,
     )  # fmt: skip
 
 
 def activate(products: Tensor, activation: Activation, interleaved: bool, routed: Routed) -> Tensor:
     """As in reference.py."""
-    return _activate(products, routed.slots, int(activation.act), activation.alpha, activation.limit, interleaved)
+    return _activate(products, routed.places, int(activation.act), activation.alpha, activation.limit, interleaved)
 
 
-def down(
-    h: Tensor, stack: Tensor, routed: Routed, layout: Layout, bias: Tensor | None = None, pointers: Tensor | None = None
-) -> Tensor:
-    """As in reference.py; pointers as in gate_up."""
-    return _down(
-        h, stack, pointers, bias, routed.pairs, routed.tiles, routed.num_tiles, routed.tile_rows, layout.transposed
-    )
+def down(h: Tensor, stack: Tensor, routed: Routed, layout: Layout, bias: Tensor | None = None) -> Tensor:
+    """As in reference.py."""
+    return _down(h, stack, bias, routed.pairs, routed.tiles, routed.num_tiles, routed.tile_rows, layout.transposed)
 
 
 def combine(rows: Tensor, routed: Routed) -> Tensor:
     """As in reference.py."""
-    return _combine(rows, routed.weights, routed.slots)
+    return _combine(rows, routed.weights, routed.places)
 
 
 def _for_size(blocks: Blocks, itemsize: int) -> Blocks:
@@ -356,7 +338,7 @@ def multiprocessors(x: Tensor) -> int:
 
 
 def configurations() -> Iterator[Configuration]:
-    """DeepSeek-V2-Lite in bfloat16 (all tiles; by stride and by pointers) and float32, Qwen3-30B-A3B, gpt-oss.
+    """DeepSeek-V2-Lite in bfloat16 (all tiles) and float32, Qwen3-30B-A3B, gpt-oss.
 
     Without an activation only V2-Lite and gpt-oss, which differ in what they store.
     """
@@ -368,37 +350,33 @@ def configurations() -> Iterator[Configuration]:
     }
     for name, (hidden, inner, top_k, act, layout, has_bias, dtype) in shapes.items():
         for tile in _GATE_UP:
-            for by_pointers in (False, True) if name == "v2-lite" else (False,):
-                title = f"{name} tile {tile}{' pointers' * by_pointers}"
-                yield _gate_up_configuration(
-                    title, hidden, inner, top_k, act, layout, has_bias, dtype, tile, by_pointers
-                )
-                yield _down_configuration(title, hidden, inner, layout, has_bias, dtype, tile, by_pointers)
+            title = f"{name} tile {tile}"
+            yield _gate_up_configuration(title, hidden, inner, top_k, act, layout, has_bias, dtype, tile)
+            yield _down_configuration(title, hidden, inner, layout, has_bias, dtype, tile)
             if name in ("v2-lite", "gpt-oss"):
-                by_pointers = name == "v2-lite"
                 yield _gate_up_configuration(f"{name} tile {tile} without activation", hidden, inner, top_k, None,
-                                             layout, has_bias, dtype, tile, by_pointers)  # fmt: skip
+                                             layout, has_bias, dtype, tile)  # fmt: skip
         if name in ("v2-lite", "gpt-oss"):
             constants = dict(I=inner, ACT=int(act), ALPHA=1.702, LIMIT=7.0, INTERLEAVED=layout.interleaved,
                              BN=_ACTIVATE_COLUMNS)  # fmt: skip
-            types = dict(products=dtype, slots="*i32", h=dtype)
+            types = dict(products=dtype, places="*i32", h=dtype)
             yield Configuration(f"activate {name}", activate_kernel, types, constants, ("products", "h"))
-    types = dict(rows="*bf16", weights="*fp32", slots="*i32", out="*bf16")
+    types = dict(rows="*bf16", weights="*fp32", places="*i32", out="*bf16")
     yield Configuration("combine v2-lite", combine_kernel, types, dict(H=2048, K=6, BH=1024), ("rows", "out"))
 
 
-_INDICES = dict(pairs="*i32", tiles="*i32", num_tiles="*i32", stride="i64", pointers="*i64")
+_INDICES = dict(pairs="*i32", tiles="*i32", num_tiles="*i32", stride="i32")
 
 
 def _gate_up_configuration(
     title: str, hidden: int, inner: int, top_k: int, act: Act | None, layout: Layout, has_bias: bool, dtype: str,
-    tile: int, by_pointers: bool,
+    tile: int,
 ) -> Configuration:  # fmt: skip
     blocks = _for_size(_GATE_UP[tile], 2 if dtype == "*bf16" else 4)
     types = {**_INDICES, "x": dtype, "stack": dtype, "bias": dtype, "h": dtype}
     number = _NO_ACT if act is None else int(act)
     constants = dict(H=hidden, I=inner, K=top_k, ACT=number, ALPHA=1.702, LIMIT=7.0, HAS_BIAS=has_bias,
-                     TRANSPOSED=layout.transposed, INTERLEAVED=layout.interleaved, POINTERS=by_pointers, TILE=tile,
+                     TRANSPOSED=layout.transposed, INTERLEAVED=layout.interleaved, TILE=tile,
                      BN=blocks.columns, BK=blocks.depth)  # fmt: skip
     aligned = ("x", "stack", "h", "stride")
     return Configuration(
@@ -407,11 +385,11 @@ def _gate_up_configuration(
 
 
 def _down_configuration(
-    title: str, hidden: int, inner: int, layout: Layout, has_bias: bool, dtype: str, tile: int, by_pointers: bool
+    title: str, hidden: int, inner: int, layout: Layout, has_bias: bool, dtype: str, tile: int
 ) -> Configuration:
     blocks = _for_size(_DOWN[tile], 2 if dtype == "*bf16" else 4)
     types = {**_INDICES, "h": dtype, "stack": dtype, "bias": dtype, "out": dtype}
-    constants = dict(H=hidden, I=inner, HAS_BIAS=has_bias, TRANSPOSED=layout.transposed, POINTERS=by_pointers,
-                     TILE=tile, BN=blocks.columns, BK=blocks.depth)  # fmt: skip
+    constants = dict(H=hidden, I=inner, HAS_BIAS=has_bias, TRANSPOSED=layout.transposed, TILE=tile,
+                     BN=blocks.columns, BK=blocks.depth)  # fmt: skip
     aligned = ("h", "stack", "out", "stride")
     return Configuration(f"down {title}", down_kernel, types, constants, aligned, blocks.num_warps, blocks.num_stages)

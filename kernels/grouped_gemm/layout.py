@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Layout:
-    """A stack [slots, out, in], or [slots, in, out] if transposed.
+    """A stack [places, out, in], a matrix for each expert place, or [places, in, out] if transposed.
 
     interleaved: gate and up alternate among the columns of gate_up, instead of all gates before all ups (gpt-oss).
     """

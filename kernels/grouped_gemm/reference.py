@@ -1,8 +1,8 @@
 """Reference and CPU path of grouped_gemm.
 
-A loop over the slots in use. torch's own grouped product walks all slots: it takes 0.7 times as long where all are
-used, 2.6 times where one in 32 is (benchmarks/README.md). The stack may be an arena of which only the slots in use are
-mapped: no other is ever read.
+A loop over the expert places in use. torch's own grouped product walks all places: it takes 0.7 times as long where all
+are used, 2.6 times where one in 32 is (benchmarks/README.md). The stack may be an arena of which only the places in use
+are mapped: no other is ever read.
 """
 
 import torch
@@ -16,14 +16,14 @@ from kernels.grouped_gemm.layout import Act, Activation, Layout, split_gate_up
 def gate_up(
     x: Tensor, stack: Tensor, routed: Routed, activation: Activation | None, layout: Layout, bias: Tensor | None = None
 ) -> Tensor:
-    """act(gate(x)) * up(x) of each pair, by the matrices of its slot.
+    """act(gate(x)) * up(x) of each pair, by the matrices of its place.
 
-    x [T, H]; stack [slots, 2I, H]; bias [slots, 2I]. Returns [P, I]: row i belongs to pair routed.pairs[i], and rows
+    x [T, H]; stack [places, 2I, H]; bias [places, 2I]. Returns [P, I]: row i belongs to pair routed.pairs[i], and rows
     behind the pairs of real tokens are not written. activation None: the products themselves, [P, 2I] with columns as
     the layout has them, for `activate` after something was added.
     """
     tiles = _tiles(routed)
-    rows = x[routed.pairs[: _num_rows(tiles)] // routed.slots.shape[1]]
+    rows = x[routed.pairs[: _num_rows(tiles)] // routed.places.shape[1]]
     products = _products(rows, stack, tiles, layout, bias)
     if activation is not None:
         products = _activate(products, activation, layout.interleaved)
@@ -32,12 +32,12 @@ def gate_up(
 
 def activate(products: Tensor, activation: Activation, interleaved: bool, routed: Routed) -> Tensor:
     """[P, 2I] as gate_up returns it without an activation -> [P, I] as with one."""
-    real = products[: int((routed.slots >= 0).sum())]
+    real = products[: int((routed.places >= 0).sum())]
     return _behind(_activate(real, activation, interleaved), len(products))
 
 
 def down(h: Tensor, stack: Tensor, routed: Routed, layout: Layout, bias: Tensor | None = None) -> Tensor:
-    """h [P, I] as gate_up returns it; stack [slots, H, I]; bias [slots, H]. Returns [P, H] in order of pair number."""
+    """h [P, I] as gate_up returns it; stack [places, H, I]; bias [places, H]. Returns [P, H] by pair number."""
     products = _products(h, stack, _tiles(routed), layout, bias)
     out = products.new_empty(len(routed.pairs), products.shape[-1])
     out[routed.pairs[: len(products)]] = products
@@ -47,7 +47,7 @@ def down(h: Tensor, stack: Tensor, routed: Routed, layout: Layout, bias: Tensor 
 def combine(rows: Tensor, routed: Routed) -> Tensor:
     """Sum each token's K choices in the router's order: rows [T * K, H] in order of pair -> [T, H]; padding gives 0."""
     choices = rows.view(*routed.weights.shape, -1)
-    padding = routed.slots[..., None] < 0
+    padding = routed.places[..., None] < 0
     if bool(padding.any()):
         choices = choices.masked_fill(padding, 0)
     return torch.einsum("tkh,tk->th", choices, routed.weights.to(rows.dtype))
@@ -70,7 +70,7 @@ def _activate(products: Tensor, activation: Activation, interleaved: bool) -> Te
 
 
 def _tiles(routed: Routed) -> list[list[int]]:
-    """(slot, first position, rows) of each, in order of position."""
+    """(place, first position, rows) of each, in order of position."""
     return sorted(routed.tiles[: int(routed.num_tiles)].tolist(), key=lambda tile: tile[1])
 
 
@@ -79,11 +79,11 @@ def _num_rows(tiles: list[list[int]]) -> int:
 
 
 def _products(rows: Tensor, stack: Tensor, tiles: list[list[int]], layout: Layout, bias: Tensor | None) -> Tensor:
-    """Each tile's rows times its slot's matrix, one after another."""
-    weights = stack if layout.transposed else stack.transpose(-1, -2)  # [slots, in, out]
-    products = [rows[start : start + count] @ weights[slot] for slot, start, count in tiles]
+    """Each tile's rows times its place's matrix, one after another."""
+    weights = stack if layout.transposed else stack.transpose(-1, -2)  # [places, in, out]
+    products = [rows[start : start + count] @ weights[place] for place, start, count in tiles]
     if bias is not None:
-        products = [product + bias[slot] for product, (slot, _, _) in zip(products, tiles, strict=True)]
+        products = [product + bias[place] for product, (place, _, _) in zip(products, tiles, strict=True)]
     return torch.cat(products) if products else rows.new_empty(0, weights.shape[-1])
 
 

@@ -10,8 +10,9 @@ last ticket sets the counters back to zero: the launch can be replayed from a gr
 Ranks are true in memory and walked in steps of 16, so nothing is padded to the largest. For prefill the same work is
 done by two plain launches; they are the cross-check as well.
 
-Inside routed experts the tiles are those that expert_route made. Their rows are positions; where x or y is in another
-order, it is found through the pairs (CHOICES, SCATTERS).
+Inside routed experts the tiles are those that expert_route made: what they call a slot is an expert place, and so are
+the table's rows. Their rows are positions; where x or y is in another order, it is found through the pairs (CHOICES,
+SCATTERS).
 """
 
 from collections.abc import Iterator
@@ -21,23 +22,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.adapter_rows import FEW_TILE_ROWS, AdapterTiles
 from kernels.compiled.kernel import Configuration, dot, stages
 from kernels.expert_route import Routed
-from kernels.lora.site import FEW_TILE_ROWS, LoraSite, Segments
+from kernels.lora.site import TABLE_FIELDS, Field, LoraSite, SiteAdapters
 
 DECODE_COLUMNS = 64  # of an expand: one item of work
 _RANKS = 16  # ranks at a time: a matrix instruction's
+_FIELDS = tl.constexpr(TABLE_FIELDS)
+_A, _B, _GAIN = tl.constexpr(int(Field.A)), tl.constexpr(int(Field.B)), tl.constexpr(int(Field.GAIN))
+_RANK, _SCALE = tl.constexpr(int(Field.RANK)), tl.constexpr(int(Field.SCALE))
 _TRITON_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 @triton.jit
 def _entry(table, table_stride, slot, part):
     """a, b, gain (addresses), rank and scale of an adapter's slice."""
-    row = table + slot.to(tl.int64) * table_stride + part * 4
-    packed = tl.load(row + 3)
-    rank = (packed & 0xFFFFFFFF).to(tl.int32)
-    scale = (packed >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-    return tl.load(row), tl.load(row + 1), tl.load(row + 2), rank, scale
+    row = table + slot.to(tl.int64) * table_stride + part * _FIELDS
+    rank = tl.load(row + _RANK).to(tl.int32)
+    scale = tl.load(row + _SCALE).to(tl.int32).to(tl.float32, bitcast=True)
+    return tl.load(row + _A), tl.load(row + _B), tl.load(row + _GAIN), rank, scale
 
 
 @triton.jit
@@ -277,23 +281,26 @@ def lora(
     y: Tensor,
     x: Tensor,
     site: LoraSite,
-    segments: Segments,
+    adapters: SiteAdapters,
+    tiles: AdapterTiles,
+    max_rank: int,
     bias: Tensor | None = None,
     single_launch: bool | None = None,
 ) -> None:
     """As in reference.py. single_launch: None chooses by the rows of a tile."""
-    assert site.table is not None and site.offsets is not None
-    assert segments.tiles is not None and segments.num_tiles is not None and segments.counters is not None
+    assert adapters.table is not None and adapters.offsets is not None
+    assert tiles.tiles is not None and tiles.num_tiles is not None and tiles.counters is not None
     if single_launch is None:
-        single_launch = segments.tile_rows <= FEW_TILE_ROWS
-    _lora(y, x, site.table, site.offsets, bias, segments.tiles, segments.num_tiles, segments.counters, max(site.widths),
-          segments.tile_rows, segments.max_rank, site.own_inputs, site.transposed, single_launch)  # fmt: skip
+        single_launch = tiles.tile_rows <= FEW_TILE_ROWS
+    _lora(y, x, adapters.table, adapters.offsets, bias, tiles.tiles, tiles.num_tiles, tiles.counters, max(site.widths),
+          tiles.tile_rows, max_rank, site.own_inputs, site.transposed, single_launch)  # fmt: skip
 
 
 def expert_lora(
     y: Tensor,
     x: Tensor,
     site: LoraSite,
+    adapters: SiteAdapters,
     routed: Routed,
     gathers: bool,
     max_rank: int,
@@ -301,12 +308,12 @@ def expert_lora(
     single_launch: bool | None = None,
 ) -> None:
     """As in reference.py. counters: [1 + most tiles * slices] int32, zero; left zero. single_launch as in lora."""
-    assert site.table is not None and site.offsets is not None and not site.own_inputs
+    assert adapters.table is not None and adapters.offsets is not None and not site.own_inputs
     assert counters.numel() > routed.tiles.shape[0] * len(site.widths)
     if single_launch is None:
         single_launch = routed.tile_rows <= FEW_TILE_ROWS
-    _expert_lora(y, x, site.table, site.offsets, routed.pairs, routed.tiles, routed.num_tiles, counters,
-                 max(site.widths), routed.tile_rows, max_rank, routed.slots.shape[1] if gathers else 0,
+    _expert_lora(y, x, adapters.table, adapters.offsets, routed.pairs, routed.tiles, routed.num_tiles, counters,
+                 max(site.widths), routed.tile_rows, max_rank, routed.places.shape[1] if gathers else 0,
                  site.transposed, single_launch)  # fmt: skip
 
 
@@ -345,7 +352,7 @@ def _configurations(
     scatters: bool = False,
 ) -> Iterator[Configuration]:  # fmt: skip
     pointer, itemsize = ("*bf16", 2) if dtype == tl.bfloat16 else ("*fp32", 4)
-    types = dict(x=pointer, y=pointer, z="*fp32", bias=pointer, table="*i64", table_stride="i64", offsets="*i32",
+    types = dict(x=pointer, y=pointer, z="*fp32", bias=pointer, table="*i64", table_stride="i32", offsets="*i32",
                  pairs="*i32", tiles="*i32", num_tiles="*i32", counters="*i32", T="i32", max_rank="i32", stride_x="i32",
                  stride_y="i32", column_blocks="i32")  # fmt: skip
     aligned = ("x", "y", "z", "stride_x", "stride_y")

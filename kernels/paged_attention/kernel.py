@@ -76,8 +76,8 @@ def _attention(
     query_starts, kv_lens, block_tables, sinks,
     partial_sums, partial_maxima, partial_totals, counters,  # f32 [programs, splits, ROW_HEADS(, VALUE)]; i32
     num_sequences, splits, scale, softcap, window, chunk,
-    query_stride, query_head_stride, key_block_stride, key_slot_stride, key_head_stride,
-    value_block_stride, value_slot_stride, value_head_stride, table_stride,
+    query_stride, query_head_stride, key_block_stride, key_offset_stride, key_head_stride,
+    value_block_stride, value_offset_stride, value_head_stride, table_stride,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, ROW_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, VALUE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DECODE: tl.constexpr, SPLIT: tl.constexpr, LIMITED: tl.constexpr,
@@ -158,8 +158,8 @@ def _attention(
         block = next_block.to(tl.int64)
         next_keys = keys + BLOCK_N  # a tile ahead, so that the addresses of keys wait for no load
         next_block = tl.load(table + next_keys // BLOCK_SIZE, mask=next_keys < end, other=0)
-        slot = keys % BLOCK_SIZE
-        key_rows = key_head + block * key_block_stride + slot * key_slot_stride
+        offset = keys % BLOCK_SIZE
+        key_rows = key_head + block * key_block_stride + offset * key_offset_stride
         key_main = _load(key_rows, main, seen, DIM if DIM < MAIN else MAIN, MAIN)
         scores = dot(query_main, tl.trans(key_main), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
         if TAIL:
@@ -184,7 +184,7 @@ def _attention(
         if LATENT:
             value = key_main
         else:
-            value_rows = value_head + block * value_block_stride + slot * value_slot_stride
+            value_rows = value_head + block * value_block_stride + offset * value_offset_stride
             value = _load(value_rows, dims, seen, VALUE_DIM, VALUE)
         accumulated = dot(weights.to(value.dtype), value, accumulated * rescale[:, None])
 

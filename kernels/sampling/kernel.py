@@ -387,7 +387,7 @@ def configurations() -> Iterator[Configuration]:
             name=f"sample {dtype}{f' logprobs {num}' if num >= 0 else ''}",
             kernel=_sample,
             types={name: "*fp32" for name in ("temperature", "top_p", "min_p", "draws", "chosen", "top")}
-            | {"logits": f"*{dtype}", "top_k": "*i32", "tokens": "*i64", "finite": "*i1", "ids": "*i64"}
+            | {"logits": f"*{dtype}", "top_k": "*i32", "tokens": "*i64", "finite": "*u1", "ids": "*i64"}
             | {"V": "i32", "stride": "i32"},
             constants={"NUM_LOGPROBS": num, "BLOCK": BLOCK},
             aligned=("logits", "V", "stride"),

@@ -1,4 +1,4 @@
-"""store_kv: write the keys and values of a step's tokens to their places in the paged cache."""
+"""store_kv: write the keys and values of a step's tokens to their KV slots in the paged cache."""
 
 from torch import Tensor
 

@@ -1,6 +1,6 @@
 """store_kv on the GPU: keys and values in one launch.
 
-Only the slots named are written. Blocks need not be cleared before their first use: paged_attention's kernel loads
+Only the KV slots named are written. Blocks need not be cleared before their first use: paged_attention's kernel loads
 nothing past a sequence's end (its reference does, and masks it).
 """
 
@@ -17,37 +17,38 @@ MAX_ELEMENTS = 4096  # of a program's keys
 
 
 @triton.jit
-def _copy(source, target, token, slot, first_head, stride, head_stride, block_stride, slot_stride, cache_head_stride,
-          HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_H: tl.constexpr, PADDED: tl.constexpr,
+def _copy(source, target, token, kv_slot, first_head, stride, head_stride, block_stride, offset_stride,
+          cache_head_stride, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_H: tl.constexpr, PADDED: tl.constexpr,
           BLOCK_SIZE: tl.constexpr):  # fmt: skip
     """Some heads of one token, [BLOCK_H, PADDED]."""
     heads = first_head + tl.arange(0, BLOCK_H)[:, None]
     dims = tl.arange(0, PADDED)[None, :]
     mask = (heads < HEADS) & (dims < DIM)
     loaded = tl.load(source + token * stride + heads * head_stride + dims, mask=mask, other=0.0)
-    place = target + (slot // BLOCK_SIZE) * block_stride + (slot % BLOCK_SIZE) * slot_stride
-    tl.store(place + heads * cache_head_stride + dims, loaded.to(target.dtype.element_ty), mask=mask)
+    row = target + (kv_slot // BLOCK_SIZE) * block_stride + (kv_slot % BLOCK_SIZE) * offset_stride
+    tl.store(row + heads * cache_head_stride + dims, loaded.to(target.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _store(
     key, value, key_cache, value_cache, slot_mapping,  # [T, Hkv, ..]; [blocks, BLOCK_SIZE, Hkv, ..]; [T]
     key_stride, key_head_stride, value_stride, value_head_stride,
-    key_block_stride, key_slot_stride, key_cache_head_stride,
-    value_block_stride, value_slot_stride, value_cache_head_stride,
+    key_block_stride, key_offset_stride, key_cache_head_stride,
+    value_block_stride, value_offset_stride, value_cache_head_stride,
     HEADS: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_H: tl.constexpr, PADDED: tl.constexpr, VALUE_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Programs: (token, some heads). A negative slot is padding."""
+    """Programs: (token, some heads). A negative KV slot is padding."""
     token = tl.program_id(0).to(tl.int64)
     first_head = tl.program_id(1).to(tl.int64) * BLOCK_H
-    slot = tl.load(slot_mapping + token).to(tl.int64)
-    if slot < 0:
+    kv_slot = tl.load(slot_mapping + token).to(tl.int64)
+    if kv_slot < 0:
         return
-    _copy(key, key_cache, token, slot, first_head, key_stride, key_head_stride, key_block_stride, key_slot_stride,
+    _copy(key, key_cache, token, kv_slot, first_head, key_stride, key_head_stride, key_block_stride, key_offset_stride,
           key_cache_head_stride, HEADS, DIM, BLOCK_H, PADDED, BLOCK_SIZE)  # fmt: skip
-    _copy(value, value_cache, token, slot, first_head, value_stride, value_head_stride, value_block_stride,
-          value_slot_stride, value_cache_head_stride, HEADS, VALUE_DIM, BLOCK_H, VALUE_PADDED, BLOCK_SIZE)  # fmt: skip
+    _copy(value, value_cache, token, kv_slot, first_head, value_stride, value_head_stride, value_block_stride,
+          value_offset_stride, value_cache_head_stride, HEADS, VALUE_DIM, BLOCK_H, VALUE_PADDED,
+          BLOCK_SIZE)  # fmt: skip
 
 
 def _constants(heads: int, dim: int, value_dim: int, block_size: int) -> dict[str, int]:
@@ -110,5 +111,5 @@ def configurations() -> Iterator[Configuration]:
             constants = _constants(heads, dim, value_dim, 16)
             types = {name: "i32" for name in _store.arg_names if name not in constants}
             types |= {name: f"*{element}" for name in ("key", "value", "key_cache", "value_cache")}
-            types["slot_mapping"] = "*i64"
+            types["slot_mapping"] = "*i32"
             yield Configuration(f"{name} {element}", _store, types, constants, tuple(types))

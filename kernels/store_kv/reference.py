@@ -8,20 +8,21 @@ def store_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
 
     key [T, Hkv, D], value [T, Hkv, Dv]: one row a token of the step.
     key_cache [blocks, block_size, Hkv, D], value_cache [blocks, block_size, Hkv, Dv]; both may be strided views.
-    slot_mapping [T] integer: block * block_size + offset of each token; no slot twice. Negative is padding: no write.
+    slot_mapping [T] integer: block * block_size + offset of each token; no KV slot twice. Negative: padding, not
+    written.
     """
     if (padding := slot_mapping < 0).any():
         key, value, slot_mapping = key[~padding], value[~padding], slot_mapping[~padding]
-    slots = slot_mapping.long()
-    _put(key_cache, slots, key)
-    _put(value_cache, slots, value)
+    kv_slots = slot_mapping.long()
+    _put(key_cache, kv_slots, key)
+    _put(value_cache, kv_slots, value)
 
 
-def _put(cache: Tensor, slots: Tensor, rows: Tensor) -> None:
+def _put(cache: Tensor, kv_slots: Tensor, rows: Tensor) -> None:
     if cache.stride(0) == cache.shape[1] * cache.stride(1):  # the blocks lie one behind another
-        cache.view(-1, *cache.shape[2:]).index_copy_(0, slots, rows)
+        cache.view(-1, *cache.shape[2:]).index_copy_(0, kv_slots, rows)
     else:
-        cache[slots // cache.shape[1], slots % cache.shape[1]] = rows
+        cache[kv_slots // cache.shape[1], kv_slots % cache.shape[1]] = rows
 
 
 def store_latent(latent: Tensor, rope: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:

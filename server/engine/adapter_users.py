@@ -9,7 +9,7 @@ from server.engine.residency import Residency
 
 
 class AdapterUsers:
-    """A request holds its adapter's revision from arrival to end, on the device or not.
+    """A request holds its adapters' revisions from arrival to end, on the device or not.
 
     Removal is a tombstone: requests that hold the adapter finish on it, new ones are refused, and its room is given
     back when the last one ends. Registering the same revision again lifts the tombstone, and says
@@ -34,13 +34,16 @@ class AdapterUsers:
     def is_served(self, ref: AdapterRef) -> bool:
         return ref in self._users and ref not in self._removed
 
-    def hold(self, ref: AdapterRef) -> None:
-        assert self.is_served(ref)
-        self._users[ref] += 1
+    def hold(self, request: Request) -> None:
+        for ref in request.adapters:
+            assert self.is_served(ref)
+            self._users[ref] += 1
 
-    def let_go(self, ref: AdapterRef) -> None:
-        self._users[ref] -= 1
-        self._forget_if_unused(ref)
+    def let_go(self, request: Request) -> None:
+        for ref in request.adapters:
+            self._users[ref] -= 1
+        for ref in set(request.adapters):
+            self._forget_if_unused(ref)
 
     def _forget_if_unused(self, ref: AdapterRef) -> None:
         if ref in self._removed and self._users[ref] == 0:
@@ -51,7 +54,7 @@ class AdapterUsers:
     def check(self, requests: Iterable[Request]) -> None:
         counted = dict.fromkeys(self._users, 0)
         for request in requests:
-            if request.adapter is not None:
-                counted[request.adapter] += 1
+            for ref in request.adapters:
+                counted[ref] += 1
         assert counted == self._users
         assert all(self._users[ref] > 0 for ref in self._removed)

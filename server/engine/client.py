@@ -1,6 +1,6 @@
 """The front's view of the engine: submit requests, iterate over their tokens, cancel them.
 
-Needs any link whose other end speaks messages.py: the engine process, or an EngineCore over FakeRunner in a thread.
+Needs any link whose other end speaks messages.py: the engine process, or a Loop over FakeRunner in a thread.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ from server.engine.messages import (
     ToFront,
     TokenEvent,
 )
-from server.engine.request import Sampling
+from server.engine.request import LaneSpec, Sampling
 from server.errors import ConfigError, EngineDead, HeddleError, StartupError
 
 
@@ -169,10 +169,9 @@ class EngineClient:
                 AddRequest(
                     request_id,
                     first,
-                    submission.prompt,
+                    [LaneSpec(submission.prompt, submission.adapter)],
                     submission.max_tokens,
                     submission.sampling,
-                    submission.adapter,
                     submission.stop_token_ids,
                 )
             )

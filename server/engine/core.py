@@ -1,96 +1,58 @@
-"""The engine: one synchronous loop. `step()` is the architecture."""
+"""The engine: `step()` is the architecture, and the only loop that there is.
 
-import time
-from collections.abc import Callable
-from typing import Protocol
+It does no I/O and knows no clock: messages in, events out. Served (loop.py), simulated and held to the oracle alike.
+"""
+
+import enum
+from collections.abc import Iterable
 
 from server.engine.adapter_users import AdapterUsers
 from server.engine.kv_cache import KVCache
-from server.engine.messages import (
-    Abort,
-    AdapterOnDevice,
-    AddAdapter,
-    AddRequest,
-    RemoveAdapter,
-    Shutdown,
-    Stats,
-    StepDone,
-    ToEngine,
-    ToFront,
-    TokenEvent,
-)
+from server.engine.messages import Abort, AddAdapter, AddRequest, RemoveAdapter, Shutdown, Stats, ToEngine, TokenEvent
+from server.engine.plan import Plan, Runner
 from server.engine.request import FinishReason, Request
 from server.engine.residency import Residency
-from server.engine.scheduler import CannotServe, Emitted, Scheduled, Scheduler, SchedulerLimits
-
-IDLE_WAIT_MS = 500  # an idle engine says so this often
-MAX_SILENCE_S = 1.0  # a busy one at least this often
-LOADING_WAIT_MS = 5  # how soon to look again when requests wait for nothing but a transfer
+from server.engine.scheduler import CannotServe, Scheduler, SchedulerLimits
 
 
-class Runner(Protocol):
-    """Computes a step on the device."""
+class Pace(enum.Enum):
+    """How soon the next step is wanted."""
 
-    def run(self, plan: list[Scheduled]) -> dict[int, int | None]:
-        """Compute the scheduled tokens. By id of each request that samples: its token, or None if there was none to
-        sample (logits that are not finite)."""
-
-
-class Inbox(Protocol):
-    def receive_all(self, timeout_ms: int) -> list[ToEngine]: ...
+    BUSY = enum.auto()  # at once
+    LOADING = enum.auto()  # soon: nothing can run until a transfer is over
+    IDLE = enum.auto()  # when a message comes
 
 
-class ReportingResidency(Residency, Protocol):
-    def report(self) -> tuple[AdapterOnDevice, ...]:
-        """What is on the device now."""
-
-
-Publish = Callable[[ToFront], None]
-
-
-class EngineCore:
-    def __init__(
-        self,
-        limits: SchedulerLimits,
-        kv_cache: KVCache,
-        runner: Runner,
-        residency: ReportingResidency,
-        inbox: Inbox,
-        publish: Publish,
-    ) -> None:
-        self._kv_cache = kv_cache
-        self._runner = runner
-        self._residency = residency
+class Engine:
+    def __init__(self, limits: SchedulerLimits, kv_cache: KVCache, runner: Runner, residency: Residency) -> None:
+        self._kv_cache, self._runner, self._residency = kv_cache, runner, residency
         self._adapters = AdapterUsers(residency)
-        self._inbox = inbox
-        self._publish = publish
         self.scheduler = Scheduler(limits, kv_cache, residency, self._adapters)
-        self._steps = 0
-        self._longest_step_s = 0.0
-        self._computed_tokens = 0
-        self._last_said = time.monotonic()
-        self._wait_ms = 0  # how long the next step may wait for a message
+        self.pace = Pace.BUSY
         self.is_shut_down = False
+        self._num_steps = 0
+        self._num_computed_tokens = 0
 
-    def step(self) -> None:
-        """Drain the inbox, schedule, run, record, publish."""
-        emitted = self._apply(self._inbox.receive_all(self._wait_ms))
-        start = time.monotonic()
+    def step(self, messages: Iterable[ToEngine]) -> list[TokenEvent]:
+        """Take in what has come, schedule, launch, record."""
+        events = self._apply(messages)
         plan, failed = self.scheduler.schedule()
-        sampled = self._runner.run(plan) if plan else {}
-        emitted += failed + self.scheduler.update(plan, sampled)
-        self._account(plan, time.monotonic() - start)
-        if emitted or not plan or self._is_silent():
-            self._say(emitted)
+        events += failed
+        if plan:
+            pending = self._runner.launch(plan)
+            self.scheduler.advance(plan)
+            events += self.scheduler.record(plan, pending.outputs())
+        self._account(plan)
+        return events
 
-    def _apply(self, messages: list[ToEngine]) -> list[Emitted]:
-        emitted: list[Emitted] = []
+    def _apply(self, messages: Iterable[ToEngine]) -> list[TokenEvent]:
+        events: list[TokenEvent] = []
         for message in messages:
             match message:
                 case AddRequest():
-                    emitted += self._add(message)
+                    events += self._add(message)
                 case Abort(request_ids=ids):
-                    emitted += [ended for ended in map(self.scheduler.abort, ids) if ended]
+                    events += [ended for ended in map(self.scheduler.abort, ids) if ended]
                 case AddAdapter(ref=ref, package=package):
                     self._adapters.register(ref, package)
                 case RemoveAdapter(ref=ref):
@@ -99,46 +61,27 @@ class EngineCore:
                     self.is_shut_down = True
                 case _:
                     raise TypeError(f"the engine is running and takes no {type(message).__name__}")
-        return emitted
+        return events
 
-    def _add(self, message: AddRequest) -> list[Emitted]:
-        request = Request(
-            message.request_id,
-            message.prompt,
-            message.max_tokens,
-            message.sampling,
-            message.adapter,
-            message.stop_token_ids,
-            message.group,
-        )
+    def _add(self, it: AddRequest) -> list[TokenEvent]:
         try:
+            request = Request(it.request_id, it.lanes, it.max_tokens, it.sampling, it.stop_token_ids, it.group)
             self.scheduler.add(request)
         except CannotServe as refusal:
-            return [Emitted(request, finish=FinishReason.ERROR, error=str(refusal))]
+            return [TokenEvent(it.request_id, None, FinishReason.ERROR, str(refusal))]
         return []
 
-    def _say(self, emitted: list[Emitted]) -> None:
-        self._publish(StepDone([_event(item) for item in emitted], self._stats()))
-        self._last_said = time.monotonic()
-
-    def _is_silent(self) -> bool:
-        """A long prefill emits nothing for many steps; a front that hears nothing would take us for dead."""
-        return time.monotonic() - self._last_said > MAX_SILENCE_S
-
-    def _account(self, plan: list[Scheduled], seconds: float) -> None:
-        self._steps += bool(plan)
-        self._longest_step_s = max(self._longest_step_s, seconds)
-        self._computed_tokens += sum(scheduled.num_tokens for scheduled in plan)
+    def _account(self, plan: Plan) -> None:
+        self._num_steps += bool(plan)
+        self._num_computed_tokens += sum(scheduled.num_tokens for scheduled in plan)
         if plan:
-            self._wait_ms = 0
+            self.pace = Pace.BUSY
         elif self.scheduler.has_requests or self._residency.is_loading():
-            self._wait_ms = LOADING_WAIT_MS
+            self.pace = Pace.LOADING
         else:
-            if self._wait_ms != IDLE_WAIT_MS:
-                self.scheduler.check()  # busy until now: prove that nothing leaked
-            self._wait_ms = IDLE_WAIT_MS
+            self.pace = Pace.IDLE
 
-    def _stats(self) -> Stats:
+    def stats(self) -> Stats:
         pool = self._kv_cache.pool
         return Stats(
             running=len(self.scheduler.running),
@@ -148,13 +91,11 @@ class EngineCore:
             prefix_queries=self._kv_cache.num_prefix_queries,
             prefix_hits=self._kv_cache.num_prefix_hits,
             preemptions=self.scheduler.num_preemptions,
-            steps=self._steps,
-            longest_step_s=self._longest_step_s,
-            computed_tokens=self._computed_tokens,
+            steps=self._num_steps,
+            computed_tokens=self._num_computed_tokens,
             adapters=self._residency.report(),
         )
 
-
-def _event(emitted: Emitted) -> TokenEvent:
-    cached = emitted.request.num_cached_tokens if emitted.request.num_generated == 1 else 0
-    return TokenEvent(emitted.request.id, emitted.token, emitted.finish, emitted.error, cached)
+    def check(self) -> None:
+        """Every invariant, recomputed."""
+        self.scheduler.check()

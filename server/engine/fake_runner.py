@@ -1,19 +1,21 @@
 """A runner without a model, for tests and simulation: it ships so that users' tests can use it too.
 
 The next token is a hash of the adapter's revision and all tokens so far, so the right answer of a request is known
-without running anything. And it keeps a KV cache of its own: every slot remembers which adapter and which prefix wrote
-it, and every read is checked, so a block that leaks from one request or adapter to another is caught at once.
+without running anything. And it keeps a KV cache of its own: every KV slot remembers which adapter and which prefix
+wrote it, and every read is checked, so a block that leaks from one request or adapter to another is caught at once.
 """
 
 import hashlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from adapters_store.parts import AdapterPackage
 from adapters_store.ref import AdapterRef
 from server.engine.messages import AdapterOnDevice
-from server.engine.residency import Slot, Wait
-from server.engine.scheduler import Scheduled
+from server.engine.plan import Output, Plan, Scheduled
+from server.engine.request import Lane, Slot
+from server.engine.residency import Wait
 
 
 def _fingerprint(previous: bytes, token: int) -> bytes:
@@ -36,27 +38,39 @@ def expected_tokens(adapter: AdapterRef | None, prompt: Sequence[int], count: in
     return tokens
 
 
+@dataclass(frozen=True)
+class Known:
+    """A step whose outputs are there already."""
+
+    by_lane: Mapping[Lane, Output]
+
+    def outputs(self) -> Mapping[Lane, Output]:
+        return self.by_lane
+
+
 class FakeRunner:
     def __init__(self, num_blocks: int, block_size: int, vocab_size: int = 1000) -> None:
         self._block_size = block_size
         self._vocab_size = vocab_size
-        self._slots: list[bytes] = [b""] * (num_blocks * block_size)  # the fingerprint of the prefix that ends here
+        self._written: list[bytes] = [b""] * (num_blocks * block_size)  # by KV slot: the prefix that ends there
 
-    def run(self, plan: list[Scheduled]) -> dict[int, int | None]:
-        computed = {scheduled.request.id: self._compute(scheduled) for scheduled in plan}
-        return {request_id: token for request_id, token in computed.items() if token is not None}
+    def launch(self, plan: Plan) -> Known:
+        tokens = {scheduled.lane: self._compute(scheduled) for scheduled in plan}
+        return Known({it.lane: Output((tokens[it.lane],)) for it in plan if it.samples})
 
-    def _compute(self, scheduled: Scheduled) -> int | None:
-        request = scheduled.request
-        state = _start(request.adapter)
+    def _compute(self, scheduled: Scheduled) -> int:
+        """The next token of the lane."""
+        lane = scheduled.lane
+        state = _start(lane.adapter)
         for position in range(scheduled.start + scheduled.num_tokens):
-            state = _fingerprint(state, request.tokens[position])
-            slot = request.block_table[position // self._block_size] * self._block_size + position % self._block_size
+            state = _fingerprint(state, lane.tokens[position])
+            block, offset = lane.block_table[position // self._block_size], position % self._block_size
+            kv_slot = block * self._block_size + offset
             if position >= scheduled.start:
-                self._slots[slot] = state
-            elif self._slots[slot] != state:
-                raise AssertionError(f"request {request.id} reads another prefix's KV at position {position}")
-        return int.from_bytes(state, "little") % self._vocab_size if scheduled.samples else None
+                self._written[kv_slot] = state
+            elif self._written[kv_slot] != state:
+                raise AssertionError(f"request {lane.request.id} reads another prefix's KV at position {position}")
+        return int.from_bytes(state, "little") % self._vocab_size
 
 
 class FakeResidency:

@@ -1,17 +1,17 @@
-"""The KV cache as bookkeeping: block tables of requests, and reuse of prefixes between them."""
+"""The KV cache as bookkeeping: block tables of lanes, and reuse of prefixes between them."""
 
 import hashlib
 from array import array
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from adapters_store.ref import AdapterRef
 from server.engine.block_pool import Block, BlockPool
-from server.engine.request import Request
+from server.engine.request import Lane, Request
 
 
 def chain_root(adapter: AdapterRef | None) -> bytes:
-    """Where the hash chain of a request's blocks starts.
+    """Where the hash chain of a lane's blocks starts.
 
     Keys and values depend on the adapter's weights, so the chain starts from its revision, never from its name: a
     name can come to mean other weights. Each part is tagged with its domain and length, so that no value of one part
@@ -26,7 +26,7 @@ def _digest(data: bytes) -> bytes:
 
 
 class KVCache:
-    """Hands blocks to requests, and finds the blocks of a shared prefix.
+    """Hands blocks to lanes, and finds the blocks of a shared prefix.
 
     A block is committed (its hash made known) once all its tokens are computed. Blocks are freed last first, so that
     a prefix outlives the tokens that followed it.
@@ -40,76 +40,90 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
-        """Tokens that one request could hold if it were alone."""
+        """Tokens that one lane could hold if it were alone."""
         return self.pool.num_blocks * self.block_size
-
-    def attach_prefix(self, request: Request) -> None:
-        """Give a request that holds no blocks the cached blocks of its longest known prefix.
-
-        At least one token is left to compute, for its logits.
-        """
-        assert not request.block_table and request.num_computed_tokens == 0
-        reusable = (len(request.tokens) - 1) // self.block_size
-        self._extend_hashes(request, reusable)
-        for content in request.block_hashes[:reusable]:
-            block = self.pool.find(content)
-            if block is None:
-                break
-            self.pool.touch(block)
-            request.block_table.append(block)
-        request.num_committed_blocks = len(request.block_table)
-        request.num_computed_tokens = len(request.block_table) * self.block_size
 
     def num_blocks(self, num_tokens: int) -> int:
         """Blocks that so many tokens fill or begin."""
         return -(-num_tokens // self.block_size)
 
+    def max_blocks(self, request: Request) -> int:
+        """Blocks that it can come to need."""
+        return sum(self.num_blocks(lane.max_len) for lane in request.lanes)
+
+    def num_held_blocks(self, request: Request) -> int:
+        return sum(len(lane.block_table) for lane in request.lanes)
+
     def num_missing_blocks(self, request: Request) -> int:
         """Blocks that it needs for all its tokens and does not hold yet."""
-        return max(0, self.num_blocks(len(request.tokens)) - len(request.block_table))
+        return sum(max(0, self.num_blocks(len(lane.tokens)) - len(lane.block_table)) for lane in request.lanes)
 
-    def grow(self, request: Request, num_new: int) -> bool:
-        """Hold blocks for `num_new` more tokens. False, and nothing changed, if there are not enough."""
-        needed = self.num_blocks(request.num_computed_tokens + num_new) - len(request.block_table)
-        if needed > self.pool.num_free:
+    def attach_prefix(self, request: Request) -> None:
+        """Give a request that holds no blocks the cached blocks of its lanes' longest known prefixes."""
+        for lane in request.lanes:
+            self._attach(lane)
+
+    def grow(self, chunks: Sequence[tuple[Lane, int]]) -> bool:
+        """Hold blocks for so many more tokens of each lane. False, and nothing changed, if there are not enough."""
+        needed = [
+            max(0, self.num_blocks(lane.num_computed_tokens + count) - len(lane.block_table)) for lane, count in chunks
+        ]
+        if sum(needed) > self.pool.num_free:
             return False
-        if needed > 0:
-            request.block_table += self.pool.take(needed)
+        for (lane, _), missing in zip(chunks, needed, strict=True):
+            if missing:
+                lane.block_table += self.pool.take(missing)
         return True
 
-    def commit(self, request: Request) -> None:
+    def commit(self, lane: Lane) -> None:
         """Make the blocks known that the last step filled."""
-        full = request.num_computed_tokens // self.block_size
-        self._extend_hashes(request, full)
-        for index in range(request.num_committed_blocks, full):
-            self.pool.remember(request.block_table[index], request.block_hashes[index])
-        request.num_committed_blocks = full
+        full = lane.num_computed_tokens // self.block_size
+        self._extend_hashes(lane, full)
+        for index in range(lane.num_committed_blocks, full):
+            self.pool.remember(lane.block_table[index], lane.block_hashes[index])
+        lane.num_committed_blocks = full
 
     def release(self, request: Request) -> None:
-        for block in reversed(request.block_table):
-            self.pool.release(block)
-        request.block_table = []
-        request.num_committed_blocks = 0
-        request.num_computed_tokens = 0
+        for lane in request.lanes:
+            for block in reversed(lane.block_table):
+                self.pool.release(block)
+            lane.block_table = []
+            lane.num_committed_blocks = 0
+            lane.num_computed_tokens = 0
 
     def count_prefix(self, request: Request) -> None:
         """Statistics of a first admission."""
-        request.num_cached_tokens = request.num_computed_tokens
-        self.num_prefix_queries += request.prompt_len
-        self.num_prefix_hits += request.num_computed_tokens
+        request.num_cached_tokens = request.first.num_computed_tokens
+        for lane in request.lanes:
+            self.num_prefix_queries += lane.prompt_len
+            self.num_prefix_hits += lane.num_computed_tokens
 
     def check(self, requests: Iterable[Request]) -> None:
         held: Counter[Block] = Counter()
-        for request in requests:
-            assert len(set(request.block_table)) == len(request.block_table)
-            assert request.num_computed_tokens <= len(request.block_table) * self.block_size
-            assert request.num_committed_blocks <= len(request.block_table)
-            held.update(request.block_table)
+        for lane in (lane for request in requests for lane in request.lanes):
+            assert len(set(lane.block_table)) == len(lane.block_table)
+            assert lane.num_computed_tokens <= len(lane.block_table) * self.block_size
+            assert lane.num_committed_blocks <= len(lane.block_table)
+            held.update(lane.block_table)
         self.pool.check(held)
 
-    def _extend_hashes(self, request: Request, count: int) -> None:
-        while len(request.block_hashes) < count:
-            index = len(request.block_hashes)
-            parent = request.block_hashes[-1] if index else chain_root(request.adapter)
-            tokens = request.tokens[index * self.block_size : (index + 1) * self.block_size]
-            request.block_hashes.append(_digest(parent + array("q", tokens).tobytes()))
+    def _attach(self, lane: Lane) -> None:
+        """At least one token is left to compute, for its logits."""
+        assert not lane.block_table and lane.num_computed_tokens == 0
+        reusable = (len(lane.tokens) - 1) // self.block_size
+        self._extend_hashes(lane, reusable)
+        for content in lane.block_hashes[:reusable]:
+            block = self.pool.find(content)
+            if block is None:
+                break
+            self.pool.touch(block)
+            lane.block_table.append(block)
+        lane.num_committed_blocks = len(lane.block_table)
+        lane.num_computed_tokens = len(lane.block_table) * self.block_size
+
+    def _extend_hashes(self, lane: Lane, count: int) -> None:
+        while len(lane.block_hashes) < count:
+            index = len(lane.block_hashes)
+            parent = lane.block_hashes[-1] if index else chain_root(lane.adapter)
+            tokens = lane.tokens[index * self.block_size : (index + 1) * self.block_size]
+            lane.block_hashes.append(_digest(parent + array("q", tokens).tobytes()))

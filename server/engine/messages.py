@@ -6,7 +6,7 @@ from adapters_store.base_spec import BaseSpec
 from adapters_store.parts import AdapterPackage
 from adapters_store.ref import AdapterRef
 from server.config import EngineConfig
-from server.engine.request import FinishReason, Group, Sampling
+from server.engine.request import FinishReason, Group, LaneSpec, Sampling
 
 
 class _Message(msgspec.Struct, frozen=True, tag=True):
@@ -27,10 +27,9 @@ class AddRequest(_Message, frozen=True):
 
     request_id: int
     group: Group
-    prompt: list[int]
+    lanes: list[LaneSpec]
     max_tokens: int
     sampling: Sampling
-    adapter: AdapterRef | None
     stop_token_ids: frozenset[int]
 
 
@@ -79,7 +78,6 @@ class EngineInfo(msgspec.Struct, frozen=True):
     kv_cache_tokens: int
     kv_cache_bytes: int
     adapter_bytes: int
-    adapter_slots: int
     max_experts_per_adapter: int
     stop_token_ids: frozenset[int]
     graph_rank: int | None = None  # LoRA adapters of a higher rank decode without captured graphs; None: there are none
@@ -97,7 +95,10 @@ class StartFailed(_Message, frozen=True):
 
 
 class TokenEvent(msgspec.Struct, frozen=True, array_like=True):
-    """A token of one request, its end, or both. Compact: there is one for every request in every step."""
+    """A token of one request, its end, or both. Compact: there is one for every request in every step.
+
+    A request that ends without a token was refused, aborted, failed, or wanted none.
+    """
 
     request_id: int
     token: int | None

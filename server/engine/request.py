@@ -1,12 +1,15 @@
-"""One request as the engine sees it."""
+"""One request as the engine sees it, and the lanes that it owns."""
 
 import enum
+from collections.abc import Sequence
 
 import msgspec
 
 from adapters_store.ref import AdapterRef
 
 Group = int  # the requests of one HTTP request, by the id of its first
+Slot = int  # adapter slot: a place for one adapter on the device
+BASE_SLOT: Slot = 0
 
 
 class Sampling(msgspec.Struct, frozen=True):
@@ -34,8 +37,15 @@ class Status(enum.Enum):
     FINISHED = enum.auto()
 
 
-class Request:
-    """A sequence of tokens and how far the model has come with it.
+class LaneSpec(msgspec.Struct, frozen=True):
+    """What a lane starts from: its prompt, and the adapter that its tokens go through (None: the base)."""
+
+    prompt: list[int]
+    adapter: AdapterRef | None = None
+
+
+class Lane:
+    """A sequence of tokens through one adapter, and how far the model has come with it.
 
     There is no prefill state and no decode state: `num_computed_tokens` chases `len(tokens)`, and a token is sampled
     whenever it catches up.
@@ -44,40 +54,17 @@ class Request:
         in KV cache   [ num_computed_tokens ......... |     ]     <- blocks in block_table
     """
 
-    def __init__(
-        self,
-        request_id: int,
-        prompt: list[int],
-        max_tokens: int,
-        sampling: Sampling,
-        adapter: AdapterRef | None = None,
-        stop_token_ids: frozenset[int] = frozenset(),
-        group: Group | None = None,
-    ) -> None:
-        """`group` None: the request is alone in its own."""
-        assert prompt and max_tokens > 0
-        self.id = request_id
-        self.group = request_id if group is None else group
-        self.tokens = list(prompt)
-        self.prompt_len = len(prompt)
-        self.max_tokens = max_tokens
-        self.sampling = sampling
-        self.adapter = adapter
-        self.stop_token_ids = stop_token_ids
-        self.status = Status.WAITING
+    def __init__(self, request: "Request", spec: LaneSpec) -> None:
+        assert spec.prompt
+        self.request = request
+        self.adapter = spec.adapter
+        self.tokens = list(spec.prompt)
+        self.prompt_len = len(spec.prompt)
         self.num_computed_tokens = 0
         self.block_table: list[int] = []
         self.block_hashes: list[bytes] = []  # of the leading full blocks, as far as they were needed
         self.num_committed_blocks = 0  # leading blocks whose content the prefix cache knows
-        self.num_cached_tokens = 0  # prompt tokens found in the prefix cache when first admitted
-        self.was_admitted = False  # has run before, if only to be preempted
-        self.slot = 0  # adapter slot while running; 0 is the base
-        self.num_skips = 0  # times passed over for want of adapter room
-        self.num_passes = 0  # times that others were let pass while it waited for KV blocks
-
-    @property
-    def num_generated(self) -> int:
-        return len(self.tokens) - self.prompt_len
+        self.slot: Slot = BASE_SLOT  # while running
 
     @property
     def num_uncomputed_tokens(self) -> int:
@@ -85,11 +72,77 @@ class Request:
 
     @property
     def max_len(self) -> int:
-        """Tokens of KV cache that this request can come to need: the last sampled token is never computed."""
-        return self.prompt_len + self.max_tokens - 1
+        """Tokens of KV cache that it can come to need: the last sampled token is never computed."""
+        return self.prompt_len + max(1, self.request.max_tokens) - 1
 
-    def finish_reason_after(self, token: int) -> FinishReason | None:
-        """Called when `token` was just appended."""
+
+class Request:
+    """What a client is given one answer to: lanes that wait, run and end together.
+
+    Most requests have one lane. Several differ in prompt or adapter and continue alike: the first one speaks, and what
+    is sampled from it becomes the next token of all. max_tokens 0: it ends when its prompts are computed.
+    """
+
+    def __init__(
+        self,
+        request_id: int,
+        lanes: Sequence[LaneSpec],
+        max_tokens: int,
+        sampling: Sampling,
+        stop_token_ids: frozenset[int] = frozenset(),
+        group: Group | None = None,
+    ) -> None:
+        """`group` None: the request is alone in its own."""
+        assert lanes and max_tokens >= 0
+        self.id = request_id
+        self.group = request_id if group is None else group
+        self.max_tokens = max_tokens
+        self.sampling = sampling
+        self.stop_token_ids = stop_token_ids
+        self.lanes = tuple(Lane(self, spec) for spec in lanes)
+        self.status = Status.WAITING
+        self.num_cached_tokens = 0  # prompt tokens of the first lane found in the prefix cache when first admitted
+        self.was_admitted = False  # has run before, if only to be preempted
+        self.num_skips = 0  # times passed over for want of adapter room
+        self.num_passes = 0  # times that others were let pass while it waited for KV blocks
+
+    @property
+    def first(self) -> Lane:
+        """The lane that speaks."""
+        return self.lanes[0]
+
+    @property
+    def adapters(self) -> list[AdapterRef]:
+        """Of its lanes, the base left out."""
+        return [lane.adapter for lane in self.lanes if lane.adapter is not None]
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.first.tokens) - self.first.prompt_len
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return sum(lane.num_uncomputed_tokens for lane in self.lanes)
+
+    def divide(self, count: int) -> list[tuple[Lane, int]]:
+        """At most `count` tokens among its lanes, in order.
+
+        Lanes come to their ends in the same step: where the tokens do not reach that far, each keeps its last one.
+        """
+        if count >= self.num_uncomputed_tokens:
+            return [(lane, lane.num_uncomputed_tokens) for lane in self.lanes]
+        chunks: list[tuple[Lane, int]] = []
+        for lane in self.lanes:
+            own = min(count, lane.num_uncomputed_tokens - 1)
+            if own > 0:
+                chunks.append((lane, own))
+                count -= own
+        return chunks
+
+    def append(self, token: int) -> FinishReason | None:
+        """The next token of all lanes; returns why the request ends with it, if it does."""
+        for lane in self.lanes:
+            lane.tokens.append(token)
         if token in self.stop_token_ids:
             return FinishReason.STOP
         return FinishReason.LENGTH if self.num_generated >= self.max_tokens else None

@@ -5,9 +5,8 @@ from typing import Protocol
 
 from adapters_store.parts import AdapterPackage
 from adapters_store.ref import AdapterRef
-
-Slot = int
-BASE_SLOT: Slot = 0
+from server.engine.messages import AdapterOnDevice
+from server.engine.request import Slot
 
 
 class Wait(enum.Enum):
@@ -18,7 +17,11 @@ class Wait(enum.Enum):
 
 
 class AdapterFailed(Exception):
-    """The adapter's transfer failed; its message is for the user."""
+    """The adapter cannot be brought to the device; the message is for the user."""
+
+    def __init__(self, ref: AdapterRef, reason: str) -> None:
+        super().__init__(f"the adapter {ref.name!r} could not be loaded: {reason}")
+        self.ref = ref
 
 
 class Residency(Protocol):
@@ -47,6 +50,9 @@ class Residency(Protocol):
 
     def is_loading(self) -> bool:
         """Whether a transfer is under way, so that an idle loop knows to look again soon."""
+
+    def report(self) -> tuple[AdapterOnDevice, ...]:
+        """What is on the device now, or on its way."""
 
     def check(self) -> None:
         """Recompute what is kept incrementally."""

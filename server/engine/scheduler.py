@@ -1,9 +1,13 @@
-"""Continuous batching: each step, which requests compute how many tokens.
+"""Continuous batching: each step, which lanes compute how many tokens.
 
-One rule covers chunked prefill, prefix reuse and preemption: a step hands out tokens so that every request's
+One rule covers chunked prefill, prefix reuse and preemption: a step hands out tokens so that every lane's
 `num_computed_tokens` catches up with its tokens, under a budget. Requests that run are served first, in order of
 admission; then waiting ones are admitted, group by group in turn (queue.py), and a group that holds more than its share
 gives way (shares.py). The scheduler does no I/O and knows no clock.
+
+    schedule() -> plan      which tokens
+    advance(plan)           they are being computed: the next plan may count on them
+    record(plan, outputs)   what came of them
 """
 
 from collections import Counter
@@ -14,9 +18,11 @@ from itertools import islice
 from adapters_store.ref import AdapterRef
 from server.engine.adapter_users import AdapterUsers
 from server.engine.kv_cache import KVCache
+from server.engine.messages import TokenEvent
+from server.engine.plan import Draft, Output, Plan, Scheduled
 from server.engine.queue import WaitingQueue
-from server.engine.request import FinishReason, Group, Request, Status
-from server.engine.residency import BASE_SLOT, AdapterFailed, Residency, Slot, Wait
+from server.engine.request import BASE_SLOT, FinishReason, Group, Lane, Request, Slot, Status
+from server.engine.residency import AdapterFailed, Residency, Wait
 from server.engine.shares import Shares
 
 
@@ -27,51 +33,9 @@ class CannotServe(Exception):
 @dataclass(frozen=True)
 class SchedulerLimits:
     tokens_per_step: int
-    max_running: int
+    max_running: int  # lanes
     max_waiting: int
     max_skips: int  # see Scheduler._is_held_back
-
-
-@dataclass(frozen=True)
-class Scheduled:
-    """In this step, compute `num_tokens` tokens of `request`, from `start` on; sample if that reaches the end."""
-
-    request: Request
-    start: int
-    num_tokens: int
-
-    @property
-    def samples(self) -> bool:
-        return self.start + self.num_tokens == len(self.request.tokens)
-
-
-class _Plan:
-    """A step as it takes shape, and the tokens that are left of its budget."""
-
-    def __init__(self, budget: int) -> None:
-        self.scheduled: dict[int, Scheduled] = {}  # by request
-        self.cut: list[Request] = []  # those that could compute more
-        self.budget = budget
-
-    def add(self, request: Request, count: int) -> None:
-        self.scheduled[request.id] = Scheduled(request, request.num_computed_tokens, count)
-        self.budget -= count
-        if count < request.num_uncomputed_tokens:
-            self.cut.append(request)
-
-    def drop(self, request: Request) -> None:
-        scheduled = self.scheduled.pop(request.id, None)
-        self.budget += scheduled.num_tokens if scheduled else 0
-
-
-@dataclass(frozen=True)
-class Emitted:
-    """What a step produced for one request: a token, an end, or both."""
-
-    request: Request
-    token: int | None = None
-    finish: FinishReason | None = None
-    error: str | None = None
 
 
 class Scheduler:
@@ -86,31 +50,39 @@ class Scheduler:
         self._group_sizes: Counter[Group] = Counter()  # unfinished requests
         self.waiting = WaitingQueue()
         self.running: list[Request] = []  # in order of admission
+        self._num_running_lanes = 0
         self.num_preemptions = 0
 
     # -- requests come and go -----------------------------------------------------------
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises CannotServe if it can never run, or the queue is full."""
-        if request.max_len > self._kv_cache.capacity:
+        if self._kv_cache.max_blocks(request) > self._kv_cache.pool.num_blocks:
             raise CannotServe(
-                f"prompt ({request.prompt_len} tokens) and max_tokens ({request.max_tokens}) need "
-                f"{request.max_len} tokens of KV cache; there are {self._kv_cache.capacity}"
+                f"prompt ({sum(lane.prompt_len for lane in request.lanes)} tokens) and max_tokens "
+                f"({request.max_tokens}) need {sum(lane.max_len for lane in request.lanes)} tokens of KV cache; there "
+                f"are {self._kv_cache.capacity}"
             )
+        if len(request.lanes) > self._limits.max_running:
+            raise CannotServe(f"{len(request.lanes)} lanes of one request; {self._limits.max_running} run together")
         if len(self.waiting) >= self._limits.max_waiting:
             raise CannotServe(f"{len(self.waiting)} requests are waiting, as many as are allowed")
-        if request.adapter is not None:
-            if not self._adapters.is_served(request.adapter):
-                raise CannotServe(f"the adapter {request.adapter.name!r} is no longer served")
-            self._adapters.hold(request.adapter)
+        for adapter in request.adapters:
+            if not self._adapters.is_served(adapter):
+                raise CannotServe(f"the adapter {adapter.name!r} is no longer served")
+        self._adapters.hold(request)
         self._requests[request.id] = request
         self._group_sizes[request.group] += 1
         self.waiting.push(request)
 
-    def abort(self, request_id: int) -> Emitted | None:
+    def abort(self, request_id: int) -> TokenEvent | None:
         """End a request at its owner's wish. None if it has already ended."""
-        request = self._requests.get(request_id)
+        request = self.request(request_id)
         return self._finish(request, FinishReason.ABORT) if request else None
+
+    def request(self, request_id: int) -> Request | None:
+        """One that has not ended."""
+        return self._requests.get(request_id)
 
     @property
     def has_requests(self) -> bool:
@@ -118,50 +90,49 @@ class Scheduler:
 
     # -- one step -----------------------------------------------------------
 
-    def schedule(self) -> tuple[list[Scheduled], list[Emitted]]:
+    def schedule(self) -> tuple[list[Scheduled], list[TokenEvent]]:
         """The tokens of the next step, and requests that ended instead because their adapter failed to load."""
         self._residency.poll()
-        plan = _Plan(self._limits.tokens_per_step)
+        draft = Draft(self._limits.tokens_per_step)
         preemptions = self.num_preemptions
-        self._serve_running(plan)
-        failed = self._admit(plan, is_short=self.num_preemptions > preemptions)
-        self._spend_the_rest(plan)
-        return list(plan.scheduled.values()), failed
+        self._serve_running(draft)
+        failed = self._admit(draft, is_short=self.num_preemptions > preemptions)
+        self._spend_the_rest(draft)
+        return draft.plan, failed
 
-    def _serve_running(self, plan: _Plan) -> None:
-        """At least one token for each that runs, in order of admission."""
+    def _serve_running(self, draft: Draft) -> None:
+        """At least one token for each lane that runs, in order of admission."""
         running = tuple(self.running)
         for index, request in enumerate(running):
             if request.status is not Status.RUNNING:
                 continue  # it gave way to an older one
-            unserved = len(self.running) - len(plan.scheduled) - 1
-            count = self._chunk(request, plan.budget - unserved, islice(running, index + 1, None))
-            if self._make_room(request, count, plan):
-                plan.add(request, count)
+            unserved = self._num_running_lanes - draft.num_lanes - len(request.lanes)
+            chunks = request.divide(self._chunk(request, draft.budget - unserved, islice(running, index + 1, None)))
+            if self._make_room(request, chunks, draft):
+                draft.add(request, chunks)
 
     def _chunk(self, request: Request, budget: int, behind: Iterable[Request]) -> int:
         """How many of its tokens a running request computes. A long prompt leaves half of the budget while another
         group's prompt stands behind it, so that a short one does not wait until the long one is through."""
-        needed = request.num_uncomputed_tokens
-        if needed <= max(1, budget // 2):
+        needed, half = request.num_uncomputed_tokens, max(len(request.lanes), budget // 2)
+        if needed <= half:
             return needed
         is_awaited = self.waiting.has_others(request.group) or any(
-            other.group != request.group and other.num_uncomputed_tokens > 1 for other in behind
+            other.group != request.group and other.num_uncomputed_tokens > len(other.lanes) for other in behind
         )
-        return max(1, budget // 2) if is_awaited else min(needed, budget)
+        return half if is_awaited else min(needed, budget)
 
-    def _make_room(self, request: Request, count: int, plan: _Plan) -> bool:
-        """Blocks for `count` tokens, if need be by preempting others. False if `request` itself went."""
-        while not self._kv_cache.grow(request, count):
+    def _make_room(self, request: Request, chunks: list[tuple[Lane, int]], draft: Draft) -> bool:
+        """Blocks for these tokens, if need be by preempting others. False if `request` itself went."""
+        while not self._kv_cache.grow(chunks):
             victim = next(self._shares().beyond(), self.running[-1])
-            self._preempt(victim, plan)
+            self._preempt(victim, draft)
             if victim is request:
                 return False
         return True
 
-    def _preempt(self, victim: Request, plan: _Plan) -> None:
-        plan.drop(victim)
-        self.running.remove(victim)
+    def _preempt(self, victim: Request, draft: Draft) -> None:
+        draft.drop(victim)
         self._stop_running(victim)
         victim.status = Status.WAITING
         self.waiting.push_front(victim)
@@ -170,46 +141,45 @@ class Scheduler:
     def _shares(self) -> Shares:
         return Shares(self.running, len(self._group_sizes), self._limits.max_running, self._kv_cache)
 
-    def _admit(self, plan: _Plan, is_short: bool) -> list[Emitted]:
-        """Start waiting requests, in order, as long as budget, places and blocks last; adds to `plan`.
+    def _admit(self, draft: Draft, is_short: bool) -> list[TokenEvent]:
+        """Start waiting requests, in order, as long as budget, places and blocks last; adds to `draft`.
 
         `is_short`: a request that ran was preempted for want of blocks in this step. To admit more would only preempt
         again, unless it is at the cost of a group that holds more than its share.
         """
-        failed: list[Emitted] = []
+        failed: list[TokenEvent] = []
         if not self.waiting:
             return failed
         shares = self._shares()
-        if not self._is_open(plan, is_short) and not any(shares.beyond()):
+        if not self._is_open(draft, is_short) and not any(shares.beyond()):
             return failed
         starved, is_walled = self._starved(), False
-        absent: dict[AdapterRef | None, Wait] = {}  # found so in this step: a thousand requests may want the same one
+        absent: dict[AdapterRef, Wait] = {}  # found so in this step: a thousand requests may want the same one
         for request in self._candidates(shares):
             may_displace = not shares.is_used_up(request.group)
-            if not self._is_open(plan, is_short) and not (may_displace and any(shares.beyond())):
+            if not self._is_open(draft, is_short) and not (may_displace and any(shares.beyond())):
                 break
             if self._is_held_back(request, starved) or (is_walled and not shares.lets_pass(request)):
                 continue
             try:
-                slot = absent.get(request.adapter) or self._pin(request)
+                slots = self._pin(request, absent)
             except AdapterFailed as error:
-                together = [it for it in self.waiting if it.adapter == request.adapter]
+                together = [it for it in self.waiting if error.ref in it.adapters]
                 failed += [self._finish(it, FinishReason.ERROR, str(error)) for it in together]
                 continue
-            if isinstance(slot, Wait):  # passed over, never a wall: those behind it may run
-                absent[request.adapter] = slot
-                request.num_skips += slot is Wait.NO_ROOM
+            if isinstance(slots, Wait):  # passed over, never a wall: those behind it may run
+                request.num_skips += slots is Wait.NO_ROOM
                 continue
-            if not self._start(request, slot, plan, shares):
+            if not self._start(request, slots, draft, shares):
                 is_walled = True  # first come, first served for blocks: else a large request would wait for ever
                 request.num_passes += 1
                 if request.num_passes > self._limits.max_skips:
                     break
         return failed
 
-    def _is_open(self, plan: _Plan, is_short: bool) -> bool:
+    def _is_open(self, draft: Draft, is_short: bool) -> bool:
         """Whether a request may start without taking anything from another."""
-        return plan.budget > 0 and len(self.running) < self._limits.max_running and not is_short
+        return draft.budget > 0 and self._num_running_lanes < self._limits.max_running and not is_short
 
     def _candidates(self, shares: Shares) -> Iterator[Request]:
         """Who waits, in order. Groups that have used up their share come last, for what nobody else wants."""
@@ -223,19 +193,19 @@ class Scheduler:
                 yield request
         yield from (request for request in later if request.status is Status.WAITING)
 
-    def _start(self, request: Request, slot: Slot, plan: _Plan, shares: Shares) -> bool:
+    def _start(self, request: Request, slots: list[Slot], draft: Draft, shares: Shares) -> bool:
         """Let a pinned request run, in the place and the blocks of others where they have more than their share.
 
         Blocks for all its tokens must be there, not only for those of this step: prompts that are begun and cannot be
         ended hold blocks for nothing, until they are preempted.
         """
         self._kv_cache.attach_prefix(request)
-        if not self._make_way(request, plan, shares):
+        if not self._make_way(request, draft, shares):
             self._kv_cache.release(request)
-            self._unpin(request)
+            self._unpin(request.adapters)
             return False
-        count = min(request.num_uncomputed_tokens, plan.budget)
-        has_grown = self._kv_cache.grow(request, count)
+        chunks = request.divide(draft.budget)
+        has_grown = self._kv_cache.grow(chunks)
         assert has_grown
         if not request.was_admitted:
             self._kv_cache.count_prefix(request)
@@ -243,63 +213,82 @@ class Scheduler:
         self.waiting.remove(request)
         self.waiting.charge(request.group)
         self.running.append(request)
+        self._num_running_lanes += len(request.lanes)
         request.status = Status.RUNNING
-        request.slot = slot
+        for lane, slot in zip(request.lanes, slots, strict=True):
+            lane.slot = slot
         request.num_skips = request.num_passes = 0
         shares.take(request)
-        plan.add(request, count)
+        draft.add(request, chunks)
         return True
 
-    def _make_way(self, request: Request, plan: _Plan, shares: Shares) -> bool:
-        """Blocks, a place and a token of the budget, if need be out of what others hold beyond their share. Nothing is
-        taken where it would not be enough, nor for a group that would then be beyond its own."""
+    def _make_way(self, request: Request, draft: Draft, shares: Shares) -> bool:
+        """Blocks, and for each lane a place and a token of the budget, if need be out of what others hold beyond their
+        share. Nothing is taken where it would not be enough, nor for a group that would then be beyond its own."""
+        num_lanes = len(request.lanes)
         missing = self._kv_cache.num_missing_blocks(request)
         lacks_blocks = missing - shares.num_free_blocks
-        lacks_others = len(self.running) == self._limits.max_running or plan.budget == 0
+        lacks_places = self._num_running_lanes + num_lanes - self._limits.max_running
+        lacks_tokens = num_lanes - draft.budget
         victims: list[Request] = []
-        for victim in shares.beyond() if shares.has_room_for(request.group, missing) else ():
-            if lacks_blocks <= 0 and not lacks_others:
+        for victim in shares.beyond() if shares.has_room_for(request, missing) else ():
+            if max(lacks_blocks, lacks_places, lacks_tokens) <= 0:
                 break
             victims.append(victim)
             lacks_blocks -= shares.num_blocks_of(victim)
-            lacks_others = False
-        if lacks_blocks > 0 or lacks_others:
+            lacks_places -= len(victim.lanes)
+            lacks_tokens -= draft.num_tokens(victim)
+        if max(lacks_blocks, lacks_places, lacks_tokens) > 0:
             return False
         for victim in victims:
             shares.give_back(victim)
-            self._preempt(victim, plan)
-        # blocks that victims share with others are not free yet
-        return missing <= shares.num_free_blocks and plan.budget > 0
+            self._preempt(victim, draft)
+        return missing <= shares.num_free_blocks  # blocks that victims share with others are not free yet
 
-    def _spend_the_rest(self, plan: _Plan) -> None:
+    def _spend_the_rest(self, draft: Draft) -> None:
         """Long prompts take what they left for others and nobody took."""
-        for request in tuple(plan.cut):
-            scheduled = plan.scheduled.get(request.id)  # it may have given way
-            if scheduled is None or plan.budget == 0:
+        for request in tuple(draft.cut):
+            if request not in draft or draft.budget == 0:  # it may have given way
                 continue
-            count = min(request.num_uncomputed_tokens, scheduled.num_tokens + plan.budget)
-            if self._kv_cache.grow(request, count):
-                plan.drop(request)
-                plan.add(request, count)
+            chunks = request.divide(draft.num_tokens(request) + draft.budget)
+            if self._kv_cache.grow(chunks):
+                draft.drop(request)
+                draft.add(request, chunks)
 
-    def update(self, plan: list[Scheduled], sampled: Mapping[int, int | None]) -> list[Emitted]:
-        """Record a finished step. `sampled` has the id of every request that was to sample; None ends it."""
-        emitted: list[Emitted] = []
+    # -- what comes of it -----------------------------------------------------------
+
+    def advance(self, plan: Plan) -> None:
+        """The plan was launched: what follows may count on its tokens."""
         for scheduled in plan:
-            request = scheduled.request
-            samples = scheduled.samples
-            request.num_computed_tokens += scheduled.num_tokens
-            self._kv_cache.commit(request)
-            if not samples:
-                continue
-            token = sampled[request.id]
-            if token is None:
-                emitted.append(self._finish(request, FinishReason.ERROR, "the model's output is not finite"))
-                continue
-            request.tokens.append(token)
-            reason = request.finish_reason_after(token)
-            emitted.append(self._finish(request, reason, token=token) if reason else Emitted(request, token))
-        return emitted
+            scheduled.lane.num_computed_tokens += scheduled.num_tokens
+
+    def record(self, plan: Plan, outputs: Mapping[Lane, Output]) -> list[TokenEvent]:
+        """What came of a plan that was advanced. `outputs` has every lane that samples.
+
+        Requests may have ended meanwhile; nothing is said of those.
+        """
+        events: list[TokenEvent] = []
+        for scheduled in plan:
+            if scheduled.lane.request.status is Status.RUNNING:
+                self._kv_cache.commit(scheduled.lane)
+        for scheduled in plan:
+            if scheduled.samples and scheduled.lane.request.status is not Status.FINISHED:
+                events += self._take(scheduled.lane.request, outputs[scheduled.lane])
+        return events
+
+    def _take(self, request: Request, output: Output) -> list[TokenEvent]:
+        """The output of one of its steps."""
+        if output.error is not None:
+            return [self._finish(request, FinishReason.ERROR, output.error)]
+        if request.max_tokens == 0:
+            return [self._finish(request, FinishReason.LENGTH)]
+        events: list[TokenEvent] = []
+        for token in output.tokens:
+            reason = request.append(token)
+            if reason is not None:
+                return [*events, self._finish(request, reason, token=token)]
+            events.append(_event(request, token))
+        return events
 
     # -- adapters -----------------------------------------------------------
 
@@ -308,8 +297,10 @@ class Scheduler:
         starving = [request for request in self.waiting if request.num_skips > self._limits.max_skips]
         if not starving:
             return None
-        there = {request.adapter for request in self.running}  # these want a place, not room for their adapter
-        candidates = (request for request in starving if request.adapter not in there)
+        there = {adapter for request in self.running for adapter in request.adapters}
+        candidates = (
+            request for request in starving if not there.issuperset(request.adapters)
+        )  # else they want a place
         return max(candidates, key=lambda request: request.num_skips, default=None)
 
     @staticmethod
@@ -318,28 +309,48 @@ class Scheduler:
 
         Base requests need no room and go on.
         """
-        return starved is not None and request.adapter is not None and request.adapter != starved.adapter
+        return starved is not None and not set(request.adapters).issubset(starved.adapters)
 
-    def _pin(self, request: Request) -> Slot | Wait:
-        return BASE_SLOT if request.adapter is None else self._residency.acquire(request.adapter)
+    def _pin(self, request: Request, absent: dict[AdapterRef, Wait]) -> list[Slot] | Wait:
+        """The adapter slot of each lane, all of them pinned; or why it must wait, and none is. Raises AdapterFailed."""
+        slots: list[Slot] = []
+        pinned: list[AdapterRef] = []
+        for adapter in (lane.adapter for lane in request.lanes):
+            if adapter is None:
+                slots.append(BASE_SLOT)
+                continue
+            try:
+                slot = absent.get(adapter) or self._residency.acquire(adapter)
+            except AdapterFailed:
+                self._unpin(pinned)
+                raise
+            if isinstance(slot, Wait):
+                absent[adapter] = slot
+                self._unpin(pinned)
+                return slot
+            slots.append(slot)
+            pinned.append(adapter)
+        return slots
 
-    def _unpin(self, request: Request) -> None:
-        if request.adapter is not None:
-            self._residency.release(request.adapter)
+    def _unpin(self, adapters: Iterable[AdapterRef]) -> None:
+        for adapter in adapters:
+            self._residency.release(adapter)
 
     # -- ends -----------------------------------------------------------
 
     def _stop_running(self, request: Request) -> None:
-        """Give back blocks and pin, not the place in `running`, which differs by caller."""
+        """Give back place, blocks and pins."""
+        self.running.remove(request)
+        self._num_running_lanes -= len(request.lanes)
         self._kv_cache.release(request)
-        self._unpin(request)
-        request.slot = BASE_SLOT
+        self._unpin(request.adapters)
+        for lane in request.lanes:
+            lane.slot = BASE_SLOT
 
     def _finish(
         self, request: Request, reason: FinishReason, error: str | None = None, token: int | None = None
-    ) -> Emitted:
+    ) -> TokenEvent:
         if request.status is Status.RUNNING:
-            self.running.remove(request)
             self._stop_running(request)
         else:
             self.waiting.remove(request)
@@ -348,21 +359,29 @@ class Scheduler:
         self._group_sizes[request.group] -= 1
         if not self._group_sizes[request.group]:
             del self._group_sizes[request.group]
-        if request.adapter is not None:
-            self._adapters.let_go(request.adapter)
-        return Emitted(request, token, reason, error)
+        self._adapters.let_go(request)
+        return _event(request, token, reason, error)
 
     def check(self) -> None:
         """Every invariant of the engine, recomputed."""
         waiting = {request.id for request in self.waiting}
         assert {request.id for request in self.running} | waiting == set(self._requests)
         assert not {request.id for request in self.running} & waiting
-        assert len(self.running) <= self._limits.max_running
+        assert self._num_running_lanes == sum(len(request.lanes) for request in self.running)
+        assert self._num_running_lanes <= self._limits.max_running
         assert all(request.status is Status.RUNNING for request in self.running)
-        assert all(request.status is Status.WAITING and not request.block_table for request in self.waiting)
+        assert all(request.status is Status.WAITING for request in self.waiting)
+        assert not any(self._kv_cache.num_held_blocks(request) for request in self.waiting)
         assert self._group_sizes == Counter(request.group for request in self._requests.values())
         self.waiting.check()
         assert all(request.num_uncomputed_tokens > 0 for request in self._requests.values())
         self._kv_cache.check(self._requests.values())
         self._adapters.check(self._requests.values())
         self._residency.check()
+
+
+def _event(
+    request: Request, token: int | None, finish: FinishReason | None = None, error: str | None = None
+) -> TokenEvent:
+    cached = request.num_cached_tokens if request.num_generated < 2 else 0
+    return TokenEvent(request.id, token, finish, error, cached)

@@ -14,7 +14,8 @@ from server.engine.request import Group, Request
 class Shares:
     """As of one moment of one step; `running` is in order of admission.
 
-    A request counts with the blocks that it needs for all its tokens, those that are still to be computed included.
+    A place is one lane's. A request counts with the blocks that it needs for all its tokens, those that are still to be
+    computed included.
     """
 
     def __init__(self, running: Sequence[Request], num_groups: int, max_running: int, kv_cache: KVCache) -> None:
@@ -47,15 +48,17 @@ class Shares:
             return False
         return self._held_places[group] >= self._places or self._held_blocks[group] >= self._blocks
 
-    def has_room_for(self, group: Group, num_blocks: int) -> bool:
-        """Whether one more request of so many blocks stays within the group's share. Its first may always have them: it
+    def has_room_for(self, request: Request, num_blocks: int) -> bool:
+        """Whether this one with so many blocks stays within its group's share. A group's first may always have them: it
         may be larger than a share, and has to run some day."""
-        is_within = self._held_blocks[group] + num_blocks <= self._blocks
-        return not self.is_used_up(group) and (is_within or not self._held_places[group])
+        group = request.group
+        has_places = self._held_places[group] + len(request.lanes) <= self._places
+        has_blocks = self._held_blocks[group] + num_blocks <= self._blocks
+        return not self.is_used_up(group) and (has_places and has_blocks or not self._held_places[group])
 
     def lets_pass(self, request: Request) -> bool:
         """Whether a request may start before one that waits for blocks: there is room for it to its very end."""
-        return self._kv_cache.num_blocks(request.max_len) <= self.num_free_blocks
+        return self._kv_cache.max_blocks(request) <= self.num_free_blocks
 
     def beyond(self) -> Iterator[Request]:
         """What may be taken back, newest first: requests without which their group still has its whole share.
@@ -66,23 +69,26 @@ class Shares:
         if self._is_alone:
             return
         places, blocks = self._held_places.copy(), self._held_blocks.copy()
+        oldest = {request.group: request for request in reversed(self._running)}
         within: set[Group] = set()
         for request in reversed(self._running):
             group, needed = request.group, self.num_blocks_of(request)
             if group in within:
                 continue
-            if places[group] > self._places or (places[group] > 1 and blocks[group] - needed >= self._blocks):
-                places[group] -= 1
+            keeps_places = places[group] - len(request.lanes) >= self._places
+            keeps_blocks = blocks[group] - needed >= self._blocks
+            if (keeps_places or keeps_blocks) and request is not oldest[group]:
+                places[group] -= len(request.lanes)
                 blocks[group] -= needed
                 yield request
             else:
                 within.add(group)
 
     def num_blocks_of(self, request: Request) -> int:
-        return len(request.block_table) + self._kv_cache.num_missing_blocks(request)
+        return self._kv_cache.num_held_blocks(request) + self._kv_cache.num_missing_blocks(request)
 
     def _count(self, request: Request, sign: int) -> None:
-        needed = self.num_blocks_of(request)
-        self._held_places[request.group] += sign
-        self._held_blocks[request.group] += sign * needed
-        self._missing_blocks += sign * (needed - len(request.block_table))
+        missing = self._kv_cache.num_missing_blocks(request)
+        self._held_places[request.group] += sign * len(request.lanes)
+        self._held_blocks[request.group] += sign * (self._kv_cache.num_held_blocks(request) + missing)
+        self._missing_blocks += sign * missing

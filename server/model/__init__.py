@@ -1,6 +1,6 @@
 """How a step is computed: Transformers model classes with our attention, experts and LoRA injected.
 
-Read loader.py first: it lists everything that is injected. Adapter tables arrive inside a step's inputs.
+Read injections/ first: it lists everything that is ours. Adapter tables arrive inside a step's inputs.
 """
 
 from server.kernels_name import keep_transformers_off

@@ -4,25 +4,31 @@ A model calls the attention function named in its configuration with the module 
 that module. No mask is registered under our name, so Transformers builds none.
 """
 
-from math import prod
+from collections.abc import Callable
 from typing import Protocol
 
-import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AttentionInterface
 
 from kernels.paged_attention import paged_attention
 from kernels.store_kv import store_kv
-from server.model.families import LayerWindow
+from server.model.families import Foreign, LayerWindow
 from server.model.inputs import CurrentStep
 from server.model.probe import KVShape
 
 PAGED = "heddle_paged"
 
 
+MakeKV = Callable[[int, int], Tensor]  # (heads, dim of a head) -> [blocks, block size, heads, dim], zeros
+
+
 class CachedLayer(Protocol):
     """The KV cache of one layer, and attention over it."""
+
+    shape: KVShape  # of what a token leaves in it
+
+    def allocate(self, make: MakeKV) -> None:
+        """Before the first step, when the number of blocks is known."""
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
@@ -33,13 +39,12 @@ class CachedLayer(Protocol):
 class PagedLayer:
     """Keys and values as attention reads them."""
 
-    def __init__(self, shape: KVShape, num_blocks: int, block_size: int, window: LayerWindow, step: CurrentStep,
-                 like: Tensor) -> None:  # fmt: skip
-        """`like` has the caches' dtype and device."""
-        self._key = new_cache(like, num_blocks, block_size, shape.kv_heads, shape.key_dim)
-        self._value = new_cache(like, num_blocks, block_size, shape.kv_heads, shape.value_dim)
-        self._window = window
-        self._step = step
+    def __init__(self, shape: KVShape, window: LayerWindow, step: CurrentStep) -> None:
+        self.shape, self._window, self._step = shape, window, step
+
+    def allocate(self, make: MakeKV) -> None:
+        self._key = make(self.shape.kv_heads, self.shape.key_dim)
+        self._value = make(self.shape.kv_heads, self.shape.value_dim)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
@@ -49,14 +54,6 @@ class PagedLayer:
         clear(self._value, inputs.fresh_blocks)
         store_kv(key, value, self._key, self._value, inputs.slot_mapping)
         return paged_attention(query, self._key, self._value, inputs.attention, scale, self._window, softcap, sinks)
-
-
-def new_cache(like: Tensor, *shape: int) -> Tensor:
-    """Zeros. The host's come from numpy, which takes pages that are not there before they are touched; torch writes all
-    of them, so that a cache that nobody uses would fill the memory."""
-    if like.device.type != "cpu":
-        return like.new_zeros(shape)
-    return torch.from_numpy(np.zeros(prod(shape) * like.itemsize, np.uint8)).view(like.dtype).view(shape)
 
 
 def clear(cache: Tensor, fresh_blocks: Tensor | None) -> None:
@@ -70,7 +67,7 @@ def clear(cache: Tensor, fresh_blocks: Tensor | None) -> None:
 
 
 def _paged(
-    module: nn.Module,
+    module: Foreign,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -85,22 +82,15 @@ def _paged(
     Other arguments (dropout, the window as the call site sees it) are either meaningless here or known better.
     """
     assert attention_mask is None
-    layer: CachedLayer = module.cached_layer  # type: ignore[assignment]
-    rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
+    layer: CachedLayer = module.cached_layer
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return layer.attend(*rows, scale, softcap, s_aux)[None], None
+    return layer.attend(q, k, v, scale, softcap, s_aux)[None], None
 
 
 AttentionInterface.register(PAGED, _paged)
 
 
-def install(model: nn.Module, layers: list[tuple[nn.Module, CachedLayer]]) -> None:
-    """Give each attention module its cache, and switch the model over to paged attention."""
-    for module, layer in layers:
-        module.cached_layer = layer  # type: ignore[assignment]
-    model.config._attn_implementation = PAGED
-
-
-def cache_bytes(shapes: list[KVShape], block_size: int, dtype: torch.dtype) -> int:
-    """Of one block in all layers."""
-    return sum(shape.elements for shape in shapes) * dtype.itemsize * block_size
+def attach(module: Foreign, layer: CachedLayer) -> None:
+    """Let an attention module find its cache."""
+    module.cached_layer = layer

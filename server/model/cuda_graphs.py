@@ -2,8 +2,9 @@
 
 A decode step of a small batch is hundreds of launches of a few microseconds each; a graph launches them as one. Graphs
 read indices, adapter tables and weights where they lie, and those never move: one graph serves every mix of adapters.
-They differ by what cannot be data: the number of rows (padded to a few sizes), and whether LoRA and expert adapters
-take part at all (a batch of base requests does no adapter work).
+They differ by what cannot be data: the number of rows (padded to a few sizes), and how much of the adapters' work takes
+part at all: none (a batch of base requests does none), LoRA, or everything. A step takes the first that covers it, so
+their number does not double with every kind of adapter.
 
 All of them are captured at start, those with LoRA at every site and for ranks up to max_rank: a capture while serving
 would stall everybody. A batch with a higher rank is launched kernel by kernel.
@@ -11,13 +12,13 @@ would stall everybody. A batch with a higher rank is launched kernel by kernel.
 
 from bisect import bisect_left
 from collections.abc import Callable
-from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from server.model.device_inputs import LoraReach, padding_step
+from kernels.adapter_rows import ShapeKey
+from server.model.device_inputs import padding_step
 from server.model.forward import KernelForward
 from server.model.inputs import HostStep, StepInputs
 
@@ -31,8 +32,7 @@ class CaptureError(RuntimeError):
 
 class GraphKey(NamedTuple):
     rows: int
-    with_lora: bool
-    with_experts: bool
+    shape: ShapeKey
 
 
 class CudaCapture:
@@ -93,33 +93,33 @@ class GraphedForward:
         replay = None if key is None else self._graphs.get(key)
         if key is None or replay is None:
             return self.eager.logits(step)
-        self.eager.inputs.fill(step, key.rows, self._reach(key), key.with_experts)
+        self.eager.inputs.fill(step, key.rows, key.shape, is_captured=True)
         replay()
         return self._output[: len(step.token_ids)]
 
     def key(self, step: HostStep) -> GraphKey | None:
         """Of the graph that serves this step; None if it is none for a graph."""
         count = len(step.token_ids)
-        if not step.is_decode or count > self.sizes[-1] or step.max_rank > self.max_rank:
+        if not step.is_decode or count > self.sizes[-1]:
             return None
-        return GraphKey(self.sizes[bisect_left(self.sizes, count)], step.max_rank > 0, step.has_experts)
+        shape = next((shape for shape in _shapes(self.max_rank, True) if shape.covers(step.shape)), None)
+        return None if shape is None else GraphKey(self.sizes[bisect_left(self.sizes, count)], shape)
 
     def keys(self, has_experts: bool) -> list[GraphKey]:
         """Every graph that serving can ask for, the largest first: the others fit into its memory."""
-        lora = (False, True) if self.max_rank else (False,)
-        experts = (False, True) if has_experts else (False,)
-        return [GraphKey(rows, *kind) for rows in reversed(self.sizes) for kind in product(lora, experts)]
+        shapes = _shapes(self.max_rank, has_experts)
+        return [GraphKey(rows, shape) for rows in reversed(self.sizes) for shape in shapes]
 
     def capture(self, key: GraphKey) -> None:
         """Raises CaptureError."""
-        inputs = self.eager.inputs.fill(padding_step(), key.rows, self._reach(key), key.with_experts)
+        inputs = self.eager.inputs.fill(padding_step(), key.rows, key.shape, is_captured=True)
+        kinds = " with LoRA" * (key.shape.rank > 0) + " with expert adapters" * key.shape.experts
         try:
             self._graphs[key] = self._capture(lambda: self._compute(inputs))
         except RuntimeError as error:  # out of memory is one too
             raise CaptureError(
-                f"a decode of {key.rows} rows{' with LoRA' * key.with_lora}{' with expert adapters' * key.with_experts}"
-                f" cannot be captured as a CUDA graph, after {len(self._graphs)} others: {_first(error)}. If memory is "
-                "short, lower kv_cache_bytes or max_running"
+                f"a decode of {key.rows} rows{kinds} cannot be captured as a CUDA graph, after {len(self._graphs)} "
+                f"others: {_first(error)}. If memory is short, lower kv_cache_bytes or max_running"
             ) from error
 
     def replay(self, key: GraphKey) -> Callable[[], object]:
@@ -134,8 +134,15 @@ class GraphedForward:
         logits = self.eager.model(inputs)
         self._output[: len(logits)].copy_(logits)
 
-    def _reach(self, key: GraphKey) -> LoraReach | None:
-        return LoraReach(self.max_rank, at_all_sites=True) if key.with_lora else None
+
+def _shapes(max_rank: int, has_experts: bool) -> list[ShapeKey]:
+    """A chain, each covering those before it: the base's, LoRA's, everything."""
+    chain = [ShapeKey()]
+    if max_rank:
+        chain.append(ShapeKey(max_rank, 0))
+    if has_experts:
+        chain.append(ShapeKey(max_rank, 1))
+    return chain
 
 
 def _first(error: BaseException) -> BaseException:

@@ -1,8 +1,4 @@
-"""Steps for kernels: one buffer of integers, filled on the host and copied to the device in one piece.
-
-The device's side never moves, so a captured graph finds each step's indices where it found those of the step that it
-was captured with.
-"""
+"""Steps for kernels: lists become tensors on the device, at addresses that never change."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,12 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.expert_route import TokenBatch
-from kernels.lora import Segments, cut, tile_rows
+from kernels.adapter_rows import AdapterRows, AdapterTiles, ShapeKey, cut, tile_rows
 from kernels.paged_attention import NUM_COUNTERS, DeviceBatch, splits_decodes
-from server.model.inputs import HostStep, StepInputs
-
-_ALIGN = 4  # integers: 16 bytes, so that kernels may load vectors
+from server.model.inputs import HostStep, StepInputs, TokenField
+from server.model.step_buffer import StepBuffer
 
 
 @dataclass(frozen=True)
@@ -29,33 +23,30 @@ class Capacity:
 
 
 @dataclass(frozen=True)
-class LoraReach:
-    """What of LoRA a step passes through. max_rank: no adapter of the batch has a higher one.
+class Sizes:
+    """Of one step as kernels see it, padding included."""
 
-    at_all_sites: also where no adapter that is on the device acts. A captured batch does, since one may come.
-    """
-
-    max_rank: int
-    at_all_sites: bool = False
-
-
-def _most_tiles(sequences: int, rows: int) -> int:
-    """LoRA tiles: every sequence may have an adapter of its own, and there are tiles that are full besides."""
-    return sequences + rows // tile_rows(rows)
+    rows: int
+    sequences: int
+    samples: int
+    max_query_len: int
+    splits_decodes: bool = False  # see DeviceBatch
 
 
 class DeviceInputs:
-    """The buffer, and views of it."""
+    """Fills the buffer, and makes views of it."""
 
-    def __init__(self, capacity: Capacity, device: torch.device) -> None:
-        self.capacity = capacity
-        tiles = capacity.sequences + capacity.tokens // tile_rows(1)
-        sizes = {
-            "counts": 3,  # tokens, LoRA tiles, LoRA tiles of the sampled rows
+    def __init__(self, capacity: Capacity, device: torch.device, token_fields: Sequence[TokenField] = ()) -> None:
+        """token_fields: what adapters' ops want to know of each token, beside its slot."""
+        self.capacity, self._token_fields = capacity, tuple(token_fields)
+        tiles = _most_tiles(capacity.sequences, capacity.tokens, 1)
+        fields = {
+            "counts": 3,  # tokens, adapter tiles, those of the sampled rows
             "token_ids": capacity.tokens,
             "positions": capacity.tokens,
             "slot_mapping": capacity.tokens,
             "token_slots": capacity.tokens,
+            **{field.name: capacity.tokens for field in token_fields},
             "sample_rows": capacity.sequences,
             "query_starts": capacity.sequences + 1,
             "kv_lens": capacity.sequences,
@@ -64,105 +55,90 @@ class DeviceInputs:
             # last and packed, since most of it is seldom used; unpacked on the device
             "block_tables": capacity.sequences * capacity.blocks,
         }
-        total = 0
-        self._ranges: dict[str, tuple[int, int]] = {}
-        for name, size in sizes.items():
-            self._ranges[name] = (total, total + size)
-            total += -(-size // _ALIGN) * _ALIGN
-        self._host = torch.zeros(total, dtype=torch.int32, pin_memory=device.type == "cuda")
-        self._staged = self._host.numpy()
-        self._device = torch.zeros(total, dtype=torch.int32, device=device)
+        self.buffer = StepBuffer(fields, device)
         self._block_tables = torch.zeros(capacity.sequences, capacity.blocks, dtype=torch.int32, device=device)
-        self._copied = torch.cuda.Event() if device.type == "cuda" else None  # the last copy out of the host's side
         self._attention_counters = torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=device)
         self._route_counters = torch.zeros(2, dtype=torch.int32, device=device)
-        self._lora_counters = torch.zeros(1 + tiles * capacity.slices, dtype=torch.int32, device=device)
+        self._tile_counters = torch.zeros(1 + tiles * capacity.slices, dtype=torch.int32, device=device)
 
-    def fill(self, step: HostStep, rows: int, lora: LoraReach | None, with_experts: bool) -> StepInputs:
+    def fill(self, step: HostStep, rows: int, shape: ShapeKey, is_captured: bool = False) -> StepInputs:
         """Copy `step`, padded to `rows` tokens. A padded step is a decode, and padded with as many sequences.
 
-        lora and with_experts: take those paths, whether or not this step has such adapters.
+        shape: take the paths of such adapters, whether or not this step has any. It covers the step's own.
+        is_captured: see AdapterRows.
         """
-        if self._copied is not None:
-            self._copied.synchronize()  # long over, unless the last step sampled nothing and nobody waited for it
-        num_sequences = len(step.query_lens) + rows - len(step.token_ids)
+        padding = range(len(step.token_ids), rows)
+        sizes = Sizes(rows, len(step.query_lens) + len(padding), len(step.sample_rows) + len(padding),
+                      max(step.query_lens), splits_decodes(step.query_lens, step.kv_lens))  # fmt: skip
         tile = tile_rows(rows)
         tiles, sample_tiles = cut(step.spans, tile), cut(step.sample_spans, tile)
-        self._stage("counts", [len(step.token_ids), len(tiles), len(sample_tiles)])
-        self._stage("token_ids", step.token_ids, rows, 0)
-        self._stage("positions", step.positions, rows, 0)
-        self._stage("slot_mapping", step.slot_mapping, rows, -1)
-        if with_experts:
-            self._stage("token_slots", step.token_slots, rows, 0)
-        padding = range(len(step.token_ids), rows)
-        self._stage("sample_rows", [*step.sample_rows, *padding])
-        self._stage("query_starts", [*_starts(step.query_lens), *(row + 1 for row in padding)])
-        self._stage("kv_lens", step.kv_lens, num_sequences, 0)
-        self._stage("tiles", [number for tile in tiles for number in tile])
-        self._stage("sample_tiles", [number for tile in sample_tiles for number in tile])
-        self._copy(step.block_tables)
-        return self.views(rows, num_sequences, len(step.sample_rows) + len(padding), max(step.query_lens), lora,
-                          with_experts, splits_decodes(step.query_lens, step.kv_lens))  # fmt: skip
+        stage = self.buffer.stage
+        self.buffer.begin()
+        stage("counts", [len(step.token_ids), len(tiles), len(sample_tiles)])
+        stage("token_ids", step.token_ids, rows, 0)
+        stage("positions", step.positions, rows, 0)
+        stage("slot_mapping", step.slot_mapping, rows, -1)
+        if shape.experts:
+            stage("token_slots", step.token_slots, rows, 0)
+        for field in self._token_fields:
+            stage(field.name, field.values(step), rows, field.filler)
+        stage("sample_rows", [*step.sample_rows, *padding])
+        stage("query_starts", [*_starts(step.query_lens), *(row + 1 for row in padding)])
+        stage("kv_lens", step.kv_lens, sizes.sequences, 0)
+        stage("tiles", [number for tile in tiles for number in tile])
+        stage("sample_tiles", [number for tile in sample_tiles for number in tile])
+        self._send(step.block_tables)
+        return self.views(sizes, shape, is_captured)
 
-    def _copy(self, block_tables: list[list[int]]) -> None:
+    def _send(self, block_tables: list[list[int]]) -> None:
         """Everything that was staged, and the block tables as wide as the longest of them."""
-        begin, width = self._ranges["block_tables"][0], max(map(len, block_tables))
-        for index, table in enumerate(block_tables):
-            self._staged[begin + index * width : begin + index * width + len(table)] = table
-        end = begin + len(block_tables) * width
-        self._device[:end].copy_(self._host[:end], non_blocking=True)
-        if self._copied is not None:
-            self._copied.record()
+        width = max(map(len, block_tables))
+        for index, table in enumerate(block_tables):  # what lies behind a shorter one is never read
+            self.buffer.stage("block_tables", table, at=index * width)
+        self.buffer.send("block_tables", len(block_tables) * width)
         if width:
-            packed = self._device[begin:end].view(len(block_tables), width)
-            self._block_tables[: len(block_tables), :width].copy_(packed)
+            packed = self.buffer.view("block_tables", len(block_tables) * width)
+            self._block_tables[: len(block_tables), :width].copy_(packed.view(len(block_tables), width))
 
-    def views(
-        self, rows: int, num_sequences: int, num_samples: int, max_query_len: int, lora: LoraReach | None,
-        with_experts: bool, long_decodes: bool = False,
-    ) -> StepInputs:  # fmt: skip
+    def views(self, sizes: Sizes, shape: ShapeKey, is_captured: bool) -> StepInputs:
         """What the device holds of a step of these sizes; always at the same addresses."""
-        tile = tile_rows(rows)
-        counts = self._view("counts", 3)
-        tiles = _most_tiles(num_sequences, rows)
+        view, rows, tile = self.buffer.view, sizes.rows, tile_rows(sizes.rows)
+        counts = view("counts", 3)
         return StepInputs(
-            token_ids=self._view("token_ids", rows),
-            positions=self._view("positions", rows),
-            slot_mapping=self._view("slot_mapping", rows),
+            token_ids=view("token_ids", rows),
+            positions=view("positions", rows),
+            slot_mapping=view("slot_mapping", rows),
             fresh_blocks=None,
             attention=DeviceBatch(
-                query_starts=self._view("query_starts", num_sequences + 1),
-                kv_lens=self._view("kv_lens", num_sequences),
-                block_tables=self._block_tables[:num_sequences],
+                query_starts=view("query_starts", sizes.sequences + 1),
+                kv_lens=view("kv_lens", sizes.sequences),
+                block_tables=self._block_tables[: sizes.sequences],
                 counters=self._attention_counters,
-                max_query_len=max_query_len,
-                splits_decodes=long_decodes,
+                max_query_len=sizes.max_query_len,
+                splits_decodes=sizes.splits_decodes,
             ),
-            sample_rows=self._view("sample_rows", num_samples),
-            segments=self._segments("tiles", tiles, counts[1:2], tile, lora),
-            sample_segments=self._segments("sample_tiles", num_samples, counts[2:3], tile, lora),
-            tokens=TokenBatch(
-                self._view("token_slots", rows) if with_experts else None, counts[:1], self._route_counters
+            sample_rows=view("sample_rows", sizes.samples),
+            rows=AdapterRows(
+                view("token_slots", rows) if shape.experts else None,
+                self._tiles("tiles", _most_tiles(sizes.sequences, rows, rows), counts[1:2], tile),
+                self._tiles("sample_tiles", sizes.samples, counts[2:3], tile),
+                shape,
+                is_captured,
             ),
+            num_tokens=counts[:1],
+            route_counters=self._route_counters,
+            fields={field.name: view(field.name, rows) for field in self._token_fields},
         )
 
-    def _segments(self, name: str, most: int, count: Tensor, tile: int, lora: LoraReach | None) -> Segments:
-        if lora is None:
-            return Segments(())
-        tiles = self._view(name, 3 * most).view(most, 3)
-        return Segments((), tiles, count, tile, lora.max_rank, self._lora_counters, lora.at_all_sites)
+    def _tiles(self, name: str, most: int, count: Tensor, tile: int) -> AdapterTiles:
+        tiles = self.buffer.view(name, 3 * most).view(most, 3)
+        return AdapterTiles((), tiles, count, tile, self._tile_counters)
 
-    def _stage(self, name: str, values: Sequence[int], count: int | None = None, filler: int = 0) -> None:
-        """Write `values`, and `filler` behind them up to `count`."""
-        begin = self._ranges[name][0]
-        self._staged[begin : begin + len(values)] = values
-        if count is not None:
-            self._staged[begin + len(values) : begin + count] = filler
 
-    def _view(self, name: str, size: int) -> Tensor:
-        begin, end = self._ranges[name]
-        assert begin + size <= end, (name, size, end - begin)
-        return self._device[begin : begin + size]
+def _most_tiles(sequences: int, tokens: int, rows: int) -> int:
+    """Adapter tiles of a step of so many rows: every sequence may have an adapter of its own, and there are tiles that
+    are full besides."""
+    return sequences + tokens // tile_rows(rows)
 
 
 def _starts(lengths: list[int]) -> list[int]:
@@ -177,4 +153,4 @@ def padding_step(tokens: int = 1, block_size: int = 1) -> HostStep:
     blocks = [0] * -(-tokens // block_size) if tokens > 1 else []
     kv_len = tokens if tokens > 1 else 0
     return HostStep([0] * tokens, list(range(tokens)), [-1] * tokens, [0] * tokens, [tokens], [kv_len], [blocks],
-                    [tokens - 1], [], [], 0, False)  # fmt: skip
+                    [tokens - 1], [], [], ShapeKey())  # fmt: skip

@@ -7,10 +7,13 @@ way we do not know (recurrent layers, convolutions, other masks) would give wron
 
 import inspect
 import types
+from typing import Any
 
 import torch
 from torch import nn
 
+# A module of Transformers, or its configuration: it has what its family's file gives it, and no type knows that
+Foreign = Any
 LayerWindow = int | None  # sliding window in tokens; None is full attention
 
 FAMILIES = frozenset({
@@ -30,7 +33,7 @@ class UnsupportedModelError(Exception):
     """This base cannot be served exactly; the message says why."""
 
 
-def check_family(config: object) -> None:
+def check_family(config: Foreign) -> None:
     """Raise UnsupportedModelError unless the configuration is of a family that is served."""
     model_type = getattr(config, "model_type", None)
     kinds = set(getattr(config, "layer_types", None) or ())
@@ -55,13 +58,13 @@ def check_family(config: object) -> None:
         raise UnsupportedModelError("quantised checkpoints are not served yet; use a float32, float16 or bfloat16 one")
 
 
-def layer_windows(config: object) -> list[LayerWindow]:
+def layer_windows(config: Foreign) -> list[LayerWindow]:
     """The window of each layer, from the configuration.
 
     Never from the attention call: some families do not pass it there (Qwen2-MoE), and full attention in place of a
     window is wrong without any error.
     """
-    num_layers: int = config.num_hidden_layers  # type: ignore[attr-defined]
+    num_layers: int = config.num_hidden_layers
     window: int | None = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
@@ -70,14 +73,14 @@ def layer_windows(config: object) -> list[LayerWindow]:
     return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
-def max_model_len(config: object, asked: int) -> int:
+def max_model_len(config: Foreign, asked: int) -> int:
     """The longest sequence that is served: `asked`, or the model's own limit where that is 0.
 
     Dynamic and long rope change all frequencies with the longest sequence of the *batch*. Dynamic rope is therefore
     served up to its original length, where it does not change; long rope to its original length by default, and
     beyond it (if asked) with the long frequencies for every request (see pin_rope).
     """
-    limit: int = config.max_position_embeddings  # type: ignore[attr-defined]
+    limit: int = config.max_position_embeddings
     rope = _rope(config)
     if rope["rope_type"] not in _STATIC_ROPES | {"dynamic", "longrope"}:
         raise UnsupportedModelError(f"rope type {rope['rope_type']!r} is not served")
@@ -88,7 +91,7 @@ def max_model_len(config: object, asked: int) -> int:
     return asked or limit
 
 
-def pin_rope(model: nn.Module, config: object, length: int) -> None:
+def pin_rope(model: nn.Module, config: Foreign, length: int) -> None:
     """Fix dynamic and long rope to one set of frequencies, so that no request changes another's.
 
     Transformers chooses the set anew in each forward, by the longest position of the batch; that is also a read-back
@@ -99,6 +102,7 @@ def pin_rope(model: nn.Module, config: object, length: int) -> None:
     if rope["rope_type"] not in ("dynamic", "longrope"):
         return
     is_long = rope["rope_type"] == "longrope" and length > int(rope["original_max_position_embeddings"])
+    module: Foreign
     for module in model.modules():
         if hasattr(module, "original_inv_freq"):
             if is_long:
@@ -108,10 +112,10 @@ def pin_rope(model: nn.Module, config: object, length: int) -> None:
                 with torch.no_grad():
                     module.inv_freq.copy_(long)
             unchanging = torch.no_grad()(inspect.unwrap(type(module).forward))
-            module.forward = types.MethodType(unchanging, module)  # type: ignore[method-assign]
+            module.forward = types.MethodType(unchanging, module)
 
 
-def _rope(config: object) -> dict[str, object]:
+def _rope(config: Foreign) -> dict[str, Any]:
     parameters = getattr(config, "rope_parameters", None) or {}
     nested = next((value for value in parameters.values() if isinstance(value, dict)), None)
     if nested is not None and len({str(value) for value in parameters.values()}) > 1:
@@ -119,7 +123,7 @@ def _rope(config: object) -> dict[str, object]:
     return {"rope_type": "default", **(nested or parameters)}
 
 
-def stop_token_ids(config: object, generation_config: object | None) -> frozenset[int]:
+def stop_token_ids(config: Foreign, generation_config: Foreign | None) -> frozenset[int]:
     """End-of-sequence ids: those of the generation configuration if it names any, else the model's."""
     for source in (generation_config, config):
         eos = getattr(source, "eos_token_id", None)

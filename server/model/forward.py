@@ -1,12 +1,14 @@
 """From a step to logits: on the host by the references, on a GPU by kernels and captured graphs."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from server.model.device_inputs import DeviceInputs, LoraReach
-from server.model.inputs import CurrentStep, HostStep, StepInputs, host_inputs
+from server.model.device_inputs import DeviceInputs
+from server.model.families import Foreign
+from server.model.inputs import CurrentStep, HostStep, StepInputs, TokenField, host_inputs
 
 
 class Forward(Protocol):
@@ -17,27 +19,32 @@ class Forward(Protocol):
 class Model:
     """The injected model, as a function of a step's tensors."""
 
-    def __init__(self, model: nn.Module, step: CurrentStep) -> None:
+    def __init__(self, model: Foreign, step: CurrentStep) -> None:
         self._model, self._step = model, step
+        self.vocab_size: int = model.config.vocab_size
 
     def __call__(self, inputs: StepInputs) -> Tensor:
         with self._step.of(inputs):
-            return self._model(
+            out: Tensor = self._model(
                 input_ids=inputs.token_ids[None],
                 position_ids=inputs.positions[None],
                 use_cache=False,
                 logits_to_keep=inputs.sample_rows,
             ).logits[0]
+            return out
 
 
 class HostForward:
     """By the references."""
 
-    def __init__(self, model: Model, block_size: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: Model, block_size: int, dtype: torch.dtype, token_fields: Sequence[TokenField] = ()
+    ) -> None:
         self._model, self._block_size, self._dtype = model, block_size, dtype
+        self._token_fields = tuple(token_fields)
 
     def logits(self, step: HostStep) -> Tensor:
-        return self._model(host_inputs(step, self._block_size, self._dtype))
+        return self._model(host_inputs(step, self._block_size, self._dtype, self._token_fields))
 
 
 class KernelForward:
@@ -47,5 +54,4 @@ class KernelForward:
         self.model, self.inputs = model, inputs
 
     def logits(self, step: HostStep) -> Tensor:
-        lora = LoraReach(step.max_rank) if step.max_rank else None
-        return self.model(self.inputs.fill(step, len(step.token_ids), lora, step.has_experts))
+        return self.model(self.inputs.fill(step, len(step.token_ids), step.shape))

@@ -1,70 +1,31 @@
 """One step: first as lists on the host, then as tensors. Long-lived objects own memory; these own indices."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import reduce
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from kernels.expert_route import TokenBatch
-from kernels.lora import Segment, Segments
+from kernels.adapter_rows import AdapterRows, AdapterTiles, Segment, ShapeKey
 from kernels.paged_attention import AttentionBatch, DeviceBatch
-
-
-class SamplingLike(Protocol):
-    temperature: float
-    top_p: float
-    top_k: int
-    seed: int
-
-
-class RequestLike(Protocol):
-    """What a step needs to know of a request."""
-
-    id: int
-    tokens: list[int]
-    block_table: list[int]
-    slot: int
-
-    @property
-    def sampling(self) -> SamplingLike: ...
-
-    @property
-    def num_generated(self) -> int: ...
-
-
-class ScheduledLike(Protocol):
-    """`num_tokens` tokens of a request are to be computed, from `start` on."""
-
-    @property
-    def request(self) -> RequestLike: ...
-
-    @property
-    def start(self) -> int: ...
-
-    @property
-    def num_tokens(self) -> int: ...
-
-    @property
-    def samples(self) -> bool: ...
+from server.engine.plan import Scheduled
 
 
 class AdapterTables(Protocol):
     """Which adapters are on the device. What kernels read of them was given to the injected modules at start."""
 
-    def lora_rank(self, slot: int) -> int:
-        """The highest of its linears'; 0 where the slot holds no LoRA."""
-
-    def has_experts(self, slot: int) -> bool: ...
+    def shape_key(self, slot: int) -> ShapeKey:
+        """Of the adapter in the slot; ShapeKey() for the base."""
 
 
 @dataclass(frozen=True)
 class HostStep:
-    """Tokens of all requests, flattened; requests in order of adapter slot, so that each adapter is one segment.
+    """Tokens of all lanes, flattened; lanes in order of adapter slot, so that each adapter is one segment.
 
-    Running example: request a (slot 2) decodes its 6th token, b (base) prefills 3 tokens.
+    Running example: lane a (slot 2) decodes its 6th token, b (base) prefills 3 tokens.
         token_ids   [b b b a]    positions [2 3 4 5]    token_slots [0 0 0 2]
         query_lens  [3 1]        kv_lens   [5 6]        sample_rows [2 3]
         spans       [(3, 4, 2)]  sample_spans [(1, 2, 2)]   (of the sampled rows b, a)
@@ -78,10 +39,9 @@ class HostStep:
     kv_lens: list[int]
     block_tables: list[list[int]]
     sample_rows: list[int]
-    spans: list[Segment]  # rows of LoRA adapters
+    spans: list[Segment]  # rows of adapters, of whatever kind
     sample_spans: list[Segment]  # the same for the rows of the logits
-    max_rank: int  # of the batch's LoRA adapters; 0: it has none
-    has_experts: bool  # some token has an expert adapter
+    shape: ShapeKey  # of all adapters of the batch
 
     @property
     def is_decode(self) -> bool:
@@ -89,36 +49,48 @@ class HostStep:
         return len(self.token_ids) == len(self.sample_rows) == len(self.query_lens)
 
 
-def lay_out(plan: Sequence[ScheduledLike], tables: AdapterTables, block_size: int) -> HostStep:
+def lay_out(plan: Sequence[Scheduled], tables: AdapterTables, block_size: int) -> HostStep:
     """`plan` is in order of adapter slot."""
-    slots = {scheduled.request.slot for scheduled in plan}
-    max_rank, has_experts = max(map(tables.lora_rank, slots), default=0), any(map(tables.has_experts, slots))
-    step = HostStep([], [], [], [], [], [], [], [], [], [], max_rank, has_experts)
+    slots = {scheduled.lane.slot for scheduled in plan}
+    shape = reduce(ShapeKey.joined, map(tables.shape_key, slots), ShapeKey())
+    step = HostStep([], [], [], [], [], [], [], [], [], [], shape)
     for scheduled in plan:
-        request, start, end = scheduled.request, scheduled.start, scheduled.start + scheduled.num_tokens
-        table = request.block_table
-        _extend(step.spans, request.slot, len(step.token_ids), scheduled.num_tokens, tables)
-        step.token_ids.extend(request.tokens[start:end])
+        lane, start, end = scheduled.lane, scheduled.start, scheduled.start + scheduled.num_tokens
+        table = lane.block_table
+        _extend(step.spans, lane.slot, len(step.token_ids), scheduled.num_tokens)
+        step.token_ids.extend(lane.tokens[start:end])
         step.positions.extend(range(start, end))
         step.slot_mapping.extend(table[p // block_size] * block_size + p % block_size for p in range(start, end))
-        step.token_slots.extend([request.slot] * scheduled.num_tokens)
+        step.token_slots.extend([lane.slot] * scheduled.num_tokens)
         step.query_lens.append(scheduled.num_tokens)
         step.kv_lens.append(end)
         step.block_tables.append(table)
         if scheduled.samples:
-            _extend(step.sample_spans, request.slot, len(step.sample_rows), 1, tables)
+            _extend(step.sample_spans, lane.slot, len(step.sample_rows), 1)
             step.sample_rows.append(len(step.token_ids) - 1)
     return step
 
 
-def _extend(spans: list[Segment], slot: int, row: int, count: int, tables: AdapterTables) -> None:
-    """Add rows [row, row + count) of `slot`, merged with a neighbour's of the same; none without a LoRA adapter."""
-    if not tables.lora_rank(slot):
+def _extend(spans: list[Segment], slot: int, row: int, count: int) -> None:
+    """Add rows [row, row + count) of `slot`, merged with a neighbour's of the same; none of the base's."""
+    if slot == 0:
         return
     if spans and spans[-1].slot == slot and spans[-1].end == row:
         spans[-1] = Segment(spans[-1].start, row + count, slot)
     else:
         spans.append(Segment(row, row + count, slot))
+
+
+@dataclass(frozen=True)
+class TokenField:
+    """A number a token that the ops of some kind of part want to know, beside the token's adapter slot.
+
+    `filler` is that of a token that only pads the batch.
+    """
+
+    name: str
+    values: Callable[[HostStep], Sequence[int]]
+    filler: int = 0
 
 
 @dataclass(frozen=True)
@@ -131,9 +103,11 @@ class StepInputs:
     fresh_blocks: Tensor | None  # KV blocks that come into use with this step; None: nobody reads past an end
     attention: AttentionBatch | DeviceBatch
     sample_rows: Tensor  # [R]: rows whose logits are wanted
-    segments: Segments
-    sample_segments: Segments
-    tokens: TokenBatch
+    rows: AdapterRows
+    # for expert_route's kernel: how many tokens are real, and its counters
+    num_tokens: Tensor | None = None  # [1]
+    route_counters: Tensor | None = None  # [2], zero; left zero
+    fields: Mapping[str, Tensor] = field(default_factory=dict)  # [T] each, by name of their TokenField
 
 
 class CurrentStep:
@@ -157,7 +131,9 @@ class CurrentStep:
             self._inputs = None
 
 
-def host_inputs(step: HostStep, block_size: int, dtype: torch.dtype) -> StepInputs:
+def host_inputs(
+    step: HostStep, block_size: int, dtype: torch.dtype, token_fields: Sequence[TokenField] = ()
+) -> StepInputs:
     """For the reference path. `dtype` is that of attention scores' masks."""
     slot_mapping = torch.tensor(step.slot_mapping)
     return StepInputs(
@@ -168,7 +144,11 @@ def host_inputs(step: HostStep, block_size: int, dtype: torch.dtype) -> StepInpu
         fresh_blocks=slot_mapping[slot_mapping % block_size == 0] // block_size,
         attention=AttentionBatch(step.query_lens, step.kv_lens, step.block_tables, block_size, dtype),
         sample_rows=torch.tensor(step.sample_rows, dtype=torch.int64),
-        segments=Segments(step.spans),
-        sample_segments=Segments(step.sample_spans),
-        tokens=TokenBatch(torch.tensor(step.token_slots) if step.has_experts else None),
+        rows=AdapterRows(
+            torch.tensor(step.token_slots, dtype=torch.int32) if step.shape.experts else None,
+            AdapterTiles(step.spans),
+            AdapterTiles(step.sample_spans),
+            step.shape,
+        ),
+        fields={it.name: torch.tensor(it.values(step)) for it in token_fields},
     )

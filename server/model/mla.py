@@ -5,46 +5,54 @@ the latent space, attention runs there with one key head, and its result is take
 cache holds 512 + 64 numbers a token and layer instead of 16 * (192 + 128).
 """
 
-import torch
-from torch import Tensor, nn
+from collections.abc import Callable, Sequence
 
-from kernels.lora import LoraSite, LoraWeights, lora
+import torch
+from torch import Tensor
+
+from kernels.lora import LoraWeights
 from kernels.paged_attention import paged_attention
 from kernels.store_kv import store_latent
-from server.model.attention import clear, new_cache
+from server.model.attention import MakeKV, clear
+from server.model.families import Foreign
 from server.model.inputs import CurrentStep
 from server.model.probe import KVShape
+from server.model.site_op import SiteOp, begin_all
 
 
-def is_latent(attention: nn.Module) -> bool:
+def is_latent(attention: Foreign) -> bool:
     return hasattr(attention, "expand_kv") and hasattr(attention, "kv_b_proj")
 
 
-def latent_shape(attention: nn.Module) -> KVShape:
+def latent_shape(attention: Foreign) -> KVShape:
     """What a token caches: one head of latent and rotated key, and no values beside."""
     return KVShape(1, attention.kv_lora_rank + attention.qk_rope_head_dim, 0)
+
+
+class GainRefused(Exception):
+    """A gain cannot be expressed where the adapter's linear acts."""
 
 
 class AbsorbedProjection:
     """kv_b_proj [heads * (key_dim + value_dim), latent] of one layer, as queries and results pass through it.
 
-    LoRA on it acts on both sides, and on every head with rows of its own: two sites with a slice a head.
+    Adapters of it act on both sides, and on every head with rows of its own: two sites with a slice a head.
     """
 
-    def __init__(self, attention: nn.Module) -> None:
+    def __init__(self, attention: Foreign) -> None:
         self._attention = attention
-        self.heads, self.latent = attention.num_heads, attention.kv_lora_rank
-        self.key_dim, self.value_dim = attention.qk_nope_head_dim, attention.v_head_dim
-        # (B_h^T q) A, where a plain site has B (A x): the same two matrices, transposed and in the other order
-        self.query_site = LoraSite([self.latent] * self.heads, own_inputs=True, transposed=True)
-        self.value_site = LoraSite([self.value_dim] * self.heads, own_inputs=True)
+        self.heads: int = attention.num_heads
+        self.latent: int = attention.kv_lora_rank
+        self.key_dim: int = attention.qk_nope_head_dim
+        self.value_dim: int = attention.v_head_dim
 
     @property
     def out_features(self) -> int:
         return self.heads * (self.key_dim + self.value_dim)
 
     def _weight(self) -> Tensor:
-        return self._attention.kv_b_proj.weight.view(self.heads, self.key_dim + self.value_dim, self.latent)
+        weight: Tensor = self._attention.kv_b_proj.weight
+        return weight.view(self.heads, self.key_dim + self.value_dim, self.latent)
 
     def queries_in(self, query: Tensor) -> Tensor:
         """query [T, H, key_dim] -> [T, H, latent]."""
@@ -56,29 +64,41 @@ class AbsorbedProjection:
         return torch.bmm(context.transpose(0, 1), up).transpose(0, 1)
 
     def split_for_queries(self, weights: LoraWeights) -> list[tuple[int, LoraWeights]]:
-        """(head, weights) of an adapter's low-rank update of kv_b_proj, for query_site."""
+        """(head, weights) of an adapter's low-rank update of kv_b_proj, where queries enter.
+
+        Raises GainRefused for weights with a gain: it scales rows of the projection, through which queries go the other
+        way. So it would have to scale them before the product, and a site's op comes after it.
+        """
+        if weights.gain is not None:
+            raise GainRefused("a gain of kv_b_proj cannot be carried to where queries enter the latent space")
         return [
             (head, LoraWeights(rows[: self.key_dim], weights.a, weights.scale))
             for head, rows in enumerate(weights.b.chunk(self.heads))
         ]
 
     def split_for_values(self, weights: LoraWeights) -> list[tuple[int, LoraWeights]]:
-        """The same for value_site."""
-        return [
-            (head, LoraWeights(weights.a, rows[self.key_dim :], weights.scale))
-            for head, rows in enumerate(weights.b.chunk(self.heads))
-        ]
+        """The same where results leave; rows keep their gains."""
+        rows = [rows[self.key_dim :] for rows in weights.b.chunk(self.heads)]
+        gains: list[Tensor | None] = [None] * self.heads
+        if weights.gain is not None:
+            gains = [gain[self.key_dim :] for gain in weights.gain.chunk(self.heads)]
+        return [(head, LoraWeights(weights.a, rows[head], weights.scale, gains[head])) for head in range(self.heads)]
 
 
 class LatentLayer:
     """The latents of one layer, and absorbed attention over them."""
 
-    def __init__(
-        self, projection: AbsorbedProjection, shape: KVShape, num_blocks: int, block_size: int, step: CurrentStep,
-        like: Tensor,
-    ) -> None:  # fmt: skip
-        self._cache = new_cache(like, num_blocks, block_size, 1, shape.key_dim)
-        self._projection, self._step = projection, step
+    def __init__(self, projection: AbsorbedProjection, shape: KVShape, step: CurrentStep) -> None:
+        self.shape, self._projection, self._step = shape, projection, step
+        self._query_ops: list[SiteOp] = []
+        self._value_ops: list[SiteOp] = []
+
+    def add_op(self, on_queries: SiteOp, on_values: SiteOp) -> None:
+        self._query_ops.append(on_queries)
+        self._value_ops.append(on_values)
+
+    def allocate(self, make: MakeKV) -> None:
+        self._cache = make(1, self.shape.key_dim)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
@@ -88,21 +108,24 @@ class LatentLayer:
         clear(self._cache, inputs.fresh_blocks)
         store_latent(key[:, 0], value[:, 0], self._cache, inputs.slot_mapping)
         content, position = query.split([it.key_dim, query.shape[-1] - it.key_dim], dim=-1)
-        taken_in = self._with_lora(it.queries_in(content), content, it.query_site)
+        taken_in = _adapted(it.queries_in, content, self._query_ops)
         absorbed = torch.cat([taken_in, position], dim=-1)
         context = paged_attention(absorbed, self._cache, self._cache[..., : it.latent], inputs.attention, scale,
                                   None, softcap, sinks)  # fmt: skip
-        return self._with_lora(it.values_out(context), context, it.value_site)
-
-    def _with_lora(self, projected: Tensor, x: Tensor, site: LoraSite) -> Tensor:
-        """projected, x [T, H, ..]: add what the adapters add, head by head."""
-        segments = self._step.inputs.segments
-        if segments.act_at(site):
-            projected = projected.contiguous()
-            lora(projected.flatten(1), x.flatten(1), site, segments)
-        return projected
+        return _adapted(it.values_out, context, self._value_ops)
 
 
-def keep_latents(attention: nn.Module) -> None:
+def _adapted(product: Callable[[Tensor], Tensor], x: Tensor, ops: Sequence[SiteOp]) -> Tensor:
+    """The product of x [T, H, in] and what the adapters do to it, head by head."""
+    begun = begin_all(ops, x)
+    projected = product(x)
+    if begun:
+        projected = projected.contiguous()
+        for finish in begun:
+            finish(projected.flatten(1))
+    return projected
+
+
+def keep_latents(attention: Foreign) -> None:
     """Make the module hand its latents to the attention function instead of expanding them."""
-    attention.expand_kv = lambda latent, rotated: (latent, rotated)  # type: ignore[assignment]
+    attention.expand_kv = lambda latent, rotated: (latent, rotated)

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from server.model.families import Foreign
+from server.model.product import is_linear
+
 PROBE = "heddle_probe"
 
 
@@ -35,7 +38,7 @@ class Probed:
 
 
 @torch.inference_mode()
-def probe(model: nn.Module) -> Probed:
+def probe(model: Foreign) -> Probed:
     """Run one token; the model is left as it was, but for its attention, which the caller sets anew."""
     shapes: dict[nn.Module, KVShape] = {}
     readers: dict[tuple[str, int], list[str]] = {}
@@ -49,9 +52,7 @@ def probe(model: nn.Module) -> Probed:
         return hook
 
     hooks = [
-        module.register_forward_pre_hook(note(name))
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear
+        module.register_forward_pre_hook(note(name)) for name, module in model.named_modules() if is_linear(module)
     ]
     AttentionInterface.register(PROBE, _recorder(shapes))
     model.config._attn_implementation = PROBE
@@ -63,8 +64,12 @@ def probe(model: nn.Module) -> Probed:
         for hook in hooks:
             hook.remove()
         AttentionInterface.register(PROBE, _unasked)  # the registry is the process's, and would keep the model
-    attention = sorted(shapes.items(), key=lambda item: item[0].layer_idx)
+    attention = sorted(shapes.items(), key=lambda item: _layer_index(item[0]))
     return Probed(attention, list(readers.values()))
+
+
+def _layer_index(attention: Foreign) -> int:
+    return int(attention.layer_idx)
 
 
 def _recorder(shapes: dict[nn.Module, KVShape]) -> Callable[..., tuple[Tensor, None]]:

@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.expert_route import GroupScore, Routing, Score
-from server.model.families import UnsupportedModelError
+from server.model.families import Foreign, UnsupportedModelError
 
 
-def _deepseek_v2(router: nn.Module) -> Routing:
+def _deepseek_v2(router: Foreign) -> Routing:
     match router.topk_method:
         case "greedy":
             return Routing(router.top_k, scale=router.routed_scaling_factor)
@@ -21,16 +21,16 @@ def _deepseek_v2(router: nn.Module) -> Routing:
     )
 
 
-def _deepseek_v3(router: nn.Module) -> Routing:
+def _deepseek_v3(router: Foreign) -> Routing:
     return Routing(router.top_k, Score.SIGMOID, router.norm_topk_prob, router.routed_scaling_factor, router.num_group,
                    router.topk_group, GroupScore.TOP2_SUM)  # fmt: skip
 
 
-def _softmax(router: nn.Module) -> Routing:
+def _softmax(router: Foreign) -> Routing:
     return Routing(router.top_k, renormalise=router.norm_topk_prob)
 
 
-RULES: dict[str, Callable[[nn.Module], Routing]] = {
+RULES: dict[str, Callable[[Foreign], Routing]] = {
     "DeepseekV2TopkRouter": _deepseek_v2,
     "DeepseekV3TopkRouter": _deepseek_v3,
     "GptOssTopKRouter": lambda router: Routing(router.top_k, Score.SOFTMAX_OF_CHOSEN),
@@ -47,12 +47,13 @@ class Router(nn.Module):
     Choosing and rerouting are one op with what follows, in RoutedExperts.
     """
 
-    def __init__(self, original: nn.Module) -> None:
+    def __init__(self, original: Foreign) -> None:
         super().__init__()
         self.routing = RULES[type(original).__name__](original)
         bias = getattr(original, "bias", None)
         self.weight = nn.Parameter(original.weight.data.float(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.data.float(), requires_grad=False)
+        self.correction: Tensor | None
         correction = getattr(original, "e_score_correction_bias", None)
         self.register_buffer("correction", None if correction is None else correction.float())
 

@@ -1,15 +1,16 @@
 """From logits to tokens."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import kernels.sampling
 from kernels.sampling import GREEDY_BELOW, Sampled
-from server.model.inputs import SamplingLike
+from server.engine.request import Sampling
 
-__all__ = ["GREEDY_BELOW", "sample", "uniform"]
+__all__ = ["GREEDY_BELOW", "SampledRows", "sample", "uniform"]
 
 _MASK64 = (1 << 64) - 1
 _LARGEST_DRAW = 1 - 2**-24  # below 1 in float32 too
@@ -31,20 +32,21 @@ def uniform(seed: int, index: int) -> float:
     return (z >> 11) / (1 << 53)
 
 
-def sample(logits: Tensor, samplings: Sequence[SamplingLike], indices: Sequence[int]) -> list[int | None]:
-    """One token a row, or None for a row whose logits are not finite.
+class SampledRows(NamedTuple):
+    """Tokens of the rows of a step, still on the device."""
 
-    logits [R, V]; indices: how many tokens each request has generated before.
-    """
-    sampled = launch(logits, samplings, indices)
-    read: list[int] = torch.where(sampled.finite, sampled.tokens, -1).tolist()  # one wait for the device
-    return [token if token >= 0 else None for token in read]
+    sampled: Sampled
+
+    def read(self) -> list[int | None]:
+        """By row; None where its logits are not finite. Waits for the device, once."""
+        tokens: list[int] = torch.where(self.sampled.finite, self.sampled.tokens, -1).tolist()
+        return [token if token >= 0 else None for token in tokens]
 
 
-def launch(logits: Tensor, samplings: Sequence[SamplingLike], indices: Sequence[int]) -> Sampled:
-    """What `sample` reads back, still on the logits' device."""
+def sample(logits: Tensor, samplings: Sequence[Sampling], indices: Sequence[int]) -> SampledRows:
+    """One token a row. logits [R, V]; indices: how many tokens each request has generated before."""
     if all(it.temperature < GREEDY_BELOW for it in samplings):
-        return kernels.sampling.greedy(logits)
+        return SampledRows(kernels.sampling.greedy(logits))
     draws = [
         min(uniform(it.seed, index), _LARGEST_DRAW) if it.temperature >= GREEDY_BELOW else 0.0
         for it, index in zip(samplings, indices, strict=True)
@@ -57,6 +59,6 @@ def launch(logits: Tensor, samplings: Sequence[SamplingLike], indices: Sequence[
     limits = [min(it.top_k, _LARGEST_TOP_K) for it in samplings]
     top_k = torch.tensor(limits, dtype=torch.int32, pin_memory=logits.is_cuda)
     temperature, top_p, min_p, uniforms = parameters
-    return kernels.sampling.sample(
-        logits, temperature, top_k.to(logits.device, non_blocking=True), top_p, min_p, uniforms
+    return SampledRows(
+        kernels.sampling.sample(logits, temperature, top_k.to(logits.device, non_blocking=True), top_p, min_p, uniforms)
     )

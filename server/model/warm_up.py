@@ -4,25 +4,17 @@ A compilation in the serving loop is a stall of seconds for everybody. What cann
 reason, instead of ending the engine later.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from kernels.adapter_rows import ShapeKey
+from server.engine.request import Sampling
 from server.model.cuda_graphs import GraphedForward
-from server.model.device_inputs import LoraReach, padding_step
+from server.model.device_inputs import padding_step
 from server.model.loader import OnProgress
 from server.model.sampler import sample
 
 PREFILLS = (2, 17, 65, 1 << 30)  # tokens: one of each tile size of attention and experts, and the most there can be
-
-
-@dataclass(frozen=True)
-class _Sampling:
-    temperature: float = 1.0
-    top_p: float = 0.9
-    top_k: int = 50
-    seed: int = 0
 
 
 @torch.inference_mode()
@@ -45,11 +37,11 @@ def warm_up(forward: GraphedForward, has_experts: bool, block_size: int, on_prog
         done += 1
         on_progress("Capturing graphs", done, total)
     logits = forward.logits(padding_step())
-    for sampling in (_Sampling(), _Sampling(top_p=1.0, top_k=0), _Sampling(temperature=0.0)):
-        sample(logits, [sampling], [0])
+    for sampling in (Sampling(top_p=0.9, top_k=50), Sampling(), Sampling(temperature=0.0)):
+        sample(logits, [sampling], [0]).read()
 
 
 def _prefill(forward: GraphedForward, tokens: int, block_size: int, with_experts: bool) -> Tensor:
     """With every site of LoRA, at none of which an adapter has a row."""
-    eager, reach = forward.eager, LoraReach(max(1, forward.max_rank), at_all_sites=True)
-    return eager.model(eager.inputs.fill(padding_step(tokens, block_size), tokens, reach, with_experts))
+    eager, shape = forward.eager, ShapeKey(max(1, forward.max_rank), int(with_experts))
+    return eager.model(eager.inputs.fill(padding_step(tokens, block_size), tokens, shape, is_captured=True))

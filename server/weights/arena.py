@@ -21,7 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from server.weights.dlpack import tensor_at
+from server.weights.dlpack import bytes_at
 from server.weights.page_counts import PageCounts
 from server.weights.page_pool import PagePool
 
@@ -134,7 +134,7 @@ class VirtualArena:
         owner = _Addresses()
         self._give_back = weakref.finalize(owner, pages.release, self._base, reserved)
         self._give_back.atexit = False  # the process's end gives back more surely
-        self._bytes = tensor_at(self._base, (num_bytes,), torch.uint8, pages.device, owner)
+        self._bytes = bytes_at(self._base, num_bytes, pages.device, owner)
         self._counted = PageCounts(num_bytes, self.page_bytes)
         # of the thread that maps
         self._backed = PageCounts(num_bytes, self.page_bytes)

@@ -5,7 +5,7 @@
     unmap     cuMemUnmap, cuMemRelease                 some granules are kept for the next map
 
 Each call takes tens of microseconds and none is queued on a stream, so they belong to the transfer thread, never to a
-step. `python -m server.weights.gpu_self_test` tests all of it on the GPU at hand.
+step. `python -m benchmarks.gpu.self_test` tests all of it on the GPU at hand.
 """
 
 import contextlib

@@ -64,10 +64,6 @@ class CudaDriver:
     def synchronize(self) -> None:
         self._call("cuCtxSynchronize")
 
-    def free_and_total(self) -> tuple[int, int]:
-        free, total = self._call("cuMemGetInfo")
-        return int(free), int(total)
-
     def _call(self, name: str, *arguments: Any, asked: int | None = None) -> list[Any]:
         try:
             function = getattr(self._d, name)

@@ -23,10 +23,6 @@ class PageCounts:
         """The pages that this range would add."""
         return self._sole(self._pages(offset, size), users=0)
 
-    def left_by(self, offset: int, size: int) -> range:
-        """The pages that nobody would use once this range is gone."""
-        return self._sole(self._pages(offset, size), users=1)
-
     def add(self, offset: int, size: int) -> range:
         """Returns the pages added: one run, since only its ends can be shared."""
         pages = self._pages(offset, size)

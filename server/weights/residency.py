@@ -1,18 +1,21 @@
 """Which adapters are on the device: pins, least-recently-used eviction, transfers under way."""
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
+from typing import Any
 
-from adapters_store.parts import AdapterPackage, ExpertReplacement, LowRank
+from adapters_store.parts import AdapterPackage, PartKind, by_kind
 from adapters_store.ref import AdapterRef
-from kernels.lora import LoraSite
+from kernels.adapter_rows import ShapeKey
 from server.engine.messages import AdapterOnDevice
-from server.engine.residency import AdapterFailed, Slot, Wait
+from server.engine.request import Slot
+from server.engine.residency import AdapterFailed, Wait
 from server.weights.arena import ArenaError, Arenas
-from server.weights.expert_stacks import ExpertStacks
-from server.weights.lora_slabs import LoraSlabs
 from server.weights.page_pool import PagePool
 from server.weights.staging import Copier
+from server.weights.tables.table import Mapped, Table
 from server.weights.transfer import Transfer, TransferThread
 
 
@@ -29,6 +32,7 @@ class State(enum.StrEnum):
 class _Adapter:
     ref: AdapterRef
     package: AdapterPackage
+    parts: dict[PartKind, list[Any]]
     state: State = State.ABSENT
     slot: Slot = 0
     pages: int = 0
@@ -37,33 +41,25 @@ class _Adapter:
     error: str = ""
     forgotten: bool = False  # nobody wants it, but its transfer must end before its room is reused
 
-    @property
-    def low_rank(self) -> list[LowRank]:
-        return [part for part in self.package.parts if isinstance(part, LowRank)]
-
-    @property
-    def experts(self) -> list[ExpertReplacement]:
-        return [part for part in self.package.parts if isinstance(part, ExpertReplacement)]
-
 
 class DeviceResidency:
     """Implements the engine's Residency protocol, and the model's AdapterTables.
 
-    Pages are counted here and at once; the transfer thread maps and unmaps them, in the order in which they were
-    counted: an eviction's before those of the transfer that it makes room for.
+    An adapter's parts are divided among the tables by kind; it is on the device when all of them are. Pages are counted
+    here and at once; the transfer thread maps and unmaps them, in the order in which they were counted: an eviction's
+    before those of the transfer that it makes room for.
     """
 
     def __init__(
         self,
         num_slots: int,
         pool: PagePool,
-        slabs: LoraSlabs,
-        stacks: ExpertStacks,
+        tables: Sequence[Table],
         arenas: Arenas,
         transfers: TransferThread,
         copier: Copier,
     ) -> None:
-        self._pool, self._slabs, self._stacks = pool, slabs, stacks
+        self._pool, self._tables = pool, tuple(tables)
         self._arenas, self._transfers, self._copier = arenas, transfers, copier
         self._adapters: dict[AdapterRef, _Adapter] = {}  # residents in order of last use
         self._free_slots = list(range(num_slots, 0, -1))  # popped from the end, the lowest first
@@ -71,7 +67,7 @@ class DeviceResidency:
     # -- Residency, for the scheduler -----------------------------------------------------------
 
     def register(self, ref: AdapterRef, package: AdapterPackage) -> None:
-        known = self._adapters.setdefault(ref, _Adapter(ref, package))
+        known = self._adapters.setdefault(ref, _Adapter(ref, package, by_kind(package.parts)))
         known.package = package  # the same weights, perhaps in another place; read when a transfer starts
         known.forgotten = False  # it may have been, while its transfer runs
         if known.state is State.FAILED:  # what failed was the old place; nobody need hear of it now
@@ -96,7 +92,7 @@ class DeviceResidency:
         adapter = self._adapters[ref]
         if adapter.state is State.FAILED:
             adapter.state = State.ABSENT
-            raise AdapterFailed(f"the adapter {ref.name!r} could not be loaded: {adapter.error}")
+            raise AdapterFailed(ref, adapter.error)
         if adapter.state is State.ABSENT and not self._start_transfer(adapter):
             return Wait.NO_ROOM
         if adapter.state is State.LOADING:
@@ -125,21 +121,15 @@ class DeviceResidency:
         slots = [adapter.slot for adapter in holding] + self._free_slots
         assert len(set(slots)) == len(slots) and 0 not in slots
         assert all(a.pins == 0 or a.state is State.RESIDENT for a in self._adapters.values())
-        assert self._pool.num_used == self._slabs.num_mapped_pages + self._stacks.num_mapped_pages
-        self._slabs.check()
-        self._stacks.check()
+        assert self._pool.num_used == sum(table.num_mapped_pages for table in self._tables)
+        for table in self._tables:
+            table.check()
+            assert all(table.has(a.slot) == (table.kind in a.parts) for a in holding)
 
     # -- AdapterTables, for the model -----------------------------------------------------------
 
-    def lora_rank(self, slot: int) -> int:
-        return self._slabs.rank(slot)
-
-    def has_experts(self, slot: int) -> bool:
-        return self._stacks.has(slot)
-
-    @property
-    def sites(self) -> list[LoraSite]:
-        return self._slabs.sites
+    def shape_key(self, slot: Slot) -> ShapeKey:
+        return reduce(ShapeKey.joined, (table.shape_key(slot) for table in self._tables))
 
     # -- transfers -----------------------------------------------------------
 
@@ -153,17 +143,33 @@ class DeviceResidency:
             return False
         used = self._pool.num_used
         try:
-            # an adapter is of one kind, so what fails here has mapped nothing that it did not undo itself
             with self._arenas.deferred() as pages:
-                places = self._slabs.map(slot, adapter.low_rank) if adapter.low_rank else []
-                places += self._stacks.map(slot, adapter.experts) if adapter.experts else []
+                mapped = self._map(slot, adapter)
         except ArenaError as error:
             self._give_back(slot)
-            raise AdapterFailed(f"the adapter {adapter.ref.name!r} cannot be loaded: {error}") from None
+            raise AdapterFailed(adapter.ref, str(error)) from None
         adapter.slot, adapter.pages, adapter.state = slot, self._pool.num_used - used, State.LOADING
-        adapter.transfer = Transfer(adapter.package.files, places, pages, self._copier.begin())
+        places = [place for it in mapped for place in it.places]
+        derive = [it.derive for it in mapped if it.derive is not None]
+        adapter.transfer = Transfer(adapter.package.files, places, pages, self._copier.begin(), derive)
         self._transfers.start(adapter.transfer)
         return True
+
+    def _map(self, slot: Slot, adapter: _Adapter) -> list[Mapped]:
+        """Room in every table that has parts of it; or ArenaError, and in none."""
+        mapped: list[tuple[Table, Mapped]] = []
+        try:
+            for table, parts in self._divided(adapter):
+                mapped.append((table, table.map(slot, parts)))
+        except ArenaError:
+            for table, _ in mapped:
+                table.unmap(slot)
+            raise
+        return [it for _, it in mapped]
+
+    def _divided(self, adapter: _Adapter) -> list[tuple[Table, list[Any]]]:
+        """Its parts, by table."""
+        return [(table, adapter.parts[table.kind]) for table in self._tables if table.kind in adapter.parts]
 
     def _give_back(self, slot: Slot) -> None:
         self._free_slots.append(slot)
@@ -171,15 +177,15 @@ class DeviceResidency:
 
     def _make_room(self, adapter: _Adapter) -> Slot | None:
         victims = [a for a in self._adapters.values() if a.state is State.RESIDENT and a.pins == 0]
-        problem = self._stacks.refusal(adapter.experts)
+        problem = self._refusal(adapter)
         if problem is not None:
-            raise AdapterFailed(f"the adapter {adapter.ref.name!r} cannot be loaded: {problem}")
+            raise AdapterFailed(adapter.ref, problem)
         # evict nothing in vain: first see whether evicting every idle adapter would do
         if not self._free_slots and not victims:
             return None
         needed = self._pages_for(self._free_slots[-1] if self._free_slots else victims[0].slot, adapter)
         if needed > self._pool.num_pages:
-            raise AdapterFailed(f"the adapter {adapter.ref.name!r} cannot be loaded: {self._too_large(needed)}")
+            raise AdapterFailed(adapter.ref, self._too_large(needed))
         if needed > self._pool.num_free + sum(victim.pages for victim in victims):
             return None
         while not self._free_slots or self._pages_for(self._free_slots[-1], adapter) > self._pool.num_free:
@@ -188,15 +194,21 @@ class DeviceResidency:
             self._evict(victims.pop(0))
         return self._free_slots.pop()
 
+    def _refusal(self, adapter: _Adapter) -> str | None:
+        """Why it can never be placed, if so."""
+        homeless = set(adapter.parts) - {table.kind for table in self._tables}
+        if homeless:
+            return f"this engine has no table for {', '.join(sorted(kind.__name__ for kind in homeless))}"
+        return next(filter(None, (table.refusal(parts) for table, parts in self._divided(adapter))), None)
+
     def _pages_for(self, slot: Slot, adapter: _Adapter) -> int:
-        pages = self._slabs.pages_for(adapter.low_rank) if adapter.low_rank else 0
-        return pages + (self._stacks.pages_for(slot, adapter.experts) if adapter.experts else 0)
+        return sum(table.pages_for(slot, parts) for table, parts in self._divided(adapter))
 
     def _too_large(self, pages: int) -> str:
         needed, budget, fixed = (
             count * self._pool.page_bytes for count in (pages, self._pool.num_pages, self._pool.num_withdrawn)
         )
-        less = f" less {fixed:,} that expert slots take, used or not" if fixed else ""
+        less = f" less {fixed:,} that expert places take, used or not" if fixed else ""
         return f"it needs {needed:,} bytes; all adapters together may use {budget:,} (adapter_bytes{less})"
 
     def _finish_transfer(self, adapter: _Adapter, transfer: Transfer) -> None:
@@ -210,18 +222,14 @@ class DeviceResidency:
                 del self._adapters[adapter.ref]
             return
         transfer.join()
-        if adapter.low_rank:
-            self._slabs.install(adapter.slot, adapter.low_rank)
-        if adapter.experts:
-            self._stacks.install(adapter.slot)
+        for table, _ in self._divided(adapter):
+            table.install(adapter.slot)
 
     def _evict(self, adapter: _Adapter) -> None:
         assert adapter.state is State.RESIDENT and adapter.pins == 0
         with self._arenas.deferred() as pages:
-            if adapter.low_rank:
-                self._slabs.unmap(adapter.slot)
-            if adapter.experts:
-                self._stacks.unmap(adapter.slot)
+            for table, _ in self._divided(adapter):
+                table.unmap(adapter.slot)
         self._transfers.start(pages)
         self._give_back(adapter.slot)
         adapter.state, adapter.slot, adapter.pages = State.ABSENT, 0, 0

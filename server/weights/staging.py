@@ -19,6 +19,9 @@ class CopyRun(Protocol):
     def put(self, read: Read, num_bytes: int, dtype: torch.dtype, place: Tensor) -> None:
         """Copy a tensor of `num_bytes` to its place, which may be of another dtype. On the transfer thread."""
 
+    def derive(self, step: Callable[[], None]) -> None:
+        """Compute something of what was put, behind the copies and before the end. On the transfer thread."""
+
     def end(self) -> None:
         """No more is coming. On the transfer thread; also after a failure, since copies may be under way."""
 
@@ -45,6 +48,9 @@ class HostCopy:
         read(memoryview(raw), 0)
         place.copy_(torch.frombuffer(raw, dtype=dtype).view(place.shape))
 
+    def derive(self, step: Callable[[], None]) -> None:
+        step()
+
     def end(self) -> None:
         pass
 
@@ -57,7 +63,7 @@ class HostCopy:
 
 class _Buffer:
     def __init__(self, memory: Tensor, event: Any) -> None:
-        self.memory, self.bytes = memory, memoryview(memory.numpy())
+        self.memory, self.bytes = memory, memory.numpy().data
         self.copied = event  # recorded behind the last copy out of it; one never recorded is over
         self.used = 0
 
@@ -98,6 +104,10 @@ class PinnedCopy:
             buffer.used += -(-count // _ALIGN) * _ALIGN
             done += count
 
+    def derive(self, step: Callable[[], None]) -> None:
+        with self._cuda.stream(self._stream):
+            step()
+
     def record(self, event: Any) -> None:
         event.record(self._stream)
 
@@ -130,6 +140,9 @@ class _PinnedRun:
 
     def put(self, read: Read, num_bytes: int, dtype: torch.dtype, place: Tensor) -> None:
         self._copy.put(read, num_bytes, dtype, place)
+
+    def derive(self, step: Callable[[], None]) -> None:
+        self._copy.derive(step)
 
     def end(self) -> None:
         self._copy.record(self._landed)

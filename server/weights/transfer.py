@@ -4,8 +4,9 @@ import hashlib
 import os
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from math import prod
 from typing import Protocol
 
 import torch
@@ -18,6 +19,7 @@ from server.weights.arena import PageWork, log
 from server.weights.staging import CopyRun
 
 Places = Sequence[tuple[TensorRef, Tensor]]
+Derive = Callable[[], None]
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CHUNK_BYTES = 1 << 20
 
@@ -38,13 +40,21 @@ class Transfer:
     Its pages are mapped first, by the thread that runs it. Files are read, not mapped: a file that is cut short while
     mapped would kill the process with SIGBUS. They are hashed as they are read: if that is not what was
     verified the transfer fails, and its places, which nobody looks at yet, are never looked at.
+
+    `derive`: what is computed of the places when all are filled (from the base's weights, say), on this thread and on
+    the copies' stream, so that the step loop never does it.
     """
 
-    def __init__(self, files: Sequence[SourceFile], places: Places, pages: PageWork, copies: CopyRun) -> None:
-        self._files = files
-        self._places = places
-        self._pages = pages
-        self._copies = copies
+    def __init__(
+        self,
+        files: Sequence[SourceFile],
+        places: Places,
+        pages: PageWork,
+        copies: CopyRun,
+        derive: Sequence[Derive] = (),
+    ) -> None:
+        self._files, self._places, self._pages = files, places, pages
+        self._copies, self._derive = copies, derive
         self._over = threading.Event()
         self.error: str | None = None
 
@@ -63,6 +73,9 @@ class Transfer:
                 self._pages.run()
                 for file in self._files:
                     self._copy_from(file)
+                with torch.inference_mode():
+                    for step in self._derive:
+                        self._copies.derive(step)
             finally:
                 self._copies.end()
         except OSError as error:  # its text would show the path
@@ -74,22 +87,43 @@ class Transfer:
 
     def _copy_from(self, source: SourceFile) -> None:
         """Every byte of the file once, in order: those of tensors to their places, the rest for the hash."""
-        places = [(tensor, place) for tensor, place in self._places if tensor.file == source.file]
+        stored: dict[int, list[tuple[TensorRef, Tensor]]] = {}  # by where it begins
+        for tensor, place in self._places:
+            if tensor.file == source.file:
+                stored.setdefault(tensor.offset, []).append((tensor, place))
         descriptor = open_resolved(source.path)
         try:
             if os.fstat(descriptor).st_size != source.size:
                 raise _changed(source)
             file = _HashedFile(descriptor)
             with torch.inference_mode():
-                for tensor, place in sorted(places, key=lambda it: it[0].offset):
-                    file.skip_to(tensor.offset)
-                    read = partial(_fill, file, tensor.offset)
-                    self._copies.put(read, tensor.num_bytes, _DTYPES[tensor.dtype], place)
+                for offset in sorted(stored):
+                    file.skip_to(offset)
+                    self._copy(file, offset, stored[offset])
             file.skip_to(source.size)
         finally:
             os.close(descriptor)
         if file.hexdigest() != source.sha256:
             raise _changed(source)
+
+    def _copy(self, file: "_HashedFile", offset: int, places: Places) -> None:
+        """What is stored at `offset`: as it is to its place, or in blocks to several."""
+        first, place = places[0]
+        if first.cut_from is None:
+            assert len(places) == 1
+            self._copies.put(partial(_fill, file, offset), first.num_bytes, _DTYPES[first.dtype], place)
+            return
+        dtype = _DTYPES[first.dtype]
+        raw = bytearray(prod(first.stored_shape) * dtype.itemsize)
+        file.read_into(memoryview(raw))
+        whole = torch.frombuffer(raw, dtype=dtype).view(first.stored_shape)
+        for tensor, place in places:
+            assert tensor.cut_from is not None and tensor.stored_shape == first.stored_shape
+            block = whole[
+                tuple(slice(at, at + size) for at, size in zip(tensor.cut_from.start, tensor.shape, strict=True))
+            ]
+            bytes_of = block.contiguous().view(torch.uint8).numpy().reshape(-1).data
+            self._copies.put(partial(_hand_over, bytes_of), tensor.num_bytes, dtype, place)
 
 
 class _HashedFile:
@@ -116,6 +150,11 @@ def _fill(file: _HashedFile, start: int, into: memoryview, offset: int) -> None:
     """As staging.Read: it asks for a tensor's bytes in order, so no seek is needed."""
     file.skip_to(start + offset)
     file.read_into(into)
+
+
+def _hand_over(source: memoryview, into: memoryview, offset: int) -> None:
+    """As staging.Read, of what is in memory."""
+    into[:] = source[offset : offset + len(into)]
 
 
 def _changed(source: SourceFile) -> TransferError:

@@ -1,4 +1,4 @@
-"""The seam: EngineClient and EngineCore with messages between them, over FakeRunner instead of a model."""
+"""The seam: EngineClient and the served loop with messages between them, over FakeRunner instead of a model."""
 
 import asyncio
 import queue
@@ -12,9 +12,10 @@ import pytest
 from adapters_store.parts import AdapterPackage
 from adapters_store.ref import AdapterRef
 from server.engine.client import EngineClient, Submission, TokenStream
-from server.engine.core import EngineCore
+from server.engine.core import Engine
 from server.engine.fake_runner import FakeResidency, FakeRunner, expected_tokens
 from server.engine.kv_cache import KVCache
+from server.engine.loop import Loop
 from server.engine.messages import ToEngine, ToFront
 from server.engine.request import FinishReason, Sampling
 from server.engine.scheduler import SchedulerLimits
@@ -52,17 +53,12 @@ class QueueLink:
 
 
 @asynccontextmanager
-async def engine() -> AsyncIterator[EngineClient]:
+async def served_engine() -> AsyncIterator[EngineClient]:
     link = QueueLink()
     limits = SchedulerLimits(tokens_per_step=16, max_running=8, max_waiting=50, max_skips=20)
     residency = FakeResidency(slots=2, polls_to_load=2)
-    core = EngineCore(limits, KVCache(BLOCKS, BLOCK), FakeRunner(BLOCKS, BLOCK, VOCAB), residency, link, link.publish)
-
-    def loop() -> None:
-        while not core.is_shut_down:
-            core.step()
-
-    thread = threading.Thread(target=loop)
+    engine = Engine(limits, KVCache(BLOCKS, BLOCK), FakeRunner(BLOCKS, BLOCK, VOCAB), residency)
+    thread = threading.Thread(target=Loop(engine, link, link.publish).run, args=(lambda: True,))
     thread.start()
     client = EngineClient(link)
     pump = asyncio.ensure_future(client.pump())
@@ -85,7 +81,7 @@ async def tokens(stream: TokenStream) -> list[int]:
 
 def in_engine(test: Callable[[EngineClient], Awaitable[None]]) -> Callable[[], None]:
     async def run() -> None:
-        async with engine() as client:
+        async with served_engine() as client:
             await asyncio.wait_for(test(client), 20)
 
     def wrapped() -> None:

@@ -5,74 +5,38 @@ from typing import Any
 
 import pytest
 
-from adapters_store.parts import AdapterPackage
 from adapters_store.ref import AdapterRef
-from server.engine.adapter_users import AdapterUsers
-from server.engine.fake_runner import FakeResidency, FakeRunner, expected_tokens
-from server.engine.kv_cache import KVCache, chain_root
-from server.engine.request import FinishReason, Request, Sampling, Status
+from server.engine.fake_runner import FakeResidency, expected_tokens
+from server.engine.kv_cache import chain_root
+from server.engine.request import FinishReason
 from server.engine.residency import AdapterFailed, Wait
-from server.engine.scheduler import CannotServe, Scheduler, SchedulerLimits
-
-BLOCK = 4
-
-
-class Setup:
-    def __init__(self, blocks: int = 50, slots: int = 2, residency: FakeResidency | None = None, **limits: int) -> None:
-        self.kv_cache = KVCache(blocks, BLOCK)
-        self.residency = residency or FakeResidency(slots)
-        self.adapters = AdapterUsers(self.residency)
-        defaults = {"tokens_per_step": 16, "max_running": 8, "max_waiting": 100, "max_skips": 5}
-        self.scheduler = Scheduler(
-            SchedulerLimits(**{**defaults, **limits}), self.kv_cache, self.residency, self.adapters
-        )
-        self.runner = FakeRunner(blocks, BLOCK)
-        self._ids = iter(range(10_000))
-
-    def adapter(self, name: str, revision: str | None = None) -> AdapterRef:
-        ref = AdapterRef(name, revision or name, "lora")
-        self.adapters.register(ref, AdapterPackage("lora", "", ref.revision, (), ()))
-        return ref
-
-    def add(self, prompt: list[int], max_tokens: int = 4, adapter: AdapterRef | None = None, **more: Any) -> Request:
-        request = Request(next(self._ids), prompt, max_tokens, Sampling(), adapter, **more)
-        self.scheduler.add(request)
-        return request
-
-    def step(self) -> dict[int, int]:
-        """Tokens computed by request."""
-        plan, _ = self.scheduler.schedule()
-        self.scheduler.update(plan, self.runner.run(plan))
-        self.scheduler.check()
-        return {scheduled.request.id: scheduled.num_tokens for scheduled in plan}
-
-    def run(self, steps: int = 200) -> None:
-        for _ in range(steps):
-            self.step()
+from tests.support.fake_engine import FakeEngine
 
 
 def test_a_request_larger_than_the_cache_is_refused_with_the_numbers() -> None:
-    setup = Setup(blocks=5)
-    with pytest.raises(CannotServe, match=r"prompt \(18 tokens\) and max_tokens \(4\) need 21 .* there are 20"):
-        setup.add([1] * 18, 4)
-    setup.add([1] * 17, 4)  # the last token sampled is never computed
+    setup = FakeEngine(blocks=5)
+    refused = setup.add([1] * 18, 4)
+    fits = setup.add([1] * 17, 4)  # the last token sampled is never computed
     setup.run()
-    assert not setup.scheduler.has_requests
+    assert refused.finish is FinishReason.ERROR and not refused.tokens
+    told = str(refused.error)
+    assert "prompt (18 tokens) and max_tokens (4) need 21 tokens" in told and "there are 20" in told
+    assert fits.finish is FinishReason.LENGTH and len(fits.tokens) == 4
 
 
 def test_full_adapter_slots_do_not_block_base_requests_or_other_adapters() -> None:
-    setup = Setup(slots=1)
+    setup = FakeEngine(slots=1)
     first, second = setup.adapter("first"), setup.adapter("second")
     setup.add([1, 2, 3], 30, first)
     setup.step()
     blocked, base, same = setup.add([1], 4, second), setup.add([2], 4), setup.add([3], 4, first)
-    computed = setup.step()
+    computed = setup.computed()
     assert blocked.id not in computed and base.id in computed and same.id in computed
 
 
 def test_one_that_starves_for_adapter_room_gets_it() -> None:
     """A steady stream for one adapter would keep its slot pinned for ever; after max_skips the stream is held back."""
-    setup = Setup(slots=1, max_skips=5)
+    setup = FakeEngine(slots=1, max_skips=5)
     popular, rare = setup.adapter("popular"), setup.adapter("rare")
     setup.add([1], 6, popular)
     setup.step()
@@ -81,31 +45,31 @@ def test_one_that_starves_for_adapter_room_gets_it() -> None:
         setup.add([1], 6, popular)
         base = setup.add([3], 1)
         setup.step()
-        if starving.num_generated:
+        assert base.finish is FinishReason.LENGTH  # nobody holds base requests back
+        if starving.tokens:
             break
-        assert base.num_generated or base in setup.scheduler.waiting or setup.scheduler.running
-    assert starving.num_generated > 0
+    assert starving.tokens
 
 
 def test_a_long_prompt_takes_only_what_decoding_requests_leave() -> None:
-    setup = Setup(tokens_per_step=10)
+    setup = FakeEngine(tokens_per_step=10)
     short = [setup.add([index], 20) for index in (1, 2)]
     setup.step()
     long = setup.add(list(range(40)), 4)
     for _ in range(4):
-        computed = setup.step()
+        computed = setup.computed()
         assert [computed[request.id] for request in short] == [1, 1] and computed[long.id] == 8
 
 
 def test_the_same_prompt_through_two_adapters_shares_no_block() -> None:
-    setup = Setup()
+    setup = FakeEngine()
     prompt = list(range(17))
     refs = [None, setup.adapter("a"), setup.adapter("b"), setup.adapter("a", "new weights")]
     for ref in refs:
         request = setup.add(prompt, 3, ref)
         setup.run(20)
         assert request.num_cached_tokens == 0
-        assert request.tokens[17:] == expected_tokens(ref, prompt, 3, 1000)
+        assert request.tokens == expected_tokens(ref, prompt, 3, 1000)
     again = setup.add(prompt, 3, refs[1])
     setup.run(20)
     assert again.num_cached_tokens == 16
@@ -113,37 +77,40 @@ def test_the_same_prompt_through_two_adapters_shares_no_block() -> None:
 
 
 def test_a_preempted_request_gives_the_same_answer() -> None:
-    setup = Setup(blocks=8)
+    setup = FakeEngine(blocks=8)
     requests = [setup.add([index] * 9, 12) for index in range(3)]
     setup.run()
     assert setup.scheduler.num_preemptions > 0
     for index, request in enumerate(requests):
-        assert request.tokens[9:] == expected_tokens(None, [index] * 9, 12, 1000)
+        assert request.tokens == expected_tokens(None, [index] * 9, 12, 1000)
 
 
 def test_a_deleted_adapter_serves_its_requests_to_the_end_and_no_new_ones() -> None:
-    setup = Setup()
+    setup = FakeEngine()
     ref = setup.adapter("gone")
     request = setup.add([1, 2], 10, ref)
     setup.step()
-    setup.adapters.remove(ref)
-    with pytest.raises(CannotServe, match="'gone' is no longer served"):
-        setup.add([1], 1, ref)
+    setup.remove(ref)
+    late = setup.add([1], 1, ref)
+    setup.step()
+    assert late.finish is FinishReason.ERROR and late.error == "the adapter 'gone' is no longer served"
     assert setup.residency.report() != ()
     setup.run(20)
-    assert request.num_generated == 10 and setup.residency.report() == ()
+    assert len(request.tokens) == 10 and setup.residency.report() == ()
 
 
 def test_stop_tokens_end_a_request_and_aborts_free_everything() -> None:
-    setup = Setup()
+    setup = FakeEngine()
     token = expected_tokens(None, [5], 3, 1000)[2]
     stopped = setup.add([5], 50, stop_token_ids=frozenset([token]))
     aborted = setup.add([6] * 9, 50)
     setup.run(6)
-    assert stopped.tokens[-1] == token and stopped.num_generated == 3
-    ended = setup.scheduler.abort(aborted.id)
-    assert ended is not None and ended.finish is FinishReason.ABORT
-    assert setup.scheduler.abort(aborted.id) is None
+    assert stopped.tokens[-1] == token and len(stopped.tokens) == 3
+    assert aborted.finish is None
+    for _ in range(2):  # the second time there is nothing to end
+        setup.abort(aborted)
+    setup.step()
+    assert aborted.finish is FinishReason.ABORT
     assert setup.kv_cache.pool.num_free == 50
 
 
@@ -151,27 +118,26 @@ class BrokenResidency(FakeResidency):
     """Every transfer fails."""
 
     def acquire(self, ref: AdapterRef) -> Any:
-        raise AdapterFailed("the file is gone")
+        raise AdapterFailed(ref, "the file is gone")
 
 
 def test_an_adapter_that_fails_to_load_ends_all_its_requests_and_no_others() -> None:
-    setup = Setup(residency=BrokenResidency(1))
+    setup = FakeEngine(residency=BrokenResidency(1))
     ref = setup.adapter("broken")
-    for _ in range(3):
-        setup.add([1], 2, ref)
+    broken = [setup.add([1], 2, ref) for _ in range(3)]
     base = setup.add([2], 2)
-    plan, failed = setup.scheduler.schedule()
-    assert [it.finish for it in failed] == [FinishReason.ERROR] * 3 and failed[0].error == "the file is gone"
-    assert [scheduled.request for scheduled in plan] == [base]
-    setup.scheduler.check()
+    assert setup.computed() == {base.id: 1}
+    for answer in broken:
+        assert answer.finish is FinishReason.ERROR
+        assert answer.error == "the adapter 'broken' could not be loaded: the file is gone"
 
 
 def test_waiting_groups_take_turns_and_each_keeps_its_own_order() -> None:
-    setup = Setup(max_running=1)
+    setup = FakeEngine(max_running=1)
     first = [setup.add([1], 1, group=100) for _ in range(3)]
     second = [setup.add([2], 1, group=200) for _ in range(2)]
     third = [setup.add([3], 1)]
-    served = [request_id for _ in range(6) for request_id in setup.step()]
+    served = [request_id for _ in range(6) for request_id in setup.computed()]
     turns = [first[0], second[0], third[0], first[1], second[1], first[2]]
     assert served == [request.id for request in turns]
 
@@ -184,7 +150,7 @@ def test_waiting_groups_take_turns_and_each_keeps_its_own_order() -> None:
 def test_beside_a_thousand_sequences_of_few_http_requests_a_small_one_ends_within_a_few_steps(
     hogs: int, prompt_len: int, blocks: int, budget: int, most_steps: int
 ) -> None:
-    setup = Setup(blocks=blocks, tokens_per_step=budget, max_running=16, max_waiting=5000)
+    setup = FakeEngine(blocks=blocks, tokens_per_step=budget, max_running=16, max_waiting=5000)
     for hog in range(hogs):
         for _ in range(1024 // hogs):
             setup.add([7] * prompt_len, 100, group=10_000 + hog)
@@ -194,7 +160,7 @@ def test_beside_a_thousand_sequences_of_few_http_requests_a_small_one_ends_withi
         for _ in range(rng.randrange(5)):
             setup.step()
         small, steps = setup.add([rng.randrange(1000)], 1), 0
-        while not small.num_generated:
+        while not len(small.tokens):
             setup.step()
             steps += 1
         waits.append(steps)
@@ -202,44 +168,46 @@ def test_beside_a_thousand_sequences_of_few_http_requests_a_small_one_ends_withi
 
 
 def test_one_group_keeps_half_of_the_places_while_others_wait_and_all_of_them_alone() -> None:
-    setup = Setup(blocks=400, max_running=8)
+    setup = FakeEngine(blocks=400, max_running=8)
     large = [setup.add([1], 60, group=100) for _ in range(20)]
     for _ in range(3):
         setup.step()
-    assert sum(request.status is Status.RUNNING for request in large) == 8
+    assert sum(map(setup.is_running, large)) == 8
     others = [setup.add([2], 12, group=200) for _ in range(20)]
     setup.step()
-    assert sum(request.status is Status.RUNNING for request in large) == 4
-    assert sum(request.status is Status.RUNNING for request in others) == 4
+    assert sum(map(setup.is_running, large)) == 4
+    assert sum(map(setup.is_running, others)) == 4
     setup.run()
     setup.step()
     assert not setup.scheduler.has_requests
     for request in large:
-        assert request.tokens[1:] == expected_tokens(None, [1], 60, 1000)
+        assert request.tokens == expected_tokens(None, [1], 60, 1000)
 
 
 def test_a_request_larger_than_a_share_is_not_preempted_for_small_ones_again_and_again() -> None:
-    setup = Setup(blocks=20, max_running=8)
+    setup = FakeEngine(blocks=20, max_running=8)
     large = setup.add([1] * 30, 30)  # 15 of 20 blocks
     for number in range(100):
         setup.add([number], 3)
         setup.step()
-        if large.status is Status.FINISHED:
+        if large.finish is not None:
             break
-    assert large.num_generated == 30
+    assert len(large.tokens) == 30
 
 
 def test_a_long_prompt_leaves_half_of_the_budget_to_prompts_behind_it_and_takes_what_they_leave() -> None:
-    setup = Setup(blocks=100, tokens_per_step=16)
+    setup = FakeEngine(blocks=100, tokens_per_step=16)
     long = setup.add([1] * 200, 1)
-    assert setup.step() == {long.id: 16}
+    assert setup.computed() == {long.id: 16}
     other = setup.add([2] * 40, 1)
-    assert setup.step() == {long.id: 8, other.id: 8}
+    assert setup.computed() == {long.id: 8, other.id: 8}
     short = setup.add([3], 1)
-    assert setup.step() == {long.id: 8 + 3, other.id: 4, short.id: 1}
+    assert setup.computed() == {long.id: 8 + 3, other.id: 4, short.id: 1}
     blocked = setup.add([4], 1, setup.adapter("not on the device"))
     setup.residency.acquire = lambda ref: Wait.LOADING  # type: ignore[method-assign]
-    assert sum(setup.step().values()) == 16 and blocked.num_skips == 0
+    assert sum(setup.computed().values()) == 16
+    waiting = setup.request(blocked)
+    assert waiting is not None and waiting.num_skips == 0
 
 
 @pytest.mark.parametrize(
@@ -251,42 +219,42 @@ def test_groups_that_are_short_of_blocks_do_not_take_them_from_each_other_in_tur
     groups: int, each: int, prompt_len: int, max_tokens: int, blocks: int, most: float
 ) -> None:
     """Tokens computed for each that is needed; the rest is recomputed after preemptions."""
-    setup = Setup(blocks=blocks, tokens_per_step=64, max_running=16, max_waiting=1000)
+    setup = FakeEngine(blocks=blocks, tokens_per_step=64, max_running=16, max_waiting=1000)
     rng = random.Random(0)
     for group in range(groups):
         for _ in range(each):
             setup.add([rng.randrange(1000) for _ in range(prompt_len)], max_tokens, group=10_000 + group)
     computed = 0
-    while setup.scheduler.has_requests:
-        computed += sum(setup.step().values())
+    while not setup.is_done:
+        computed += sum(setup.computed().values())
     assert computed <= most * groups * each * (prompt_len + max_tokens - 1)
 
 
 def test_a_large_request_that_waits_for_blocks_lets_those_pass_that_fit_to_their_end_but_not_for_ever() -> None:
-    setup = Setup(blocks=20, max_running=8, max_skips=10, max_waiting=1000)
+    setup = FakeEngine(blocks=20, max_running=8, max_skips=10, max_waiting=1000)
     setup.add([1] * 12, 40)
     setup.step()
     large, growing = setup.add([2] * 70, 4), setup.add([3] * 4, 70)  # 18 blocks now, 19 in the end; 16 are free
     small = setup.add([4], 1)
     setup.step()
-    assert small.num_generated == 1 and large.num_computed_tokens == growing.num_computed_tokens == 0
+    assert len(small.tokens) == 1 and not setup.is_running(large) and not setup.is_running(growing)
     for number in range(200):
         setup.add([number], 20)  # there is always one that would fit
         setup.step()
-        if large.num_generated:
+        if len(large.tokens):
             break
-    assert large.num_generated
+    assert len(large.tokens)
 
 
 def test_a_group_whose_adapter_is_on_the_device_starves_for_places_and_holds_nobody_back() -> None:
-    setup = Setup(slots=1, max_running=2, max_skips=3)
+    setup = FakeEngine(slots=1, max_running=2, max_skips=3)
     popular, rare = setup.adapter("popular"), setup.adapter("rare")
     setup.add([1], 12, rare)
     for _ in range(20):
         setup.add([1], 12, popular, group=100)  # all of them are passed over until `rare` ends
     setup.run(14)
     other, steps = setup.add([2], 1, popular), 0
-    while not other.num_generated:
+    while not len(other.tokens):
         setup.step()
         steps += 1
     assert steps <= 2

@@ -14,105 +14,101 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from adapters_store.parts import AdapterPackage
 from adapters_store.ref import AdapterRef
-from server.engine.adapter_users import AdapterUsers
 from server.engine.fake_runner import FakeResidency, FakeRunner, expected_tokens
 from server.engine.kv_cache import KVCache
-from server.engine.request import FinishReason, Request, Sampling
-from server.engine.scheduler import CannotServe, Emitted, Scheduler, SchedulerLimits
+from server.engine.plan import Plan
+from server.engine.request import FinishReason, LaneSpec
+from server.engine.scheduler import SchedulerLimits
+from tests.support.driver import Answer, Driver
 
 VOCAB = 50  # small, so that prompts share prefixes and stop tokens occur
 BLOCK = 4
 BLOCKS = 24
 
 
-class Simulation:
+class Simulation(Driver):
     """An engine over FakeRunner, and the answers that it owes."""
 
     def __init__(self, slots: int = 3, polls_to_load: int = 2, tokens_per_step: int = 16) -> None:
-        self.kv_cache = KVCache(BLOCKS, BLOCK)
-        self.residency = FakeResidency(slots, polls_to_load)
-        self.adapters = AdapterUsers(self.residency)
         limits = SchedulerLimits(tokens_per_step=tokens_per_step, max_running=6, max_waiting=30, max_skips=10)
-        self.scheduler = Scheduler(limits, self.kv_cache, self.residency, self.adapters)
-        self.runner = FakeRunner(BLOCKS, BLOCK, VOCAB)
+        super().__init__(limits, KVCache(BLOCKS, BLOCK), FakeRunner(BLOCKS, BLOCK, VOCAB),
+                         FakeResidency(slots, polls_to_load))  # fmt: skip
         self.served: list[AdapterRef] = []
-        self.live: dict[int, Request] = {}
+        self.live: list[Answer] = []
+        self.aborted: set[int] = set()
         self.counts: Counter[str] = Counter()
         self.idle_steps = 0
-        self._next_id = 0
+        self._num_adapters = 0
         self._group = 0
 
     def add_adapter(self) -> None:
-        self._next_id += 1
+        self._num_adapters += 1
         # a few names, always new weights: the same name comes to mean other revisions
-        ref = AdapterRef(f"adapter-{self._next_id % 4}", f"revision-{self._next_id}", "lora")
-        self.adapters.register(ref, AdapterPackage("lora", "", ref.revision, (), ()))
-        self.served.append(ref)
+        ref = AdapterRef(f"adapter-{self._num_adapters % 4}", f"revision-{self._num_adapters}", "lora")
+        self.served.append(self.register(ref))
         self.counts["adapters added"] += 1
 
     def remove_adapter(self, rng: random.Random) -> None:
         if self.served:
-            self.adapters.remove(self.served.pop(rng.randrange(len(self.served))))
+            self.remove(self.served.pop(rng.randrange(len(self.served))))
             self.counts["adapters removed"] += 1
 
     def add_request(self, rng: random.Random) -> None:
-        self._next_id += 1
-        adapter = rng.choice([None, *self.served])
-        shared = [rng.randrange(2)] * rng.randrange(16)  # common prefixes: cache hits
-        prompt = shared + [rng.randrange(VOCAB) for _ in range(rng.randrange(1, 20))]
         stops = frozenset(rng.sample(range(VOCAB), rng.randrange(3)))
-        max_tokens = rng.randrange(1, 90)
         if rng.random() < 0.4:  # else it is one more of the last group
-            self._group = self._next_id
-        request = Request(self._next_id, prompt, max_tokens, Sampling(), adapter, stops, self._group)
-        try:
-            self.scheduler.add(request)
-        except CannotServe:
-            assert request.max_len > BLOCKS * BLOCK or len(self.scheduler.waiting) >= 30  # preempted ones wait too
-            self.counts["refused"] += 1
-        else:
-            self.live[request.id] = request
-            self.counts["requests"] += 1
+            self._group = len(self.answers)
+        lanes = [LaneSpec(self._prompt(rng), rng.choice([None, *self.served]))]
+        while rng.random() < 0.1:
+            # no more adapters than there are slots: a request whose adapters never fit together waits for ever
+            lanes.append(LaneSpec(self._prompt(rng), rng.choice([None, lanes[0].adapter])))
+        self.live.append(self.add(lanes[0].prompt, rng.randrange(90), lanes[0].adapter, stop_token_ids=stops,
+                                  group=self._group, beside=lanes[1:]))  # fmt: skip
+        self.counts["requests"] += 1
+        self.counts["requests of several lanes"] += len(lanes) > 1
 
-    def abort(self, rng: random.Random) -> None:
+    def _prompt(self, rng: random.Random) -> list[int]:
+        shared = [rng.randrange(2)] * rng.randrange(16)  # common prefixes: cache hits
+        return shared + [rng.randrange(VOCAB) for _ in range(rng.randrange(1, 20))]
+
+    def abort_one(self, rng: random.Random) -> None:
         if self.live:
-            ended = self.scheduler.abort(rng.choice(list(self.live)))
-            assert ended is not None and ended.finish is FinishReason.ABORT
-            del self.live[ended.request.id]
-            self.counts["aborts"] += 1
+            answer = rng.choice(self.live)
+            self.abort(answer)
+            self.aborted.add(answer.id)
 
-    def step(self) -> None:
-        plan, failed = self.scheduler.schedule()
-        assert not failed
-        for emitted in self.scheduler.update(plan, self.runner.run(plan)):
-            self._verify(emitted)
+    def step(self) -> Plan:
+        plan = super().step()
+        for answer in self.live:
+            if answer.finish is not None:
+                self._verify(answer)
+        self.live = [answer for answer in self.live if answer.finish is None]
         self.counts["steps"] += 1
         self.counts["tokens"] += sum(scheduled.num_tokens for scheduled in plan)
         # progress: an engine with requests may wait for a transfer, but not for ever
         self.idle_steps = 0 if plan or not self.live else self.idle_steps + 1
         assert self.idle_steps < 50
-        self.scheduler.check()
+        return plan
 
-    def _verify(self, emitted: Emitted) -> None:
-        request = emitted.request
-        if emitted.finish is not None:
-            del self.live[request.id]
-            self.counts["finished"] += 1
-            generated = request.tokens[request.prompt_len :]
-            prompt = request.tokens[: request.prompt_len]
-            assert generated == expected_tokens(request.adapter, prompt, len(generated), VOCAB)
-            assert not request.stop_token_ids & set(generated[:-1])
-            if emitted.finish is FinishReason.LENGTH:
-                assert len(generated) == request.max_tokens
-            else:
-                assert generated[-1] in request.stop_token_ids
+    def _verify(self, answer: Answer) -> None:
+        self.counts[str(answer.finish)] += 1
+        assert answer.tokens == expected_tokens(answer.adapter, answer.prompt, len(answer.tokens), VOCAB)
+        assert not answer.stop_token_ids & set(answer.tokens[:-1])
+        match answer.finish:
+            case FinishReason.LENGTH:
+                assert len(answer.tokens) == answer.max_tokens
+            case FinishReason.STOP:
+                assert answer.tokens[-1] in answer.stop_token_ids
+            case FinishReason.ABORT:
+                assert answer.id in self.aborted
+            case _:
+                assert not answer.tokens and answer.error is not None
+                assert "tokens of KV cache; there are" in answer.error or "are waiting, as many as" in answer.error
 
     def drain(self) -> None:
         """Every request that is left must come to its end, and give everything back."""
         for _ in range(20_000):
-            if not self.live:
+            if self.is_done:
                 break
             self.step()
         assert not self.live and not self.scheduler.has_requests
@@ -127,7 +123,7 @@ def simulate(steps: int, seed: int) -> Counter[str]:
             case x if x < 0.22:
                 simulation.add_request(rng)
             case x if x < 0.25:
-                simulation.abort(rng)
+                simulation.abort_one(rng)
             case x if x < 0.27:
                 simulation.add_adapter()
             case x if x < 0.29:
@@ -144,7 +140,7 @@ def simulate(steps: int, seed: int) -> Counter[str]:
 def test_a_long_random_run_breaks_no_invariant(seed: int) -> None:
     counts = simulate(steps=25_000, seed=seed)
     # the run is only worth something if it went through the rare paths
-    for path in ("finished", "aborts", "preemptions", "adapters removed", "prefix hits (tokens)", "refused"):
+    for path in (*FinishReason, "preemptions", "adapters removed", "prefix hits (tokens)", "requests of several lanes"):
         assert counts[path] > 100, path
 
 
@@ -169,7 +165,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule(seed=st.integers(0, 2**32))
     def abort(self, seed: int) -> None:
-        self.simulation.abort(random.Random(seed))
+        self.simulation.abort_one(random.Random(seed))
 
     @rule(count=st.integers(1, 8))
     def step(self, count: int) -> None:
@@ -179,7 +175,7 @@ class EngineMachine(RuleBasedStateMachine):
     @invariant()
     def holds_together(self) -> None:
         if hasattr(self, "simulation"):
-            self.simulation.scheduler.check()
+            self.simulation.engine.check()
 
     def teardown(self) -> None:
         if hasattr(self, "simulation"):

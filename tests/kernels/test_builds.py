@@ -1,19 +1,8 @@
 """Commands that nobody runs by hand often enough: every kernel compiled, as listed and as launched."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, *command], cwd=ROOT, env=inherited | environment,
-                          capture_output=True, text=True, timeout=480)  # fmt: skip
+from tests.support.commands import run
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ Tensors of torch's meta device have shapes and no contents, so whatever depends 
 raises. They stand for the GPU's: a tensor that is made anywhere else would be a copy between host and device.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -12,15 +13,19 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
+from kernels.adapter_rows import ShapeKey
 from kernels.compiled import everywhere
-from server.assembly import install_caches
-from server.model.device_inputs import Capacity, DeviceInputs, LoraReach
+from kernels.lora import TABLE_FIELDS, LoraSite, SiteAdapters, Split
+from server.model.build import Build
+from server.model.device_inputs import Capacity, DeviceInputs, Sizes
 from server.model.experts import Stacks
 from server.model.families import pin_rope
 from server.model.forward import Model
+from server.model.injections import inject
 from server.model.inputs import CurrentStep
-from server.model.loader import inject
+from server.model.lora_op import LoraOps
 from server.model.probe import PROBE, probe
+from server.weights.kv_memory import KVMemory
 from tests.support.tiny_models import MODELS, make_config
 
 META = torch.device("meta")
@@ -50,27 +55,33 @@ def fake_stacks(layer: int, gate_up: Tensor, down: Tensor) -> Stacks:
     return Stacks(gate_up.new_empty(room, *gate_up.shape[1:]), down.new_empty(room, *down.shape[1:]), expert_map)
 
 
+class FakeSites:
+    """A table of low-rank parts, none of which is there."""
+
+    def open(self, site: LoraSite) -> SiteAdapters:
+        table = torch.empty(SLOTS + 1, len(site.widths), TABLE_FIELDS, dtype=torch.int64, device=META)
+        return SiteAdapters({}, table, torch.empty(len(site.widths) + 1, dtype=torch.int32, device=META))
+
+    def bind(self, module: str, sites: Sequence[tuple[LoraSite, Split]]) -> None: ...
+
+
 @pytest.mark.parametrize("with_adapters", [False, True], ids=["base only", "adapters"])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_decode_step_can_be_captured(name: str, with_adapters: bool) -> None:
     config = make_config(name)
-    inputs = DeviceInputs(Capacity(ROWS, SEQUENCES, BLOCKS, slices=8), torch.device("cpu"))
     model = AutoModelForCausalLM.from_config(config, attn_implementation=PROBE, dtype=torch.bfloat16).eval()
     pin_rope(model, config, config.max_position_embeddings)
     step = CurrentStep()
     probed = probe(model)
     model.to(META)
+    memory = KVMemory(32, 16, torch.bfloat16, META)
     with everywhere(), torch.inference_mode(), META:
-        injected = inject(model, probed, step, fake_stacks)
-        install_caches(model, probed, injected, 32, 16, step)
-        sites = {site for target in injected.targets for site, _ in target.sites}
-        for site in sites:
-            site.attach(torch.empty(SLOTS + 1, len(site.widths), 4, dtype=torch.int64))
-        inputs._block_tables = torch.empty(SEQUENCES, BLOCKS, dtype=torch.int32)
-        for attribute in ("_device", "_attention_counters", "_route_counters", "_lora_counters"):
-            setattr(inputs, attribute, torch.empty(len(getattr(inputs, attribute)), dtype=torch.int32))
-        reach = LoraReach(64, at_all_sites=True) if with_adapters else None
-        views = inputs.views(ROWS, ROWS, ROWS, 1, reach, with_experts=with_adapters)
+        injected = inject(Build(model, probed, step, [LoraOps(FakeSites(), step)], fake_stacks))
+        for layer in injected.layers:
+            layer.allocate(memory.tensor)
+        inputs = DeviceInputs(Capacity(ROWS, SEQUENCES, BLOCKS, slices=8), META)
+        shape = ShapeKey(64, 1) if with_adapters else ShapeKey()
+        views = inputs.views(Sizes(ROWS, ROWS, ROWS, max_query_len=1), shape, is_captured=True)
         with Watch() as watch:
             logits = Model(model, step)(views)
     assert logits.shape == (ROWS, config.vocab_size) and logits.device == META

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from kernels.adapter_rows import ShapeKey
 from server.model.cuda_graphs import CaptureError, CudaCapture, GraphedForward, GraphKey, batch_sizes
 from server.model.device_inputs import Capacity, DeviceInputs
 from server.model.forward import KernelForward
@@ -120,7 +121,7 @@ def forward(max_rank: int, capture: Any, largest: int = 4) -> GraphedForward:
     """Of a model whose logits are its token ids and the most rank that it was told of, 2 wide."""
 
     def model(inputs: StepInputs) -> torch.Tensor:
-        ranks = torch.full((len(inputs.token_ids),), inputs.segments.max_rank)
+        ranks = torch.full((len(inputs.token_ids),), inputs.rows.shape.rank)
         return torch.stack([inputs.token_ids, ranks], 1).float()
 
     inputs = DeviceInputs(Capacity(tokens=16, sequences=4, blocks=4, slices=1), torch.device("cpu"))
@@ -132,20 +133,22 @@ def again(compute: Any) -> Any:
     return compute
 
 
-def decode(*tokens: int, rank: int = 0) -> HostStep:
+def decode(*tokens: int, rank: int = 0, experts: int = 0) -> HostStep:
     count = len(tokens)
     return HostStep(list(tokens), [3] * count, [3] * count, [1] * count, [1] * count, [4] * count, [[0]] * count,
-                    list(range(count)), [], [], rank, False)  # fmt: skip
+                    list(range(count)), [], [], ShapeKey(rank, experts))  # fmt: skip
 
 
 def test_every_graph_is_known_at_start() -> None:
     sizes = [4, 2, 1]
     assert batch_sizes(4) == sizes[::-1]
-    assert forward(64, again).keys(has_experts=False) == [
-        GraphKey(n, lora, False) for n in sizes for lora in (False, True)
-    ]
-    assert len(forward(64, again).keys(has_experts=True)) == 4 * len(sizes)
-    assert forward(0, again).keys(has_experts=False) == [GraphKey(n, False, False) for n in sizes]
+    base, lora, everything = ShapeKey(), ShapeKey(64, 0), ShapeKey(64, 1)
+    for max_rank, has_experts, chain in (
+        (64, False, [base, lora]), (64, True, [base, lora, everything]),
+        (0, False, [base]), (0, True, [base, ShapeKey(0, 1)]),
+    ):  # fmt: skip
+        keys = forward(max_rank, again).keys(has_experts)
+        assert keys == [GraphKey(n, shape) for n in sizes for shape in chain]
 
 
 def test_all_graphs_leave_their_logits_in_one_place() -> None:
@@ -159,9 +162,14 @@ def test_all_graphs_leave_their_logits_in_one_place() -> None:
 
 def test_a_step_finds_its_graph_or_none() -> None:
     graphed = forward(64, again)
-    assert graphed.key(decode(5, 6, 7)) == GraphKey(4, False, False)
-    assert graphed.key(decode(5, rank=64)) == GraphKey(1, True, False)
+    assert graphed.key(decode(5, 6, 7)) == GraphKey(4, ShapeKey())
+    assert graphed.key(decode(5, rank=64)) == GraphKey(1, ShapeKey(64, 0))
+    assert (
+        graphed.key(decode(5, experts=1)) == graphed.key(decode(5, rank=8, experts=1)) == GraphKey(1, ShapeKey(64, 1))
+    )
     assert graphed.key(decode(5, rank=65)) is None
+    assert forward(0, again).key(decode(5, experts=1)) == GraphKey(1, ShapeKey(0, 1))
+    assert forward(0, again).key(decode(5, rank=1)) is None
     assert graphed.key(decode(*range(5))) is None
     for key in graphed.keys(has_experts=False):
         graphed.capture(key)
@@ -177,4 +185,4 @@ def test_a_start_fails_with_the_reason() -> None:
         return capture(Work(fails_at=2))
 
     with pytest.raises(CaptureError, match=r"a decode of 4 rows with LoRA cannot .*: this kernel waits .*max_running"):
-        forward(64, fails).capture(GraphKey(4, True, False))
+        forward(64, fails).capture(GraphKey(4, ShapeKey(64, 0)))

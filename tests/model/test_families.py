@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from server.model.families import FAMILIES, UnsupportedModelError, check_family, max_model_len
 from server.model.loader import load_model
 from server.model.probe import PROBE
-from tests.support.engine_harness import Engine, generated, prompts
+from tests.support.engine_harness import Engine, prompts
 from tests.support.tiny_models import MODELS, NEW_TOKENS, make_config, make_model, reference, save_model
 
 
@@ -30,7 +30,7 @@ def test_tokens_equal_generate(name: str) -> None:
             engine.add(prompt, NEW_TOKENS)
 
     engine.run(between=arrive)
-    assert [generated(request) for request in engine.requests] == expected
+    assert [request.tokens for request in engine.answers.values()] == expected
 
 
 def test_long_rope_beyond_the_original_length_equals_generate_of_a_long_request() -> None:
@@ -41,7 +41,7 @@ def test_long_rope_beyond_the_original_length_equals_generate_of_a_long_request(
     engine.add(prompts()[0], NEW_TOKENS)  # a short one beside it must not change its frequencies
     request = engine.add(long_prompt, NEW_TOKENS)
     engine.run()
-    assert generated(request) == expected
+    assert request.tokens == expected
 
 
 @pytest.mark.parametrize(

@@ -109,10 +109,10 @@ def _once(compute: Callable[[], object]) -> Callable[[], object]:
     return compute
 
 
-def compile_engine(model_type: str) -> Counter[str]:
-    """Warm an engine up; returns how often each kernel would have been launched."""
+def compile_engine(model_type: str, **sizes: Any) -> Counter[str]:
+    """Warm an engine up, with `sizes` for the model's own; returns how often each kernel would have been launched."""
     LAUNCHED.clear()
-    config = CONFIG_MAPPING[model_type](**{**_SMALL, **MODELS[model_type]})
+    config = CONFIG_MAPPING[model_type](**{**_SMALL, **MODELS[model_type], **sizes})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=PROBE).eval()
     settings = EngineConfig(".", kv_cache_bytes=1 << 28, adapter_bytes=1 << 28, adapter_slots=2, max_running=16,
                             tokens_per_step=1024, max_model_len=4096)  # fmt: skip

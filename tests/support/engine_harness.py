@@ -1,21 +1,21 @@
-"""The real engine in the test's own process: scheduler, caches, runner and residency, without HTTP or messages."""
+"""The real engine in the test's own process: scheduler, caches, runner and residency, without HTTP or processes."""
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
+from adapters_store.parts import AdapterPackage
 from adapters_store.ref import AdapterRef
 from server.assembly import assemble
 from server.config import EngineConfig
 from server.device import CPU
-from server.engine.adapter_users import AdapterUsers
-from server.engine.request import Request, Sampling
-from server.engine.scheduler import Emitted, Scheduler
+from server.engine.core import Pace
+from tests.support.driver import GREEDY, Answer, Driver
 
-GREEDY = Sampling(temperature=0.0)
+__all__ = ["GREEDY", "Answer", "Engine", "prompts"]
 
 
 def prompts(count: int = 5, vocab: int = 199, seed: int = 7, longest: int = 33) -> list[list[int]]:
@@ -24,48 +24,38 @@ def prompts(count: int = 5, vocab: int = 199, seed: int = 7, longest: int = 33) 
     return [[rng.randrange(3, vocab) for _ in range(length)] for length in lengths[:count]]
 
 
-class Engine:
+class Engine(Driver):
     """Small on purpose: blocks of 4 tokens and a budget of 24, so that every prompt is cut and requests mix."""
 
-    def __init__(self, model: nn.Module, device: torch.device = CPU, **settings: object) -> None:  # fmt: skip
+    def __init__(self, model: nn.Module, device: torch.device = CPU, **settings: object) -> None:
         defaults = dict(model_dir=".", block_size=4, tokens_per_step=24, max_running=8, kv_cache_bytes=1 << 22,
                         adapter_bytes=1 << 26, adapter_slots=4)  # fmt: skip
         config = EngineConfig(**{**defaults, **settings})  # type: ignore[arg-type]
         self.assembly = assemble(model, config, frozenset(), device=device)
-        self.residency = self.assembly.residency
-        self.adapters = AdapterUsers(self.residency)
-        self.scheduler = Scheduler(self.assembly.limits, self.assembly.kv_cache, self.residency, self.adapters)
-        self.requests: list[Request] = []
-        self.ended: dict[int, Emitted] = {}
-        self.batch_slots: list[set[int]] = []  # adapter slots of each step
+        super().__init__(self.assembly.limits, self.assembly.kv_cache, self.assembly.runner, self.assembly.residency)
+        self.slots_of_steps: list[set[int]] = []  # adapter slots of each
 
-    def add(self, prompt: Sequence[int], max_tokens: int, adapter: AdapterRef | None = None,
-            sampling: Sampling = GREEDY) -> Request:  # fmt: skip
-        request = Request(len(self.requests), list(prompt), max_tokens, sampling, adapter)
-        self.requests.append(request)
-        self.scheduler.add(request)
-        return request
+    def register(self, ref: AdapterRef, package: AdapterPackage | None = None) -> AdapterRef:
+        super().register(ref, package)
+        self._deliver()
+        return ref
 
-    def step(self) -> None:
-        plan, failed = self.scheduler.schedule()
-        self.batch_slots.append({scheduled.request.slot for scheduled in plan})
-        sampled = self.assembly.runner.run(plan) if plan else {}
-        for emitted in failed + self.scheduler.update(plan, sampled):
-            if emitted.finish is not None:
-                self.ended[emitted.request.id] = emitted
-        if not plan:
-            time.sleep(0.001)  # waiting for a transfer
-        self.scheduler.check()
+    def remove(self, ref: AdapterRef) -> None:
+        super().remove(ref)
+        self._deliver()
+
+    def _deliver(self) -> None:
+        """At once where there is nothing to compute: tests look at the device then."""
+        if not self.scheduler.has_requests:
+            self.step()
 
     def run(self, between: Callable[[int], None] = lambda _: None, max_steps: int = 5000) -> None:
         """Step until every request has ended; `between` is called with the step's number before each."""
         for number in range(max_steps):
             between(number)
-            if not self.scheduler.has_requests:
+            if self.is_done:
                 return
-            self.step()
+            self.slots_of_steps.append({scheduled.lane.slot for scheduled in self.step()})
+            if self.engine.pace is Pace.LOADING:
+                time.sleep(0.001)
         raise AssertionError("the engine did not finish")
-
-
-def generated(request: Request) -> list[int]:
-    return request.tokens[request.prompt_len :]

@@ -11,7 +11,7 @@ from server.weights.cuda_arena import CudaPages
 from server.weights.cuda_driver import CudaDriver
 from server.weights.staging import HostCopy, PinnedCopy
 from tests.support.cuda_fake_driver import GRANULE, FakeBindings, FakeCuda
-from tests.support.engine_harness import Engine, generated, prompts
+from tests.support.engine_harness import Engine, prompts
 from tests.support.tiny_adapters import merge, register, save_esft, save_lora
 from tests.support.tiny_models import make_model, reference
 
@@ -58,8 +58,8 @@ def serve_both_kinds(engine: Engine, tmp_path: Path) -> None:
     requests = [engine.add(prompt, 4, entry.ref) for entry, prompt in wanted]
     engine.run(lambda _: engine.residency.check())
     for (entry, prompt), request in zip(wanted, requests, strict=True):
-        assert generated(request) == reference(merge(make_model("qwen3_moe"), entry), prompt, 4)
+        assert request.tokens == reference(merge(make_model("qwen3_moe"), entry), prompt, 4)
     for entry in entries:
-        engine.adapters.remove(entry.ref)
+        engine.remove(entry.ref)
     engine.residency.check()
     assert engine.residency._pool.num_used == 0

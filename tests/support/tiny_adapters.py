@@ -82,7 +82,7 @@ def register(engine: Engine, path: Path, name: str | None = None) -> CatalogEntr
     """Through the same door as a server's: verified against the base's shapes, then made known to the engine."""
     catalog = Catalog("base", engine.assembly.info.base, (path.parent,))
     entry = catalog.read(name or path.name, str(path))
-    engine.adapters.register(entry.ref, entry.package)
+    engine.register(entry.ref, entry.package)
     return entry
 
 

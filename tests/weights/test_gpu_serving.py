@@ -10,7 +10,7 @@ from server.engine.request import FinishReason
 from server.weights.arena import PageWork
 from server.weights.transfer import Transfer
 from tests.support.cuda_fake_driver import GRANULE, NO_MEMORY
-from tests.support.engine_harness import generated, prompts
+from tests.support.engine_harness import prompts
 from tests.support.fake_gpu import FakeGpu, gpu_engine, serve_both_kinds
 from tests.support.stepped_residency import SteppedTransfers, wait_until_resident
 from tests.support.tiny_adapters import merge, register, save_lora
@@ -45,13 +45,13 @@ def test_out_of_memory_fails_the_transfer_and_nothing_else(monkeypatch: pytest.M
     fake.driver.failures = {"cuMemCreate": [NO_MEMORY]}
     victim, other = (engine.add(prompts()[1], 5, entry.ref) for entry in (bad, good))
     engine.run()
-    assert engine.ended[victim.id].finish is FinishReason.ERROR
-    assert "cuMemCreate of 2,097,152 bytes" in str(engine.ended[victim.id].error)
-    assert generated(other) == reference(merge(make_model("llama"), good), prompts()[1], 5)
+    assert victim.finish is FinishReason.ERROR
+    assert "cuMemCreate of 2,097,152 bytes" in str(victim.error)
+    assert other.tokens == reference(merge(make_model("llama"), good), prompts()[1], 5)
     engine.residency.check()
     again = engine.add(prompts()[1], 5, bad.ref)
     engine.run()
-    assert generated(again) == reference(merge(make_model("llama"), bad), prompts()[1], 5)
+    assert again.tokens == reference(merge(make_model("llama"), bad), prompts()[1], 5)
 
 
 def test_staged_bytes_are_hashed_and_compared_before_they_are_installed(
@@ -67,8 +67,8 @@ def test_staged_bytes_are_hashed_and_compared_before_they_are_installed(
     file.write_bytes(raw)
     request = engine.add(prompts()[1], 5, entry.ref)
     engine.run()
-    assert "changed after it was registered" in str(engine.ended[request.id].error)
-    assert engine.residency.lora_rank(1) == 0
+    assert "changed after it was registered" in str(request.error)
+    assert engine.residency.shape_key(1).rank == 0
     engine.residency.check()
 
 

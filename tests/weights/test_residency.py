@@ -11,7 +11,7 @@ from server.engine.request import FinishReason
 from server.engine.residency import AdapterFailed, Wait
 from server.model.probe import PROBE
 from server.weights.host_arena import HostPages
-from tests.support.engine_harness import Engine, generated, prompts
+from tests.support.engine_harness import Engine, prompts
 from tests.support.process_memory import resident_bytes
 from tests.support.stepped_residency import SteppedTransfers, wait_until_resident
 from tests.support.tiny_adapters import merge, register, save_esft, save_lora
@@ -39,7 +39,7 @@ def test_an_esft_adapter_occupies_its_tuned_experts_and_less_than_a_page_a_tenso
     on_device = next(it for it in residency.report() if it.ref == entry.ref)
     assert 0 <= on_device.bytes - experts < stacks * PAGE  # only the last page of each range is not full
     residency.release(entry.ref)
-    engine.adapters.remove(entry.ref)
+    engine.remove(entry.ref)
     deadline = time.monotonic() + 10
     while resident_bytes() - before >= 32 * PAGE and time.monotonic() < deadline:  # on the transfer thread
         time.sleep(0.001)
@@ -87,13 +87,13 @@ def test_registering_again_says_where_the_files_are_now(tmp_path: Path) -> None:
     (tmp_path / "here").rename(tmp_path / "there")
     request = engine.add(prompts()[1], 5, entry.ref)
     engine.run()
-    assert engine.ended[request.id].finish is FinishReason.ERROR
-    assert str(tmp_path) not in str(engine.ended[request.id].error)  # the client learns no path
+    assert request.finish is FinishReason.ERROR
+    assert str(tmp_path) not in str(request.error)  # the client learns no path
     again = register(engine, tmp_path / "there", "name")
     assert again.ref == entry.ref
     request = engine.add(prompts()[1], 5, entry.ref)
     engine.run()
-    assert generated(request) == reference(merge(make_model("llama"), again), prompts()[1], 5)
+    assert request.tokens == reference(merge(make_model("llama"), again), prompts()[1], 5)
 
 
 def test_registering_again_forgives_a_failure_that_nobody_heard_of(tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_residency_under_random_events_keeps_its_books(tmp_path: Path) -> None:
     while transfers.pending:
         transfers.run_next(fails=False)
     assert residency.report() == () and residency._pool.num_used == 0
-    assert residency._slabs._arena.num_backed_pages == 0  # type: ignore[attr-defined]
+    assert engine.assembly.tables.lora._arena.num_backed_pages == 0  # type: ignore[attr-defined]
 
 
 def test_the_same_name_with_other_weights_never_reuses_a_prefix(tmp_path: Path) -> None:
@@ -175,8 +175,8 @@ def test_the_same_name_with_other_weights_never_reuses_a_prefix(tmp_path: Path) 
         )
         request = engine.add(prompts()[1], 8, entry.ref)
         engine.run()
-        assert generated(request) == reference(merge(make_model("llama"), entry), prompts()[1], 8)
+        assert request.tokens == reference(merge(make_model("llama"), entry), prompts()[1], 8)
         assert request.num_cached_tokens == 0
-        answers.append(generated(request))
-        engine.adapters.remove(entry.ref)
+        answers.append(request.tokens)
+        engine.remove(entry.ref)
     assert answers[0] != answers[1]

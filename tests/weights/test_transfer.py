@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 
 from adapters_store.files import read_exactly
-from adapters_store.parts import tensors_of
 from server.engine.request import FinishReason
 from server.engine.residency import AdapterFailed
 from server.model.probe import PROBE
@@ -17,7 +16,7 @@ from server.weights import transfer
 from server.weights.arena import ArenaError, PageWork
 from server.weights.staging import HostCopy
 from server.weights.transfer import Transfer
-from tests.support.engine_harness import Engine, generated, prompts
+from tests.support.engine_harness import Engine, prompts
 from tests.support.stepped_residency import wait_until_resident
 from tests.support.tiny_adapters import merge, register, save_esft, save_lora
 from tests.support.tiny_models import make_model, reference
@@ -35,7 +34,7 @@ def test_every_byte_is_read_once_and_in_order(tmp_path: Path, monkeypatch: pytes
         read_exactly(descriptor, offset, into)
 
     monkeypatch.setattr(transfer, "read_exactly", read)
-    tensors = [tensor for part in reversed(entry.package.parts) for tensor in tensors_of(part)]
+    tensors = [tensor for part in reversed(entry.package.parts) for tensor in part.tensors]
     places = [(tensor, torch.full(tensor.shape, math.nan)) for tensor in tensors]
     copying = Transfer(entry.package.files, places, PageWork(), HostCopy())
     copying.run()
@@ -55,9 +54,9 @@ def test_a_file_that_changed_after_registration_fails_its_requests_only(tmp_path
     file.write_bytes(file.read_bytes()[:-8])
     victim, other = engine.add(prompts()[1], 5, bad.ref), engine.add(prompts()[1], 5, good.ref)
     engine.run()
-    assert engine.ended[victim.id].finish is FinishReason.ERROR
-    assert "changed after it was registered" in str(engine.ended[victim.id].error)
-    assert generated(other) == reference(merge(make_model("llama"), good), prompts()[1], 5)
+    assert victim.finish is FinishReason.ERROR
+    assert "changed after it was registered" in str(victim.error)
+    assert other.tokens == reference(merge(make_model("llama"), good), prompts()[1], 5)
 
 
 @pytest.mark.parametrize("where", ["header", "first", "last", "link"])
@@ -72,7 +71,7 @@ def test_other_bytes_of_the_same_size_and_time_are_never_served(tmp_path: Path, 
         engine.residency.release(it.ref)
     file = Path(entry.package.files[0].path)
     before, raw = file.stat(), bytearray(file.read_bytes())
-    first = min(tensor.offset for part in entry.package.parts for tensor in tensors_of(part))
+    first = min(tensor.offset for part in entry.package.parts for tensor in part.tensors)
     if where == "link":  # the very same bytes, but nobody has looked where they come from
         file.rename(tmp_path / "elsewhere")
         file.symlink_to(tmp_path / "elsewhere")
@@ -85,7 +84,7 @@ def test_other_bytes_of_the_same_size_and_time_are_never_served(tmp_path: Path, 
     says = "Not a directory|symbolic links" if where == "link" else "changed after it was registered; register .* again"
     with pytest.raises(AdapterFailed, match=says):
         wait_until_resident(engine.residency, entry)
-    assert not engine.residency.has_experts(1) and engine.residency._stacks.num_mapped_pages == 0
+    assert not engine.residency.shape_key(1).experts and engine.assembly.tables.experts.num_mapped_pages == 0
     engine.residency.check()
 
 

@@ -90,17 +90,17 @@ def store_kv(draw: Draw) -> Iterator[Case]:
 
     tokens, heads, dim = draw.scale.size(256, 5), draw.scale.size(8, 2), draw.scale.size(128, 8)
     key, value = draw.randn(tokens, heads, dim), draw.randn(tokens, heads, dim)
-    slots = torch.randperm(4 * tokens, device=draw.device)[:tokens]
+    slot_mapping = torch.randperm(4 * tokens, device=draw.device, dtype=torch.int32)[:tokens]
 
     def caches() -> Tensor:
         return torch.zeros(2, tokens, 4, heads, dim, device=draw.device, dtype=draw.dtype)
 
     def stored(store: Callable[..., None]) -> tuple[Tensor, Tensor]:
         to = caches()
-        store(key, value, to[0], to[1], slots)
+        store(key, value, to[0], to[1], slot_mapping)
         return to[0], to[1]
 
     to = caches()
     yield Case("store_kv", f"{tokens} tokens", draw.dtype, lambda: stored(kernel.store_kv),
-               lambda: stored(reference.store_kv), [lambda: kernel.store_kv(key, value, to[0], to[1], slots)],
+               lambda: stored(reference.store_kv), [lambda: kernel.store_kv(key, value, to[0], to[1], slot_mapping)],
                4 * key.nbytes, exact=True)  # fmt: skip

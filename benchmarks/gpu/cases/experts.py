@@ -29,7 +29,7 @@ class Layer:
         return cls(size(2048, 24), size(1408, 20), size(64, 8), size(6, 2), size(6, 2), size(8, 2))
 
     @property
-    def slots(self) -> int:
+    def places(self) -> int:
         return self.experts + ADAPTERS * self.room
 
 
@@ -40,12 +40,12 @@ class Mixed:
     logits: Tensor
     routing: Routing
     expert_map: Tensor
-    num_slots: int
+    num_places: int
     tokens: TokenBatch
     tile_rows: int
 
     def route(self, function: Callable[..., Routed]) -> Routed:
-        return function(self.logits, self.routing, self.expert_map, self.num_slots, self.tokens, self.tile_rows)
+        return function(self.logits, self.routing, self.expert_map, self.num_places, self.tokens, self.tile_rows)
 
 
 def mixed_batch(draw: Draw, tokens: int) -> Mixed:
@@ -59,7 +59,7 @@ def mixed_batch(draw: Draw, tokens: int) -> Mixed:
         expert_map[slot, chosen] = torch.arange(layer.tuned, dtype=torch.int32) + first
     adapters = draw.ints([draw.rng.randrange(ADAPTERS + 1) for _ in range(tokens)])
     logits = torch.randn(tokens, layer.experts, device=draw.device)
-    return Mixed(logits, Routing(layer.top_k), expert_map.to(draw.device), layer.slots,
+    return Mixed(logits, Routing(layer.top_k), expert_map.to(draw.device), layer.places,
                  TokenBatch(adapters, None, draw.zeros(2)), tile_rows(tokens * layer.top_k, layer.experts))  # fmt: skip
 
 
@@ -71,19 +71,19 @@ def expert_route(draw: Draw) -> Iterator[Case]:
         assert batch.tokens.counters is not None
         yield Case(
             "expert_route", f"{tokens} tokens", draw.dtype,
-            lambda batch=batch: _by_slot(batch.route(kernel.expert_route)),
-            lambda batch=batch: _by_slot(batch.route(reference.expert_route)),
+            lambda batch=batch: _by_place(batch.route(kernel.expert_route)),
+            lambda batch=batch: _by_place(batch.route(reference.expert_route)),
             [lambda batch=batch: batch.route(kernel.expert_route)],
             num_bytes=batch.logits.nbytes + 4 * tokens * batch.routing.top_k * 3,
             counters=(batch.tokens.counters,),
         )  # fmt: skip
 
 
-def _by_slot(routed: Routed) -> tuple[Tensor, ...]:
-    """Slots and weights in order of slot, and pairs as the tokens that they belong to: which of a token's choices comes
-    first is nobody's promise."""
-    order = routed.slots.sort(dim=-1)
-    top_k = routed.slots.shape[1]
+def _by_place(routed: Routed) -> tuple[Tensor, ...]:
+    """Places and weights in order of place, and pairs as the tokens that they belong to: which of a token's choices
+    comes first is nobody's promise."""
+    order = routed.places.sort(dim=-1)
+    top_k = routed.places.shape[1]
     return (
         order.values,
         routed.weights.gather(1, order.indices),
@@ -94,8 +94,8 @@ def _by_slot(routed: Routed) -> tuple[Tensor, ...]:
 
 def grouped_gemm(draw: Draw) -> Iterator[Case]:
     layer = Layer.of(draw)
-    ups = draw.randn(layer.slots, 2 * layer.inner, layer.hidden, scale=0.02)
-    downs = draw.randn(layer.slots, layer.hidden, layer.inner, scale=0.02)
+    ups = draw.randn(layer.places, 2 * layer.inner, layer.hidden, scale=0.02)
+    downs = draw.randn(layer.places, layer.hidden, layer.inner, scale=0.02)
     for tokens in draw.token_counts:
         yield from _products(draw, tokens, layer, ups, downs)
 
@@ -109,7 +109,7 @@ def _products(draw: Draw, tokens: int, layer: Layer, ups: Tensor, downs: Tensor)
     expert_bytes = 3 * inner * hidden * ups.itemsize
     count = draw.scale.copies(min(pairs, layer.experts) * expert_bytes // 3)
     batches = [mixed_batch(draw, tokens).route(route.expert_route) for _ in range(count)]
-    used = sum(len(routed.slots.unique()) for routed in batches) // count
+    used = sum(len(routed.places.unique()) for routed in batches) // count
     x = draw.randn(tokens, hidden)
     h = kernel.gate_up(x, ups, batches[0], Activation(), Layout())
     products = kernel.gate_up(x, ups, batches[0], None, Layout())
@@ -129,7 +129,7 @@ def _products(draw: Draw, tokens: int, layer: Layer, ups: Tensor, downs: Tensor)
         got, want = getattr(kernel, function), getattr(reference, function)
         first = arguments(batches[0])
         yield Case(
-            "grouped_gemm", f"{name} {tokens} tokens, {used} slots in use", draw.dtype,
+            "grouped_gemm", f"{name} {tokens} tokens, {used} places in use", draw.dtype,
             lambda got=got, first=first: got(*first), lambda want=want, first=first: want(*first),
             [partial(got, *arguments(routed)) for routed in batches], num_bytes, num_ops,
         )  # fmt: skip

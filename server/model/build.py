@@ -1,0 +1,48 @@
+"""What an injection is given, and what it says of what it put in."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from server.model.attention import CachedLayer
+from server.model.experts import RoutedExperts, Stacks
+from server.model.inputs import CurrentStep
+from server.model.probe import Probed
+from server.model.site_op import SiteOps
+
+# (layer, gate_up, down) of the base -> stacks that begin with the same experts and have room for adapters'
+MakeStacks = Callable[[int, Tensor, Tensor], Stacks]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A linear that adapters may act on, by its name in the base."""
+
+    name: str
+    shape: tuple[int, int]  # out, in
+
+
+@dataclass(frozen=True)
+class Build:
+    """A model that parts of ours are put into, and where those get what they do not own."""
+
+    model: nn.Module
+    probed: Probed
+    step: CurrentStep
+    site_ops: Sequence[SiteOps]  # of every kind of part that acts at linears
+    make_stacks: MakeStacks
+
+    def replace(self, name: str, module: nn.Module) -> None:
+        parent, _, leaf = name.rpartition(".")
+        setattr(self.model.get_submodule(parent), leaf, module)
+
+
+@dataclass
+class Injected:
+    """What was put in."""
+
+    targets: list[Target] = field(default_factory=list)
+    experts: list[RoutedExperts] = field(default_factory=list)
+    layers: list[CachedLayer] = field(default_factory=list)  # in order; without memory yet
+    bypassed: set[str] = field(default_factory=set)  # linears that are never called: attention goes around them

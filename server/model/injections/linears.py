@@ -1,0 +1,28 @@
+"""Linears that adapters may act on: those that read the same input become one product."""
+
+from server.model.build import Build, Injected, Target
+from server.model.linears import AdaptedLinear, LinearSlice, SharedInput
+from server.model.product import Product, product_of
+
+
+def inject_linears(build: Build, injected: Injected) -> None:
+    for siblings in build.probed.siblings:
+        names = [name for name in siblings if name not in injected.bypassed]
+        if names:
+            product = _replace(build, names)
+            widths = zip(names, product.widths, strict=True)
+            injected.targets += [Target(name, (width, product.in_features)) for name, width in widths]
+
+
+def _replace(build: Build, names: list[str]) -> Product:
+    product = product_of([build.model.get_submodule(name) for name in names])
+    is_lm_head = names[0] == "lm_head"  # logits are computed for sampled rows only
+    ops = [ops.at_linears(names, product, is_lm_head) for ops in build.site_ops]
+    adapted = AdaptedLinear(product, ops)
+    if len(names) == 1:
+        build.replace(names[0], adapted)
+        return product
+    shared = SharedInput(adapted)
+    for index, name in enumerate(names):
+        build.replace(name, LinearSlice(adapted, shared, index))
+    return product

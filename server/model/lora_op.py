@@ -1,0 +1,69 @@
+"""LoRA at a linear: y += scale * B(A x), over the rows of each adapter."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Protocol
+
+from torch import Tensor
+
+from kernels.adapter_rows import AdapterTiles
+from kernels.lora import LoraSite, SiteAdapters, Split, lora
+from server.model.inputs import CurrentStep
+from server.model.mla import AbsorbedProjection
+from server.model.product import Product
+from server.model.site_op import Finish
+
+
+class LoraSites(Protocol):
+    """The table of low-rank parts, as the model sees it (server/weights/tables/lora.py)."""
+
+    def open(self, site: LoraSite) -> SiteAdapters:
+        """A place where adapters may act; what they have for it is found there."""
+
+    def bind(self, module: str, sites: Sequence[tuple[LoraSite, Split]]) -> None:
+        """Say where the weights for one of the base's linears act."""
+
+
+class LoraOp:
+    def __init__(
+        self, site: LoraSite, adapters: SiteAdapters, step: CurrentStep, bias: Tensor | None, is_lm_head: bool
+    ) -> None:
+        self._site, self._adapters, self._step = site, adapters, step
+        self._bias = bias  # what y holds already, for gains
+        self._is_lm_head = is_lm_head
+
+    def begin(self, x: Tensor) -> Finish | None:
+        rows = self._step.inputs.rows
+        # what a captured batch holds is read from the device
+        if not rows.shape.rank or not (rows.is_captured or self._adapters.by_slot):
+            return None
+        return partial(self._add, x, rows.sampled if self._is_lm_head else rows.tiles, rows.shape.rank)
+
+    def _add(self, x: Tensor, tiles: AdapterTiles, max_rank: int, y: Tensor) -> None:
+        lora(y, x.flatten(1), self._site, self._adapters, tiles, max_rank, self._bias)
+
+
+class LoraOps:
+    def __init__(self, sites: LoraSites, step: CurrentStep) -> None:
+        self._sites, self._step = sites, step
+
+    def at_linears(self, names: Sequence[str], product: Product, is_lm_head: bool) -> LoraOp:
+        site = LoraSite(product.widths)
+        for index, name in enumerate(names):
+            self._sites.bind(name, [(site, _slice(index))])
+        return self._op(site, product.bias, is_lm_head)
+
+    def at_absorbed(self, name: str, projection: AbsorbedProjection) -> tuple[LoraOp, LoraOp]:
+        it = projection
+        # (B_h^T q) A, where a plain site has B (A x): the same two matrices, transposed and in the other order
+        queries = LoraSite((it.latent,) * it.heads, own_inputs=True, transposed=True)
+        values = LoraSite((it.value_dim,) * it.heads, own_inputs=True)
+        self._sites.bind(name, [(queries, it.split_for_queries), (values, it.split_for_values)])
+        return self._op(queries), self._op(values)
+
+    def _op(self, site: LoraSite, bias: Tensor | None = None, is_lm_head: bool = False) -> LoraOp:
+        return LoraOp(site, self._sites.open(site), self._step, bias, is_lm_head)
+
+
+def _slice(index: int) -> Split:
+    return lambda weights: [(index, weights)]

@@ -1,0 +1,79 @@
+"""Requests of several lanes, steps that give several tokens or none, and what ends while a step is under way."""
+
+import pytest
+
+from server.engine.fake_runner import FakeRunner, Known, expected_tokens
+from server.engine.plan import Output, Plan
+from server.engine.request import FinishReason, Lane, LaneSpec
+from tests.support.fake_engine import BLOCK, FakeEngine
+
+
+def test_lanes_reach_their_ends_together_and_continue_with_what_the_first_says() -> None:
+    setup = FakeEngine(tokens_per_step=8)
+    ref = setup.adapter("second voice")
+    answer = setup.add(list(range(12)), 3, beside=[LaneSpec([7, 8], ref), LaneSpec([9] * 5)])
+    by_step: list[list[tuple[int, int, bool]]] = []
+    while not setup.is_done:
+        by_step.append([(it.lane.prompt_len, it.num_tokens, it.samples) for it in setup.step()])
+    assert by_step[0] == [(12, 8, False)]
+    assert by_step[1] == [(12, 3, False), (2, 1, False), (5, 4, False)]  # all but the last token of each
+    assert by_step[2:] == [[(12, 1, True), (2, 1, False), (5, 1, False)]] * 3
+    assert answer.tokens == expected_tokens(None, list(range(12)), 3, 1000)
+    assert setup.kv_cache.pool.num_free == 50 and setup.residency.report()[0].pins == 0
+
+
+def test_a_place_is_one_lanes() -> None:
+    setup = FakeEngine(max_running=4)
+    wide = [setup.add([number], 20, beside=[LaneSpec([number])] * 2) for number in range(2)]
+    narrow = setup.add([5], 20)
+    assert set(setup.computed()) == {wide[0].id, narrow.id}
+    refused = setup.add([1], 1, beside=[LaneSpec([1])] * 4)
+    setup.step()
+    assert refused.error == "5 lanes of one request; 4 run together"
+
+
+def test_a_request_that_wants_no_token_ends_once_its_prompt_is_computed() -> None:
+    setup = FakeEngine(tokens_per_step=16)
+    answer = setup.add([3] * 20, 0)
+    setup.step()
+    assert answer.finish is None
+    setup.step()
+    assert answer.finish is FinishReason.LENGTH and not answer.tokens and setup.is_done
+
+
+class Talkative(FakeRunner):
+    """Says three tokens at a time, the right ones."""
+
+    def launch(self, plan: Plan) -> Known:
+        said = super().launch(plan).outputs()
+        return Known(
+            {lane: Output((*output.tokens, *self._more(lane, output.tokens[0]))) for lane, output in said.items()}
+        )
+
+    def _more(self, lane: Lane, token: int) -> list[int]:
+        return expected_tokens(lane.adapter, [*lane.tokens, token], 2, 1000)
+
+
+@pytest.mark.parametrize(("max_tokens", "steps"), [(3, 1), (7, 3)])
+def test_several_tokens_of_one_step_end_where_one_of_them_ends_the_request(max_tokens: int, steps: int) -> None:
+    setup = FakeEngine(runner=Talkative(50, BLOCK))
+    answer = setup.add([1, 2], max_tokens)
+    while not setup.is_done:
+        setup.step()
+        steps -= 1
+    assert steps == 0 and answer.finish is FinishReason.LENGTH
+    assert answer.tokens == expected_tokens(None, [1, 2], max_tokens, 1000)
+
+
+def test_what_ends_between_a_launch_and_its_answer_is_not_heard_of_again() -> None:
+    setup = FakeEngine()
+    gone, other = setup.add([1] * 9, 5), setup.add([2], 5)
+    setup.step()
+    scheduler = setup.scheduler
+    plan, _ = scheduler.schedule()
+    scheduler.advance(plan)
+    assert all(scheduled.lane.num_uncomputed_tokens == 0 for scheduled in plan)  # the next plan may count on it
+    assert scheduler.abort(gone.id) is not None
+    events = scheduler.record(plan, {scheduled.lane: Output((7,)) for scheduled in plan})
+    assert [event.request_id for event in events] == [other.id]
+    setup.engine.check()

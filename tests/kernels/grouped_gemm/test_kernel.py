@@ -1,0 +1,131 @@
+"""grouped_gemm's kernels against their references."""
+
+import math
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.expert_route import Routing, TokenBatch
+from kernels.grouped_gemm import Act, Activation, Layout
+from kernels.grouped_gemm import kernel as gemm_kernel
+from kernels.grouped_gemm import reference as gemm_reference
+from tests.support.kernel_device import DEVICE
+from tests.support.popularity import POPULARITIES, pick
+from tests.support.routed import counters, expert_maps, route
+
+# the interpreter's exp reports what a GPU's passes over: a sigmoid far from 0
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),
+]
+
+
+def experts_case(
+    popularity: str, tokens: int, hidden: int, inner: int, layout: Layout, has_bias: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, TokenBatch, Tensor]:
+    """x, gate_up and down stacks, biases, batch, logits; places that nobody uses are NaN."""
+    torch.manual_seed(5)
+    experts, places = 6, 20
+    x = torch.randn(tokens, hidden, device=DEVICE)
+    gate_up = torch.randn(places, 2 * inner, hidden, device=DEVICE)
+    down = torch.randn(places, hidden, inner, device=DEVICE)
+    expert_map = expert_maps(experts)
+    unused = [place for place in range(places) if place not in expert_map.unique().tolist()]
+    gate_up[unused] = down[unused] = math.nan
+    if layout.transposed:
+        gate_up, down = gate_up.transpose(1, 2).contiguous(), down.transpose(1, 2).contiguous()
+    biases = [torch.randn(places, size, device=DEVICE) if has_bias else None for size in (2 * inner, hidden)]
+    adapters = torch.tensor(pick(popularity, tokens, 4, random.Random(4)), dtype=torch.int32, device=DEVICE)
+    batch = TokenBatch(adapters, None, counters())
+    return x, gate_up, down, biases[0], biases[1], batch, torch.randn(tokens, experts, device=DEVICE)
+
+
+CLAMPED = Activation(Act.CLAMPED, 1.702, 2.0)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize(("layout", "activation", "has_bias"), [
+    (Layout(), Activation(), False), (Layout(True, True), CLAMPED, True),
+    (Layout(True, False), Activation(Act.GELU), True), (Layout(False, True), Activation(Act.GELU_TANH), False),
+])  # fmt: skip
+def test_experts(layout: Layout, activation: Activation, has_bias: bool) -> None:
+    run_experts("uniform", 7, 40, 24, layout, activation, has_bias)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("popularity", POPULARITIES)
+@pytest.mark.parametrize("tokens", [1, 13])
+def test_experts_popularities(popularity: str, tokens: int) -> None:
+    run_experts(popularity, tokens, 17, 9, Layout(), Activation(), False)
+
+
+def run_experts(popularity: str, tokens: int, hidden: int, inner: int, layout: Layout, activation: Activation,
+                has_bias: bool) -> None:  # fmt: skip
+    x, gate_up, down, gate_bias, down_bias, batch, logits = experts_case(
+        popularity, tokens, hidden, inner, layout, has_bias
+    )
+    routed = route(logits, Routing(3), expert_maps(6), batch, 4)
+    h = gemm_kernel.gate_up(x, gate_up, routed, activation, layout, gate_bias)
+    want = gemm_reference.gate_up(x, gate_up, routed, activation, layout, gate_bias)
+    torch.testing.assert_close(h, want, atol=2e-4, rtol=1e-5)
+    products = gemm_kernel.gate_up(x, gate_up, routed, None, layout, gate_bias)
+    want = gemm_reference.gate_up(x, gate_up, routed, None, layout, gate_bias)
+    torch.testing.assert_close(products, want, atol=1e-4, rtol=1e-5)
+    apart = gemm_kernel.activate(products, activation, layout.interleaved, routed)
+    torch.testing.assert_close(apart, h, atol=1e-5, rtol=1e-5)
+    want = gemm_reference.activate(products, activation, layout.interleaved, routed)
+    torch.testing.assert_close(apart, want, atol=1e-5, rtol=1e-5)
+    rows = gemm_kernel.down(h, down, routed, layout, down_bias)
+    torch.testing.assert_close(rows, gemm_reference.down(h, down, routed, layout, down_bias), atol=2e-3, rtol=1e-5)
+    torch.testing.assert_close(
+        gemm_kernel.combine(rows, routed), gemm_reference.combine(rows, routed), atol=1e-3, rtol=1e-5
+    )
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_padding_comes_out_as_zero() -> None:
+    x, gate_up, down, *_, batch, logits = experts_case("uniform", 8, 16, 8, Layout(), False)
+    x[5:] = math.nan
+    batch = batch._replace(num_tokens=torch.tensor([5], dtype=torch.int32, device=DEVICE))
+    routed = route(logits, Routing(2), expert_maps(6), batch, 4)
+    h = gemm_kernel.gate_up(x, gate_up, routed, Activation(), Layout())
+    got = gemm_kernel.combine(gemm_kernel.down(h, down, routed, Layout()), routed)
+    assert bool(got[:5].isfinite().all()) and not got[5:].any()
+    rows = gemm_reference.gate_up(x, gate_up, routed, Activation(), Layout())
+    want = gemm_reference.combine(gemm_reference.down(rows, down, routed, Layout()), routed)
+    torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("num_tokens", [0, 3, 5])
+def test_activate_leaves_padding_out(num_tokens: int) -> None:
+    batch = TokenBatch(None, torch.tensor([num_tokens], dtype=torch.int32, device=DEVICE), counters())
+    routed = route(torch.randn(5, 6, device=DEVICE), Routing(2), expert_maps(6), batch, 4)
+    products, real = torch.randn(10, 40, device=DEVICE), num_tokens * 2
+    got = gemm_kernel.activate(products, Activation(), False, routed)
+    gate, up = products[:real].chunk(2, dim=-1)
+    torch.testing.assert_close(got[:real], F.silu(gate) * up)
+    assert bool(got[real:].isnan().all())
+
+
+@pytest.mark.parametrize(
+    "op", ["expert_gate_up", "expert_gate_up products", "expert_activate", "expert_down", "expert_combine"]
+)
+@pytest.mark.usefixtures("small_tiles")
+def test_the_ops_are_registered_rightly(op: str) -> None:
+    x, gate_up, down, *_, batch, logits = experts_case("uniform", 3, 16, 8, Layout(), False)
+    routed = route(logits, Routing(2), expert_maps(6), batch, 4)
+    indices = (routed.pairs, routed.tiles, routed.num_tiles)
+    arguments = {
+        "expert_gate_up": (x, gate_up, None, *indices, 2, 4, 0, 1.0, 0.0, False, False),
+        "expert_gate_up products": (x, gate_up, None, *indices, 2, 4, -1, 1.0, 0.0, False, False),
+        "expert_activate": (torch.randn(6, 16, device=DEVICE), routed.places, 0, 1.0, 0.0, False),
+        "expert_down": (torch.randn(6, 8, device=DEVICE), down, None, *indices, 4, False),
+        "expert_combine": (torch.randn(6, 16, device=DEVICE), routed.weights, routed.places),
+    }[op]
+    overload = getattr(torch.ops.heddle, op.split()[0]).default
+    torch.library.opcheck(overload, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -1,0 +1,106 @@
+"""Where the bytes of a tensor may lie: in a file, in a block of a larger tensor, in a file that a reader wrote."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from adapters_store.parts import SourceFile, TensorRef, Whole
+from server.weights.arena import PageWork
+from server.weights.staging import Copier, HostCopy, PinnedCopy
+from server.weights.transfer import Transfer
+from tests.support.cuda_fake_driver import FakeCuda
+
+CPU = torch.device("cpu")
+
+
+def copier(kind: str) -> Copier:
+    if kind == "host":
+        return HostCopy()
+    buffers = [torch.zeros(128, dtype=torch.uint8) for _ in range(2)]
+    return PinnedCopy(buffers, torch.zeros(128, dtype=torch.uint8), CPU, FakeCuda())
+
+
+def source(path: Path) -> SourceFile:
+    raw = path.read_bytes()
+    return SourceFile(path.name, str(path.resolve()), len(raw), hashlib.sha256(raw).hexdigest())
+
+
+def offset_of(path: Path, key: str) -> int:
+    """By searching for its bytes, as a reader would not."""
+    with safe_open(path, framework="pt") as file:
+        tensor = file.get_tensor(key)
+    return path.read_bytes().index(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+
+
+@pytest.mark.parametrize("kind", ["host", "pinned"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_of_a_tensor_go_to_places_of_their_own(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
+    path = tmp_path / "packed.safetensors"
+    stored, other = torch.randn(6, 20, dtype=dtype), torch.randn(7, dtype=dtype)
+    save_file({"b": stored, "c": other}, path)
+    name = "F32" if dtype is torch.float32 else "BF16"
+
+    def block(rows: int, columns: int, at: tuple[int, int]) -> TensorRef:
+        return TensorRef(path.name, "b", (rows, columns), name, offset_of(path, "b"), Whole((6, 20), at))
+
+    refs = [block(6, 5, (0, 5)), block(6, 5, (0, 15)), block(2, 20, (3, 0)), block(1, 1, (5, 19)),
+            TensorRef(path.name, "c", (7,), name, offset_of(path, "c"))]  # fmt: skip
+    places = [torch.full(ref.shape, torch.nan) for ref in refs]
+    transfer = Transfer([source(path)], list(zip(refs, places, strict=True)), PageWork(), copier(kind).begin())
+    transfer.run()
+    assert transfer.error is None and transfer.done
+    expected = [stored[:, 5:10], stored[:, 15:], stored[3:5], stored[5:, 19:], other]
+    assert all(torch.equal(place, it.float()) for place, it in zip(places, expected, strict=True))
+
+
+def test_a_file_that_a_reader_wrote_is_a_source_like_any_other(tmp_path: Path) -> None:
+    """Numbers alone, without a header; and hashed as it is copied."""
+    blob = tmp_path / "canonical"
+    matrix = torch.randn(3, 4)
+    blob.write_bytes(b"ahead" * 4 + matrix.numpy().tobytes())
+    place = torch.empty(3, 4)
+    ref = TensorRef(blob.name, "rewritten", (3, 4), "F32", 20)
+    copied = Transfer([source(blob)], [(ref, place)], PageWork(), HostCopy())
+    copied.run()
+    assert copied.error is None and torch.equal(place, matrix)
+    verified = source(blob)
+    blob.write_bytes(b"ahead" * 4 + (matrix + 1).numpy().tobytes())
+    changed = Transfer([verified], [(ref, place)], PageWork(), HostCopy())
+    changed.run()
+    assert "changed after it was registered" in str(changed.error)
+
+
+@pytest.mark.parametrize("kind", ["host", "pinned"])
+def test_what_is_derived_comes_behind_the_copies_and_before_the_transfer_is_done(tmp_path: Path, kind: str) -> None:
+    """A row's norm of the base and what was copied, say."""
+    path = tmp_path / "a.safetensors"
+    delta, base = torch.randn(4, 5), torch.randn(4, 5)
+    save_file({"delta": delta}, path)
+    place, norms = torch.empty(4, 5), torch.empty(4)
+    ref = TensorRef(path.name, "delta", (4, 5), "F32", offset_of(path, "delta"))
+
+    def derive() -> None:
+        assert not transfer.done
+        torch.linalg.vector_norm(base + place, dim=1, out=norms)
+
+    transfer = Transfer([source(path)], [(ref, place)], PageWork(), copier(kind).begin(), [derive])
+    transfer.run()
+    assert transfer.done and transfer.error is None
+    torch.testing.assert_close(norms, (base + delta).norm(dim=1))
+
+
+def test_a_failure_to_derive_is_the_adapters(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({"a": torch.zeros(1)}, path)
+
+    def derive() -> None:
+        raise RuntimeError("out of memory")
+
+    transfer = Transfer([source(path)], list[tuple[TensorRef, Tensor]](), PageWork(), HostCopy(), [derive])
+    transfer.run()
+    assert transfer.done and transfer.error == "out of memory"
