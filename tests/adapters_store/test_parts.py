@@ -6,8 +6,9 @@ from adapters_store.parts import (
     LowRank,
     SourceFile,
     TensorRef,
+    Whole,
+    by_kind,
     describe,
-    tensors_of,
 )
 
 
@@ -37,10 +38,10 @@ def test_sizes_are_those_of_the_tensors_and_of_the_files() -> None:
 
 def test_a_parts_tensors_come_in_the_order_of_its_formula() -> None:
     a, b = tensor(2, 8), tensor(6, 2)
-    assert tensors_of(LowRank("q", a, b, 1.0)) == (a, b)
+    assert LowRank("q", a, b, 1.0).tensors == (a, b)
     gate, up, down, both = tensor(6, 8), tensor(5, 8), tensor(8, 6), tensor(12, 8)
-    assert tensors_of(ExpertReplacement(1, 0, (gate, up), down)) == (gate, up, down)
-    assert tensors_of(ExpertReplacement(1, 0, (both,), down)) == (both, down)
+    assert ExpertReplacement(1, 0, (gate, up), down).tensors == (gate, up, down)
+    assert ExpertReplacement(1, 0, (both,), down).tensors == (both, down)
 
 
 def test_a_lora_is_told_by_its_linears_with_rank_and_scale() -> None:
@@ -58,4 +59,13 @@ def test_replaced_experts_are_told_by_layer_in_their_order() -> None:
 
 
 def test_what_has_both_is_told_by_both() -> None:
-    assert set(describe(package(low_rank("q", 2, 1.0), replacement(1, 0)))) == {"bound_tensors", "linears", "experts"}
+    mixed = (replacement(1, 0), low_rank("q", 2, 1.0), replacement(1, 1))
+    assert set(describe(package(*mixed))) == {"bound_tensors", "linears", "experts"}
+    assert by_kind(mixed) == {ExpertReplacement: [mixed[0], mixed[2]], LowRank: [mixed[1]]}
+    assert by_kind(()) == {} and describe(package()) == {"bound_tensors": 0}
+
+
+def test_a_block_of_a_larger_tensor_has_its_own_size_and_lies_in_the_larger_ones_bytes() -> None:
+    block = TensorRef("file", "key", (2, 3), "F16", 64, Whole((8, 9), (4, 6)))
+    assert (block.num_elements, block.num_bytes, block.stored_shape) == (6, 12, (8, 9))
+    assert tensor(2, 3).stored_shape == (2, 3)
