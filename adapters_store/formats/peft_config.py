@@ -134,9 +134,8 @@ def read_config(folder: Folder) -> LoraConfig:
     _refuse_other_arithmetic(raw)
     try:
         fields = msgspec.convert({key: raw[key] for key in _READ if raw.get(key) is not None}, _Fields, strict=True)
-    except (msgspec.ValidationError, RecursionError) as error:
-        what = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise InvalidAdapter(f"{CONFIG}: {what}") from None
+    except msgspec.ValidationError as error:
+        raise InvalidAdapter(f"{CONFIG}: {error}") from None
     alphas = [fields.lora_alpha, *fields.alpha_pattern.values()]
     if not all(1 <= rank <= _MAX_RANK for rank in (fields.r, *fields.rank_pattern.values())):
         raise InvalidAdapter(f"{CONFIG}: r and rank_pattern must be at least 1 and at most {_MAX_RANK:,}")

@@ -80,8 +80,8 @@ def test_the_base_is_known_by_its_directory_and_its_configuration(tmp_path: Path
         (directory / "config.json").write_text(json.dumps({"_name_or_path": own}))
     assert names_of_base(str(plain)) == ["Some-Model", "org/Original"]
     assert names_of_base(str(hub)) == ["org/Name", "Original"]  # and no place on a machine
-    (hub / "config.json").write_text(json.dumps({"_name_or_path": "/home/them/Original//"}))
-    assert names_of_base(str(hub)) == ["org/Name", "Original"]
+    (hub / "config.json").write_text(json.dumps({"_name_or_path": "/home/them/OriginalX//"}))
+    assert names_of_base(str(hub)) == ["org/Name", "OriginalX"]
     (hub / "config.json").unlink()
     assert names_of_base(str(hub)) == ["org/Name"]
     (tmp_path / "link").symlink_to(plain)

@@ -193,7 +193,12 @@ FUSED = BaseSpec("phi3", {"model.layers.0.self_attn.qkv_proj": (24, 8), "model.l
         ("_orig_mod.model.layers.0.self_attn.q_proj", BASE, "torch.compile's prefix", "remove _orig_mod."),
         ("model.layers.0.attn.q_proj", BASE, "Tinker's names", "Tinker's own converter"),
         ("model.unembed_tokens", BASE, "Tinker's names", "Tinker's own converter"),
-        ("model.layers.77.self_attn.q_proj", BASE, "does not have", "the base that it was trained on"),
+        (
+            "model.layers.77.self_attn.q_proj",
+            BASE,
+            "(a module that this base does not have)",
+            "the base that it was trained on",
+        ),
         ("anything", BASE, "does not have", "the base that it was trained on"),
     ],
 )
@@ -217,7 +222,7 @@ def test_linears_that_the_base_has_not(tmp_path: Path, module: str, base: BaseSp
         ("base_model.model.model.layers.0.x.lora_magnitude_vector", "DoRA's magnitudes", "use_dora=False"),
         ("base_model.model.model.layers.0.x.lora_B.bias", "a LoRA's bias", "lora_bias=False"),
         ("base_model.model.model.layers.0.x.bias", "a trained bias", "bias='none'"),
-        ("base_model.model.model.layers.0.x.velora_state", "the state of another method", "train a plain LoRA"),
+        ("base_model.model.model.layers.0.x.velora_state", "but the state of another method", "train a plain LoRA"),
     ],
 )
 def test_tensors_that_are_no_side_of_a_lora(tmp_path: Path, key: str, what: str, remedy: str) -> None:
@@ -242,6 +247,20 @@ def test_esft_tensors_that_are_no_experts_matrix(tmp_path: Path, key: str, remed
     message = str(refused(directory))
     assert message.startswith("1 of the adapter's tensors do not fit this base (3 do)")
     assert "not an expert's gate, up or down matrix but" in message and remedy in message
+
+
+def test_a_directory_of_something_else_is_told_what_would_be_an_adapter(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    assert str(refused(tmp_path / "a")) == (
+        "'a' holds no adapter: neither adapter_config.json (PEFT) nor expert_cfg.json or expert weights (ESFT)"
+    )
+
+
+def test_weights_that_training_has_blown_up_are_told_so(tmp_path: Path) -> None:
+    directory = edit_weights(lora(tmp_path / "a"), lambda tensors: tensors.update({A0: torch.full((2, HIDDEN), 1e30)}))
+    assert str(refused(directory)) == (
+        f"{A0} holds a weight above 65,504 in size, the largest float16; training that does not diverge stays far below"
+    )
 
 
 def test_experts_are_told_of_once(tmp_path: Path) -> None:

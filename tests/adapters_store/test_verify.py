@@ -233,7 +233,7 @@ def test_a_limit_is_never_above_what_whoever_started_the_server_has_set(
 ) -> None:
     assert resource.RLIM_INFINITY == -1
     asked: list[Any] = []
-    monkeypatch.setattr(resource, "getrlimit", lambda kind: (50, hard))
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: asked.append(kind) or (50, hard))
     monkeypatch.setattr(resource, "setrlimit", lambda kind, both: asked.append((kind, both)))
     worker._limit(resource.RLIMIT_CPU, 100)
-    assert asked == [(resource.RLIMIT_CPU, expected)]
+    assert asked == [resource.RLIMIT_CPU, (resource.RLIMIT_CPU, expected)]
