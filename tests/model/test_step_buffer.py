@@ -52,8 +52,16 @@ IS_FIRST = TokenField("is_first", lambda step: [int(position == 0) for position 
 
 
 def test_a_table_may_add_a_field_of_its_own_on_both_paths() -> None:
-    step = HostStep([5, 6, 7], [0, 1, 9], [0, 1, 40], [0, 0, 0], [2, 1], [2, 10], [[0], [2, 3]], [1, 2], [], [],
-                    ShapeKey())  # fmt: skip
+    step = HostStep(
+        token_ids=[5, 6, 7],
+        positions=[0, 1, 9],
+        slot_mapping=[0, 1, 40],
+        token_slots=[0, 0, 0],
+        query_lens=[2, 1],
+        kv_lens=[2, 10],
+        block_tables=[[0], [2, 3]],
+        sample_rows=[1, 2],
+    )
     assert host_inputs(step, 16, torch.float32, [IS_FIRST]).fields["is_first"].tolist() == [1, 0, 0]
     inputs = DeviceInputs(Capacity(tokens=8, sequences=4, blocks=4, slices=1), CPU, [IS_FIRST])
     assert inputs.fill(step, 3, ShapeKey()).fields["is_first"].tolist() == [1, 0, 0]
