@@ -1,6 +1,7 @@
 """An engine, built and wired: what a step needs, for the model and the device at hand."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -24,15 +25,21 @@ from server.model.lora_op import LoraOps
 from server.model.probe import probe
 from server.model.runner import ModelRunner
 from server.model.warm_up import warm_up
-from server.weights.arena import Arenas
 from server.weights.choice import choose_arenas, choose_copier
 from server.weights.kv_memory import KVMemory
 from server.weights.page_pool import PagePool
 from server.weights.residency import DeviceResidency
 from server.weights.tables.experts import ExpertTable
 from server.weights.tables.lora import LoraTable
-from server.weights.tables.table import Table
 from server.weights.transfer import TransferThread
+
+
+class Tables(NamedTuple):
+    """What the device holds of adapters. A new kind of part is a line here, and one of `site_ops` in `assemble` if it
+    acts at linears."""
+
+    lora: LoraTable
+    experts: ExpertTable
 
 
 @dataclass(frozen=True)
@@ -42,21 +49,9 @@ class Assembly:
     kv_cache: KVCache
     runner: ModelRunner
     residency: DeviceResidency
-    tables: "Tables"
+    tables: Tables
     info: EngineInfo
     limits: SchedulerLimits
-
-
-class Tables:
-    """What the device holds of adapters, by kind of part. A new kind is a line here, and one in `assemble` if it acts
-    at linears."""
-
-    def __init__(self, config: EngineConfig, pool: PagePool, arenas: Arenas, dtype: torch.dtype) -> None:
-        self.lora = LoraTable(config.adapter_slots, pool, dtype, arenas)
-        self.experts = ExpertTable(config.adapter_slots, config.max_experts_per_adapter, pool, arenas)
-
-    def all(self) -> tuple[Table, ...]:
-        return (self.lora, self.experts)
 
 
 def assemble(
@@ -74,29 +69,23 @@ def assemble(
     require_room(device, num_parameters * dtype.itemsize, config.adapter_bytes)
     arenas = choose_arenas(device)
     pool = PagePool(config.adapter_bytes, arenas.page_bytes)
-    tables = Tables(config, pool, arenas, dtype)
-    residency = DeviceResidency(
-        config.adapter_slots, pool, tables.all(), arenas, TransferThread(), choose_copier(device)
+    tables = Tables(
+        LoraTable(config.adapter_slots, pool, dtype, arenas),
+        ExpertTable(config.adapter_slots, config.max_experts_per_adapter, pool, arenas),
     )
+    residency = DeviceResidency(config.adapter_slots, pool, tables, arenas, TransferThread(), choose_copier(device))
     step = CurrentStep()
-    probed = probe(model)  # before injection: the probe runs the model as Transformers made it
     site_ops = [LoraOps(tables.lora, step)]
+    probed = probe(model)  # before injection: the probe runs the model as Transformers made it
     injected = inject(Build(model, probed, step, site_ops, lambda *it: Stacks(*tables.experts.add_layer(*it))))
     model.to(device)
     if takes_on(device):
         tables.lora.show_kernels(device)
-    bytes_per_block = sum(layer.shape.elements for layer in injected.layers) * dtype.itemsize * config.block_size
     adapter_bytes = pool.num_free * pool.page_bytes  # what adapters have not taken yet
-    num_blocks = num_kv_blocks(config, length, bytes_per_block, device, adapter_bytes)
-    keep_free(device, adapter_bytes)
-    memory = KVMemory(num_blocks, config.block_size, dtype, device)
-    for layer in injected.layers:
-        layer.allocate(memory.tensor)
-    limits = SchedulerLimits(
-        choose_tokens_per_step(config, device), config.max_running, config.max_waiting, config.max_skips
-    )
+    cache = _allocate_cache(injected, config, length, dtype, device, adapter_bytes)
+    limits = _limits(config, device)
     most_slices = max((len(site.widths) for site in tables.lora.sites), default=1)
-    blocks_of_one = min(num_blocks, -(-length // config.block_size))
+    blocks_of_one = min(cache.pool.num_blocks, cache.num_blocks(length))
     capacity = Capacity(limits.tokens_per_step, limits.max_running, blocks_of_one, most_slices)
     forward = choose_forward(Model(model, step), config, capacity, dtype, device)
     if isinstance(forward, GraphedForward):
@@ -109,17 +98,39 @@ def assemble(
         weight_bytes=num_parameters * dtype.itemsize,
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
-        max_model_len=min(length, num_blocks * config.block_size),
+        max_model_len=min(length, cache.capacity),
         vocab_size=model.config.vocab_size,
-        kv_cache_tokens=num_blocks * config.block_size,
-        kv_cache_bytes=num_blocks * bytes_per_block,
+        kv_cache_tokens=cache.capacity,
+        kv_cache_bytes=cache.pool.num_blocks * _block_bytes(injected, config, dtype),
         adapter_bytes=pool.num_pages * pool.page_bytes,
         max_experts_per_adapter=tables.experts.e_max,
         stop_token_ids=stops,
         graph_rank=config.max_rank if isinstance(forward, GraphedForward) else None,
     )
-    runner = ModelRunner(forward, residency, config.block_size)
-    return Assembly(KVCache(num_blocks, config.block_size), runner, residency, tables, info, limits)
+    return Assembly(cache, ModelRunner(forward, residency, config.block_size), residency, tables, info, limits)
+
+
+def _block_bytes(injected: Injected, config: EngineConfig, dtype: torch.dtype) -> int:
+    """Of one block in all layers."""
+    return sum(layer.shape.elements for layer in injected.layers) * dtype.itemsize * config.block_size
+
+
+def _allocate_cache(
+    injected: Injected, config: EngineConfig, length: int, dtype: torch.dtype, device: torch.device, adapter_bytes: int
+) -> KVCache:
+    """Memory for keys and values in every layer, in what weights and adapters leave; returns its bookkeeping."""
+    block_bytes = _block_bytes(injected, config, dtype)
+    num_blocks = num_kv_blocks(config, length, block_bytes, device, adapter_bytes)
+    keep_free(device, adapter_bytes)
+    memory = KVMemory(num_blocks, config.block_size, dtype, device)
+    for layer in injected.layers:
+        layer.allocate(memory.tensor)
+    return KVCache(num_blocks, config.block_size)
+
+
+def _limits(config: EngineConfig, device: torch.device) -> SchedulerLimits:
+    tokens_per_step = choose_tokens_per_step(config, device)
+    return SchedulerLimits(tokens_per_step, config.max_running, config.max_waiting, config.max_skips)
 
 
 def choose_forward(

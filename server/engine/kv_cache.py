@@ -52,11 +52,17 @@ class KVCache:
         return sum(self.num_blocks(lane.max_len) for lane in request.lanes)
 
     def num_held_blocks(self, request: Request) -> int:
-        return sum(len(lane.block_table) for lane in request.lanes)
+        held = 0
+        for lane in request.lanes:
+            held += len(lane.block_table)
+        return held
 
     def num_missing_blocks(self, request: Request) -> int:
         """Blocks that it needs for all its tokens and does not hold yet."""
-        return sum(max(0, self.num_blocks(len(lane.tokens)) - len(lane.block_table)) for lane in request.lanes)
+        missing = 0
+        for lane in request.lanes:  # loops: asked of every request that runs, in every step in which others wait
+            missing += max(0, -(-len(lane.tokens) // self.block_size) - len(lane.block_table))
+        return missing
 
     def attach_prefix(self, request: Request) -> None:
         """Give a request that holds no blocks the cached blocks of its lanes' longest known prefixes."""
@@ -65,19 +71,22 @@ class KVCache:
 
     def grow(self, chunks: Sequence[tuple[Lane, int]]) -> bool:
         """Hold blocks for so many more tokens of each lane. False, and nothing changed, if there are not enough."""
-        needed = [
-            max(0, self.num_blocks(lane.num_computed_tokens + count) - len(lane.block_table)) for lane, count in chunks
-        ]
-        if sum(needed) > self.pool.num_free:
+        missing = 0
+        for lane, count in chunks:
+            missing += max(0, self.num_blocks(lane.num_computed_tokens + count) - len(lane.block_table))
+        if missing > self.pool.num_free:
             return False
-        for (lane, _), missing in zip(chunks, needed, strict=True):
-            if missing:
-                lane.block_table += self.pool.take(missing)
+        if missing:
+            for lane, count in chunks:
+                own = self.num_blocks(lane.num_computed_tokens + count) - len(lane.block_table)
+                lane.block_table += self.pool.take(max(0, own))
         return True
 
     def commit(self, lane: Lane) -> None:
         """Make the blocks known that the last step filled."""
         full = lane.num_computed_tokens // self.block_size
+        if full == lane.num_committed_blocks:
+            return
         self._extend_hashes(lane, full)
         for index in range(lane.num_committed_blocks, full):
             self.pool.remember(lane.block_table[index], lane.block_hashes[index])

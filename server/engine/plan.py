@@ -6,14 +6,12 @@ A plan is a list of scheduled lanes. `launch` starts the work and need not wait 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from server.engine.request import Lane, Request
 
 
-@dataclass(frozen=True)
-class Scheduled:
+class Scheduled(NamedTuple):
     """In this step, compute `num_tokens` tokens of `lane`, from `start` on.
 
     `samples`: it comes to its end with them, and an output is wanted of what the model makes of the last one.
@@ -59,31 +57,36 @@ class Draft:
         self.budget = budget
         self.num_lanes = 0  # of the requests in it
         self.cut: list[Request] = []  # those that could compute more
-        self._chunks: dict[int, list[Scheduled]] = {}  # by request
+        self._scheduled: dict[int, list[Scheduled]] = {}  # by request
+        self._num_tokens: dict[int, int] = {}
 
     def add(self, request: Request, chunks: Sequence[tuple[Lane, int]]) -> None:
-        is_whole = sum(count for _, count in chunks) == request.num_uncomputed_tokens
-        self._chunks[request.id] = [
+        num_tokens = 0
+        for _, count in chunks:
+            num_tokens += count
+        is_whole = num_tokens == request.num_uncomputed_tokens
+        self._scheduled[request.id] = [
             Scheduled(lane, lane.num_computed_tokens, count, is_whole and lane is request.first)
             for lane, count in chunks
         ]
-        self.budget -= self.num_tokens(request)
+        self._num_tokens[request.id] = num_tokens
+        self.budget -= num_tokens
         self.num_lanes += len(request.lanes)
         if not is_whole:
             self.cut.append(request)
 
     def drop(self, request: Request) -> None:
-        if request.id in self._chunks:
-            self.budget += self.num_tokens(request)
+        if request in self:
+            self.budget += self._num_tokens.pop(request.id)
             self.num_lanes -= len(request.lanes)
-            del self._chunks[request.id]
+            del self._scheduled[request.id]
 
     def num_tokens(self, request: Request) -> int:
-        return sum(scheduled.num_tokens for scheduled in self._chunks.get(request.id, ()))
+        return self._num_tokens.get(request.id, 0)
 
     def __contains__(self, request: Request) -> bool:
-        return request.id in self._chunks
+        return request.id in self._scheduled
 
     @property
     def plan(self) -> list[Scheduled]:
-        return [scheduled for chunks in self._chunks.values() for scheduled in chunks]
+        return [scheduled for chunks in self._scheduled.values() for scheduled in chunks]

@@ -100,16 +100,12 @@ class Request:
         self.sampling = sampling
         self.stop_token_ids = stop_token_ids
         self.lanes = tuple(Lane(self, spec) for spec in lanes)
+        self.first = self.lanes[0]  # the one that speaks
         self.status = Status.WAITING
         self.num_cached_tokens = 0  # prompt tokens of the first lane found in the prefix cache when first admitted
         self.was_admitted = False  # has run before, if only to be preempted
         self.num_skips = 0  # times passed over for want of adapter room
         self.num_passes = 0  # times that others were let pass while it waited for KV blocks
-
-    @property
-    def first(self) -> Lane:
-        """The lane that speaks."""
-        return self.lanes[0]
 
     @property
     def adapters(self) -> list[AdapterRef]:
@@ -122,7 +118,10 @@ class Request:
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        return sum(lane.num_uncomputed_tokens for lane in self.lanes)
+        count = 0
+        for lane in self.lanes:  # a loop: this is asked several times a request in every step
+            count += len(lane.tokens) - lane.num_computed_tokens
+        return count
 
     def divide(self, count: int) -> list[tuple[Lane, int]]:
         """At most `count` tokens among its lanes, in order.
@@ -130,7 +129,7 @@ class Request:
         Lanes come to their ends in the same step: where the tokens do not reach that far, each keeps its last one.
         """
         if count >= self.num_uncomputed_tokens:
-            return [(lane, lane.num_uncomputed_tokens) for lane in self.lanes]
+            return [(lane, len(lane.tokens) - lane.num_computed_tokens) for lane in self.lanes]
         chunks: list[tuple[Lane, int]] = []
         for lane in self.lanes:
             own = min(count, lane.num_uncomputed_tokens - 1)

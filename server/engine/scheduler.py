@@ -271,24 +271,25 @@ class Scheduler:
         for scheduled in plan:
             if scheduled.lane.request.status is Status.RUNNING:
                 self._kv_cache.commit(scheduled.lane)
-        for scheduled in plan:
-            if scheduled.samples and scheduled.lane.request.status is not Status.FINISHED:
-                events += self._take(scheduled.lane.request, outputs[scheduled.lane])
+        for lane, _, _, samples in plan:
+            if samples and lane.request.status is not Status.FINISHED:
+                self._take(lane.request, outputs[lane], events)
         return events
 
-    def _take(self, request: Request, output: Output) -> list[TokenEvent]:
-        """The output of one of its steps."""
+    def _take(self, request: Request, output: Output, events: list[TokenEvent]) -> None:
+        """The output of one of its steps; adds to `events`."""
         if output.error is not None:
-            return [self._finish(request, FinishReason.ERROR, output.error)]
+            events.append(self._finish(request, FinishReason.ERROR, output.error))
+            return
         if request.max_tokens == 0:
-            return [self._finish(request, FinishReason.LENGTH)]
-        events: list[TokenEvent] = []
+            events.append(self._finish(request, FinishReason.LENGTH))
+            return
         for token in output.tokens:
             reason = request.append(token)
             if reason is not None:
-                return [*events, self._finish(request, reason, token=token)]
+                events.append(self._finish(request, reason, token=token))
+                return
             events.append(_event(request, token))
-        return events
 
     # -- adapters -----------------------------------------------------------
 

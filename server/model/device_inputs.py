@@ -152,5 +152,13 @@ def padding_step(tokens: int = 1, block_size: int = 1) -> HostStep:
     """One sequence that writes no key: a decode to capture a graph with, or a prefill to compile kernels with."""
     blocks = [0] * -(-tokens // block_size) if tokens > 1 else []
     kv_len = tokens if tokens > 1 else 0
-    return HostStep([0] * tokens, list(range(tokens)), [-1] * tokens, [0] * tokens, [tokens], [kv_len], [blocks],
-                    [tokens - 1], [], [], ShapeKey())  # fmt: skip
+    return HostStep(
+        token_ids=[0] * tokens,
+        positions=list(range(tokens)),
+        slot_mapping=[-1] * tokens,
+        token_slots=[0] * tokens,
+        query_lens=[tokens],
+        kv_lens=[kv_len],
+        block_tables=[blocks],
+        sample_rows=[tokens - 1],
+    )

@@ -31,17 +31,17 @@ class HostStep:
         spans       [(3, 4, 2)]  sample_spans [(1, 2, 2)]   (of the sampled rows b, a)
     """
 
-    token_ids: list[int]
-    positions: list[int]
-    slot_mapping: list[int]  # where each token's key and value go: block * block_size + offset
-    token_slots: list[int]
-    query_lens: list[int]
-    kv_lens: list[int]
-    block_tables: list[list[int]]
-    sample_rows: list[int]
-    spans: list[Segment]  # rows of adapters, of whatever kind
-    sample_spans: list[Segment]  # the same for the rows of the logits
-    shape: ShapeKey  # of all adapters of the batch
+    token_ids: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    slot_mapping: list[int] = field(default_factory=list)  # KV slot of each token: block * block_size + offset
+    token_slots: list[int] = field(default_factory=list)  # adapter slot of each token
+    query_lens: list[int] = field(default_factory=list)
+    kv_lens: list[int] = field(default_factory=list)
+    block_tables: list[list[int]] = field(default_factory=list)
+    sample_rows: list[int] = field(default_factory=list)
+    spans: list[Segment] = field(default_factory=list)  # rows of adapters, of whatever kind
+    sample_spans: list[Segment] = field(default_factory=list)  # the same for the rows of the logits
+    shape: ShapeKey = ShapeKey()  # of all adapters of the batch
 
     @property
     def is_decode(self) -> bool:
@@ -53,7 +53,7 @@ def lay_out(plan: Sequence[Scheduled], tables: AdapterTables, block_size: int) -
     """`plan` is in order of adapter slot."""
     slots = {scheduled.lane.slot for scheduled in plan}
     shape = reduce(ShapeKey.joined, map(tables.shape_key, slots), ShapeKey())
-    step = HostStep([], [], [], [], [], [], [], [], [], [], shape)
+    step = HostStep(shape=shape)
     for scheduled in plan:
         lane, start, end = scheduled.lane, scheduled.start, scheduled.start + scheduled.num_tokens
         table = lane.block_table

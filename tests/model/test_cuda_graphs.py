@@ -135,8 +135,17 @@ def again(compute: Any) -> Any:
 
 def decode(*tokens: int, rank: int = 0, experts: int = 0) -> HostStep:
     count = len(tokens)
-    return HostStep(list(tokens), [3] * count, [3] * count, [1] * count, [1] * count, [4] * count, [[0]] * count,
-                    list(range(count)), [], [], ShapeKey(rank, experts))  # fmt: skip
+    return HostStep(
+        token_ids=list(tokens),
+        positions=[3] * count,
+        slot_mapping=[3] * count,
+        token_slots=[1] * count,
+        query_lens=[1] * count,
+        kv_lens=[4] * count,
+        block_tables=[[0]] * count,
+        sample_rows=list(range(count)),
+        shape=ShapeKey(rank, experts),
+    )
 
 
 def test_every_graph_is_known_at_start() -> None:

@@ -1,0 +1,69 @@
+"""A step's numbers on their way to the device."""
+
+import pytest
+import torch
+
+from kernels.adapter_rows import ShapeKey
+from server.model.device_inputs import Capacity, DeviceInputs, padding_step
+from server.model.inputs import HostStep, TokenField, host_inputs
+from server.model.step_buffer import StepBuffer
+
+CPU = torch.device("cpu")
+
+
+def test_fields_lie_apart_and_where_they_lay_before() -> None:
+    buffer = StepBuffer({"a": 3, "b": 5}, CPU)
+    places = buffer.view("a", 3).data_ptr(), buffer.view("b", 5).data_ptr()
+    assert all(place % 16 == 0 for place in places)
+    for step in range(3):
+        buffer.begin()
+        buffer.stage("a", [step], count=3, filler=-1)
+        buffer.stage("b", [7, 8])
+        buffer.stage("b", [9], at=2)
+        buffer.send("b", 3)
+        assert buffer.view("a", 3).tolist() == [step, -1, -1] and buffer.view("b", 3).tolist() == [7, 8, 9]
+        assert (buffer.view("a", 3).data_ptr(), buffer.view("b", 5).data_ptr()) == places
+
+
+def test_one_side_is_filled_while_the_other_is_copied_from() -> None:
+    buffer = StepBuffer({"a": 2}, CPU)
+    buffer.begin()
+    buffer.stage("a", [1, 2])
+    under_way = buffer._sides[0]._memory  # a copy out of this one may not have begun yet
+    buffer.begin()
+    buffer.stage("a", [3, 4])
+    assert under_way[:2].tolist() == [1, 2]
+    buffer.send("a", 2)
+    assert buffer.view("a", 2).tolist() == [3, 4]
+
+
+def test_a_field_is_never_filled_beyond_its_end() -> None:
+    buffer = StepBuffer({"a": 2, "b": 2}, CPU)
+    buffer.begin()
+    for values, more in (([1, 2, 3], {}), ([], {"count": 3}), ([1, 2], {"at": 1})):
+        with pytest.raises(AssertionError):
+            buffer.stage("a", values, **more)
+    with pytest.raises(AssertionError):
+        buffer.view("a", 3)
+
+
+# what the ops of a kind of part to come may want to know of each token: here, whether it is a sequence's first
+IS_FIRST = TokenField("is_first", lambda step: [int(position == 0) for position in step.positions], filler=-1)
+
+
+def test_a_table_may_add_a_field_of_its_own_on_both_paths() -> None:
+    step = HostStep(
+        token_ids=[5, 6, 7],
+        positions=[0, 1, 9],
+        slot_mapping=[0, 1, 40],
+        token_slots=[0, 0, 0],
+        query_lens=[2, 1],
+        kv_lens=[2, 10],
+        block_tables=[[0], [2, 3]],
+        sample_rows=[1, 2],
+    )
+    assert host_inputs(step, 16, torch.float32, [IS_FIRST]).fields["is_first"].tolist() == [1, 0, 0]
+    inputs = DeviceInputs(Capacity(tokens=8, sequences=4, blocks=4, slices=1), CPU, [IS_FIRST])
+    assert inputs.fill(step, 3, ShapeKey()).fields["is_first"].tolist() == [1, 0, 0]
+    padded = inputs.fill(padding_step(), 4, ShapeKey())
+    assert padded.fields["is_first"].tolist() == [1, -1, -1, -1]
