@@ -1,11 +1,13 @@
 """An engine, built and wired: what a step needs, for the model and the device at hand."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from adapters_store.base_spec import BaseSpec, ExpertStack
+from kernels.adapter_rows import ShapeKey
 from kernels.compiled import takes_on
 from server.config import EngineConfig
 from server.device import CPU, choose_tokens_per_step, keep_free, num_kv_blocks, require_room
@@ -13,7 +15,7 @@ from server.engine.kv_cache import KVCache
 from server.engine.messages import EngineInfo
 from server.engine.scheduler import SchedulerLimits
 from server.model.build import Build, Injected
-from server.model.cuda_graphs import CudaCapture, GraphedForward
+from server.model.cuda_graphs import CudaCapture, GraphedForward, chain
 from server.model.device_inputs import Capacity, DeviceInputs
 from server.model.experts import Stacks
 from server.model.families import Foreign, max_model_len, pin_rope
@@ -88,9 +90,10 @@ def assemble(
     most_slices = max((len(site.widths) for site in tables.lora.sites), default=1)
     blocks_of_one = min(cache.pool.num_blocks, cache.num_blocks(length))
     capacity = Capacity(limits.tokens_per_step, limits.max_running, blocks_of_one, most_slices)
-    forward = choose_forward(Model(model, step), config, capacity, dtype, device)
+    shapes = chain([ShapeKey(rank=config.max_rank), ShapeKey(experts=int(bool(injected.experts)))])
+    forward = choose_forward(Model(model, step), config, capacity, shapes, dtype, device)
     if isinstance(forward, GraphedForward):
-        warm_up(forward, bool(injected.experts), config.block_size, on_progress)
+        warm_up(forward, config.block_size, on_progress)
     on_progress("Building the engine", 1, 1)
     info = EngineInfo(
         base=_base_spec(model.config.model_type, injected),
@@ -135,7 +138,12 @@ def _limits(config: EngineConfig, device: torch.device) -> SchedulerLimits:
 
 
 def choose_forward(
-    model: Model, config: EngineConfig, capacity: Capacity, dtype: torch.dtype, device: torch.device
+    model: Model,
+    config: EngineConfig,
+    capacity: Capacity,
+    shapes: Sequence[ShapeKey],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Forward:
     """The references on a host; kernels and captured graphs on a GPU."""
     if not takes_on(device):
@@ -144,7 +152,7 @@ def choose_forward(
     if device.type != "cuda":
         return by_kernels
     logits = torch.empty(config.max_running, model.vocab_size, dtype=dtype, device=device)
-    return GraphedForward(by_kernels, logits, config.max_rank, CudaCapture())
+    return GraphedForward(by_kernels, logits, shapes, CudaCapture())
 
 
 def _base_spec(model_type: str, injected: Injected) -> BaseSpec:

@@ -26,7 +26,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
                    "adapters_store", "server.errors", "server.config", "server.metrics", "server.version"),
     "server/device.py": ("server.config", "server.errors", "server.memory"),
     "server/assembly.py": ("server.engine", "server.model", "server.weights", "server.config", "server.device",
-                           "adapters_store.base_spec", "kernels.compiled"),
+                           "adapters_store.base_spec", "kernels.compiled", "kernels.adapter_rows"),
     "server/engine_process.py": ("server.assembly", "server.engine", "server.model", "server.weights.arena",
                                  "server.config", "server.errors", "server.device"),
     "server/engine_child.py": ("server.engine", "server.config", "server.errors"),

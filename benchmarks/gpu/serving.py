@@ -15,12 +15,13 @@ from adapters_store.ref import AdapterRef
 from benchmarks.gpu import shapes
 from benchmarks.gpu.measure import Bench, Scale
 from benchmarks.gpu.report import Row
+from kernels.adapter_rows import ShapeKey
 from server.assembly import assemble
 from server.config import EngineConfig
 from server.engine.plan import Scheduled
 from server.engine.request import Lane, LaneSpec, Request, Sampling
 from server.engine.residency import Wait
-from server.model.cuda_graphs import GraphedForward
+from server.model.cuda_graphs import GraphedForward, chain
 from server.model.experts import RoutedExperts, layer_of
 from server.model.forward import KernelForward
 from server.model.inputs import HostStep, lay_out
@@ -80,8 +81,9 @@ class Serving:
         eager = self.assembly.runner.forward
         assert isinstance(eager, KernelForward)
         logits = torch.empty(config.max_running, self.info.vocab_size)
-        forward = GraphedForward(eager, logits, config.max_rank, self._clock.captured)
-        warm_up(forward, bool(self.experts), config.block_size, lambda *_: None)
+        shapes = chain([ShapeKey(rank=config.max_rank), ShapeKey(experts=int(bool(self.experts)))])
+        forward = GraphedForward(eager, logits, shapes, self._clock.captured)
+        warm_up(forward, config.block_size, lambda *_: None)
         self.assembly.runner.forward = forward
 
     def _fill_caches(self) -> None:

@@ -3,15 +3,15 @@
 A decode step of a small batch is hundreds of launches of a few microseconds each; a graph launches them as one. Graphs
 read indices, adapter tables and weights where they lie, and those never move: one graph serves every mix of adapters.
 They differ by what cannot be data: the number of rows (padded to a few sizes), and how much of the adapters' work takes
-part at all: none (a batch of base requests does none), LoRA, or everything. A step takes the first that covers it, so
-their number does not double with every kind of adapter.
+part at all: none (a batch of base requests does none), LoRA's, or everything. A step takes the first that covers it, so
+their number does not double with every kind of part.
 
-All of them are captured at start, those with LoRA at every site and for ranks up to max_rank: a capture while serving
+All of them are captured at start, those with LoRA at every site and for ranks up to --max-rank: a capture while serving
 would stall everybody. A batch with a higher rank is launched kernel by kernel.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -82,8 +82,9 @@ class GraphedForward:
     as long as the graph: half a gigabyte for a vocabulary of 128 thousand.
     """
 
-    def __init__(self, eager: KernelForward, output: Tensor, max_rank: int, capture: Capture) -> None:
-        self.eager, self.max_rank = eager, max_rank
+    def __init__(self, eager: KernelForward, output: Tensor, shapes: Sequence[ShapeKey], capture: Capture) -> None:
+        """shapes: what decodes are captured for, as `chain` makes them."""
+        self.eager, self.shapes = eager, tuple(shapes)
         self.sizes = batch_sizes(len(output))
         self._output, self._capture = output, capture
         self._graphs: dict[GraphKey, Callable[[], object]] = {}
@@ -102,24 +103,23 @@ class GraphedForward:
         count = len(step.token_ids)
         if not step.is_decode or count > self.sizes[-1]:
             return None
-        shape = next((shape for shape in _shapes(self.max_rank, True) if shape.covers(step.shape)), None)
+        shape = next((shape for shape in self.shapes if shape.covers(step.shape)), None)
         return None if shape is None else GraphKey(self.sizes[bisect_left(self.sizes, count)], shape)
 
-    def keys(self, has_experts: bool) -> list[GraphKey]:
+    def keys(self) -> list[GraphKey]:
         """Every graph that serving can ask for, the largest first: the others fit into its memory."""
-        shapes = _shapes(self.max_rank, has_experts)
-        return [GraphKey(rows, shape) for rows in reversed(self.sizes) for shape in shapes]
+        return [GraphKey(rows, shape) for rows in reversed(self.sizes) for shape in self.shapes]
 
     def capture(self, key: GraphKey) -> None:
         """Raises CaptureError."""
         inputs = self.eager.inputs.fill(padding_step(), key.rows, key.shape, is_captured=True)
-        kinds = " with LoRA" * (key.shape.rank > 0) + " with expert adapters" * key.shape.experts
+        sizes = ", ".join(f"{name} {size}" for name, size in key.shape._asdict().items() if size)
         try:
             self._graphs[key] = self._capture(lambda: self._compute(inputs))
         except RuntimeError as error:  # out of memory is one too
             raise CaptureError(
-                f"a decode of {key.rows} rows{kinds} cannot be captured as a CUDA graph, after {len(self._graphs)} "
-                f"others: {_first(error)}. If memory is short, lower kv_cache_bytes or max_running"
+                f"a decode of {key.rows} rows (adapters: {sizes or 'none'}) cannot be captured as a CUDA graph, after "
+                f"{len(self._graphs)} others: {_first(error)}. If memory is short, lower kv_cache_bytes or max_running"
             ) from error
 
     def replay(self, key: GraphKey) -> Callable[[], object]:
@@ -135,14 +135,14 @@ class GraphedForward:
         self._output[: len(logits)].copy_(logits)
 
 
-def _shapes(max_rank: int, has_experts: bool) -> list[ShapeKey]:
-    """A chain, each covering those before it: the base's, LoRA's, everything."""
-    chain = [ShapeKey()]
-    if max_rank:
-        chain.append(ShapeKey(max_rank, 0))
-    if has_experts:
-        chain.append(ShapeKey(max_rank, 1))
-    return chain
+def chain(kinds: Iterable[ShapeKey]) -> list[ShapeKey]:
+    """The shapes that decodes are captured for: the base's, and with each kind of part those before it too."""
+    shapes = [ShapeKey()]
+    for kind in kinds:
+        joined = shapes[-1].joined(kind)
+        if joined != shapes[-1]:
+            shapes.append(joined)
+    return shapes
 
 
 def _first(error: BaseException) -> BaseException:

@@ -1,7 +1,6 @@
 """From logits to tokens."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,14 +31,27 @@ def uniform(seed: int, index: int) -> float:
     return (z >> 11) / (1 << 53)
 
 
-class SampledRows(NamedTuple):
-    """Tokens of the rows of a step, still on the device."""
+class SampledRows:
+    """Tokens of the rows of a step, on their way from the device.
 
-    sampled: Sampled
+    They are copied when the step is launched, and only that copy is waited for: not what was launched behind it.
+    """
+
+    def __init__(self, sampled: Sampled) -> None:
+        tokens = torch.where(sampled.finite, sampled.tokens, -1)
+        self._copied: torch.cuda.Event | None = None
+        if tokens.is_cuda:
+            on_host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+            tokens = on_host.copy_(tokens, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        self._tokens = tokens
 
     def read(self) -> list[int | None]:
-        """By row; None where its logits are not finite. Waits for the device, once."""
-        tokens: list[int] = torch.where(self.sampled.finite, self.sampled.tokens, -1).tolist()
+        """By row; None where its logits are not finite."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        tokens: list[int] = self._tokens.tolist()
         return [token if token >= 0 else None for token in tokens]
 
 

@@ -11,6 +11,7 @@ from kernels.adapter_rows import ShapeKey
 from server.engine.request import Sampling
 from server.model.cuda_graphs import GraphedForward
 from server.model.device_inputs import padding_step
+from server.model.forward import KernelForward
 from server.model.loader import OnProgress
 from server.model.sampler import sample
 
@@ -18,18 +19,19 @@ PREFILLS = (2, 17, 65, 1 << 30)  # tokens: one of each tile size of attention an
 
 
 @torch.inference_mode()
-def warm_up(forward: GraphedForward, has_experts: bool, block_size: int, on_progress: OnProgress) -> None:
+def warm_up(forward: GraphedForward, block_size: int, on_progress: OnProgress) -> None:
     """Prefills and decodes with and without adapters, and one sampling of each kind. Raises CaptureError."""
     capacity = forward.eager.inputs.capacity
     longest = min(capacity.tokens, capacity.blocks * block_size)
     prefills = sorted({min(tokens, longest) for tokens in PREFILLS}, reverse=True)
-    kinds = [False, True] if has_experts else [False]
-    captures = forward.keys(has_experts)
-    total = len(prefills) * len(kinds) + len(captures)
+    captures, largest = forward.keys(), forward.shapes[-1]
+    # prefills with LoRA always: an adapter of a rank above all that is captured may come
+    shapes = {shape._replace(rank=max(1, largest.rank)) for shape in forward.shapes}
+    total = len(prefills) * len(shapes) + len(captures)
     done = 0
     for tokens in prefills:
-        for with_experts in kinds:
-            _prefill(forward, tokens, block_size, with_experts)
+        for shape in shapes:
+            _prefill(forward.eager, tokens, block_size, shape)
             done += 1
             on_progress("Compiling kernels", done, total)
     for key in captures:
@@ -41,7 +43,6 @@ def warm_up(forward: GraphedForward, has_experts: bool, block_size: int, on_prog
         sample(logits, [sampling], [0]).read()
 
 
-def _prefill(forward: GraphedForward, tokens: int, block_size: int, with_experts: bool) -> Tensor:
-    """With every site of LoRA, at none of which an adapter has a row."""
-    eager, shape = forward.eager, ShapeKey(max(1, forward.max_rank), int(with_experts))
+def _prefill(eager: KernelForward, tokens: int, block_size: int, shape: ShapeKey) -> Tensor:
+    """At every site, at none of which an adapter has a row."""
     return eager.model(eager.inputs.fill(padding_step(tokens, block_size), tokens, shape, is_captured=True))

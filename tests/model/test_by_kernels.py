@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from kernels.adapter_rows import ShapeKey
 from kernels.compiled import everywhere
 from server.engine.request import Sampling
-from server.model.cuda_graphs import GraphedForward
+from server.model.cuda_graphs import GraphedForward, chain
 from server.model.forward import KernelForward
 from server.model.probe import PROBE
 from server.model.warm_up import warm_up
@@ -41,15 +42,15 @@ def run(engine: Engine, adapters: list[Path], sampling: Sampling) -> list[list[i
 class StandIns:
     """Where there are no graphs: the same computations on the same memory, in the place of an engine's forward."""
 
-    def __init__(self, engine: Engine, largest_batch: int, max_rank: int, has_experts: bool | None = None) -> None:
-        """has_experts: of the graphs to capture; None: none yet."""
+    def __init__(self, engine: Engine, largest_batch: int, shapes: list[ShapeKey], captures: bool = True) -> None:
+        """captures: all graphs, before anything else."""
         eager = engine.assembly.runner.forward
         assert isinstance(eager, KernelForward)
         self.num_replays = 0
-        self.forward = GraphedForward(eager, torch.empty(largest_batch, SMALL["vocab_size"]), max_rank, self._capture)
+        self.forward = GraphedForward(eager, torch.empty(largest_batch, SMALL["vocab_size"]), shapes, self._capture)
         engine.assembly.runner.forward = self.forward
         with torch.inference_mode():
-            for key in self.forward.keys(has_experts) if has_experts is not None else ():
+            for key in self.forward.keys() if captures else ():
                 self.forward.capture(key)
 
     def _capture(self, compute: Callable[[], object]) -> Callable[[], object]:
@@ -76,7 +77,7 @@ def test_padded_decodes_of_static_inputs(name: str, tmp_path: Path) -> None:
     expected = run(Engine(make_model(name, attention=PROBE, **overrides)), adapters, GREEDY)
     with everywhere():
         engine = Engine(make_model(name, attention=PROBE, **overrides), device=PLACE)
-        graphs = StandIns(engine, largest_batch=4, max_rank=3, has_experts=name == "deepseek_v2")
+        graphs = StandIns(engine, 4, chain([ShapeKey(rank=3), ShapeKey(experts=int(name == "deepseek_v2"))]))
         captured = graphs.forward.num_captured
         assert run(engine, adapters, GREEDY) == expected
     assert graphs.num_replays > 0 and graphs.forward.num_captured == captured
@@ -90,7 +91,7 @@ def test_a_rank_beyond_the_captured_ones_is_launched_kernel_by_kernel(tmp_path: 
     expected = run(Engine(make_model("llama", attention=PROBE, **SMALL)), adapters, GREEDY)
     with everywhere():
         engine = Engine(make_model("llama", attention=PROBE, **SMALL), device=PLACE)
-        graphs = StandIns(engine, largest_batch=2, max_rank=2, has_experts=False)
+        graphs = StandIns(engine, 2, chain([ShapeKey(rank=2)]))
         assert run(engine, adapters, GREEDY) == expected
         assert graphs.num_replays == 0
         engine.add([5, 6, 7], 2)
@@ -105,8 +106,8 @@ def test_warm_up() -> None:
     stages: list[tuple[str, int, int]] = []
     with everywhere():
         engine = Engine(model, tokens_per_step=8, device=PLACE)
-        graphs = StandIns(engine, largest_batch=2, max_rank=16)
-        warm_up(graphs.forward, True, 4, lambda *stage: stages.append(stage))
+        graphs = StandIns(engine, 2, chain([ShapeKey(rank=16), ShapeKey(experts=1)]), captures=False)
+        warm_up(graphs.forward, 4, lambda *stage: stages.append(stage))
     assert [done for _, done, _ in stages] == list(range(1, stages[0][2] + 1))
     assert {name for name, _, _ in stages} == {"Compiling kernels", "Capturing graphs"}
     assert graphs.forward.num_captured == 6  # one and two rows; the base's, with LoRA, with everything

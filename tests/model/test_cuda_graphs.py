@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kernels.adapter_rows import ShapeKey
-from server.model.cuda_graphs import CaptureError, CudaCapture, GraphedForward, GraphKey, batch_sizes
+from server.model.cuda_graphs import CaptureError, CudaCapture, GraphedForward, GraphKey, batch_sizes, chain
 from server.model.device_inputs import Capacity, DeviceInputs
 from server.model.forward import KernelForward
 from server.model.inputs import HostStep, StepInputs
@@ -117,7 +117,7 @@ def test_a_capture_that_cannot_even_begin_restores_the_stream() -> None:
 # -- what is captured ---
 
 
-def forward(max_rank: int, capture: Any, largest: int = 4) -> GraphedForward:
+def forward(max_rank: int, capture: Any, experts: int = 0, largest: int = 4) -> GraphedForward:
     """Of a model whose logits are its token ids and the most rank that it was told of, 2 wide."""
 
     def model(inputs: StepInputs) -> torch.Tensor:
@@ -125,7 +125,8 @@ def forward(max_rank: int, capture: Any, largest: int = 4) -> GraphedForward:
         return torch.stack([inputs.token_ids, ranks], 1).float()
 
     inputs = DeviceInputs(Capacity(tokens=16, sequences=4, blocks=4, slices=1), torch.device("cpu"))
-    return GraphedForward(KernelForward(model, inputs), torch.full((largest, 2), torch.nan), max_rank, capture)  # type: ignore[arg-type]
+    shapes = chain([ShapeKey(rank=max_rank), ShapeKey(experts=experts)])
+    return GraphedForward(KernelForward(model, inputs), torch.full((largest, 2), torch.nan), shapes, capture)  # type: ignore[arg-type]
 
 
 def again(compute: Any) -> Any:
@@ -152,17 +153,16 @@ def test_every_graph_is_known_at_start() -> None:
     sizes = [4, 2, 1]
     assert batch_sizes(4) == sizes[::-1]
     base, lora, everything = ShapeKey(), ShapeKey(64, 0), ShapeKey(64, 1)
-    for max_rank, has_experts, chain in (
-        (64, False, [base, lora]), (64, True, [base, lora, everything]),
-        (0, False, [base]), (0, True, [base, ShapeKey(0, 1)]),
+    for max_rank, experts, shapes in (
+        (64, 0, [base, lora]), (64, 1, [base, lora, everything]), (0, 0, [base]), (0, 1, [base, ShapeKey(0, 1)]),
     ):  # fmt: skip
-        keys = forward(max_rank, again).keys(has_experts)
-        assert keys == [GraphKey(n, shape) for n in sizes for shape in chain]
+        keys = forward(max_rank, again, experts).keys()
+        assert keys == [GraphKey(n, shape) for n in sizes for shape in shapes]
 
 
 def test_all_graphs_leave_their_logits_in_one_place() -> None:
     graphed = forward(64, again)
-    for key in graphed.keys(has_experts=False):
+    for key in graphed.keys():
         graphed.capture(key)
     three, one = graphed.logits(decode(5, 6, 7)), graphed.logits(decode(8))
     assert one.tolist() == [[8, 0]]
@@ -170,21 +170,21 @@ def test_all_graphs_leave_their_logits_in_one_place() -> None:
 
 
 def test_a_step_finds_its_graph_or_none() -> None:
-    graphed = forward(64, again)
+    graphed = forward(64, again, experts=1)
     assert graphed.key(decode(5, 6, 7)) == GraphKey(4, ShapeKey())
     assert graphed.key(decode(5, rank=64)) == GraphKey(1, ShapeKey(64, 0))
     assert (
         graphed.key(decode(5, experts=1)) == graphed.key(decode(5, rank=8, experts=1)) == GraphKey(1, ShapeKey(64, 1))
     )
     assert graphed.key(decode(5, rank=65)) is None
-    assert forward(0, again).key(decode(5, experts=1)) == GraphKey(1, ShapeKey(0, 1))
+    assert forward(0, again, experts=1).key(decode(5, experts=1)) == GraphKey(1, ShapeKey(0, 1))
     assert forward(0, again).key(decode(5, rank=1)) is None
     assert graphed.key(decode(*range(5))) is None
-    for key in graphed.keys(has_experts=False):
+    for key in graphed.keys():
         graphed.capture(key)
     assert graphed.logits(decode(5, rank=16)).tolist() == [[5, 64]]  # room for every rank it was captured for
     assert graphed.logits(decode(5, rank=100)).tolist() == [[5, 100]]
-    assert graphed.num_captured == len(graphed.keys(has_experts=False))
+    assert graphed.num_captured == len(graphed.keys())
 
 
 def test_a_start_fails_with_the_reason() -> None:
@@ -193,5 +193,7 @@ def test_a_start_fails_with_the_reason() -> None:
     def fails(compute: Any) -> Any:
         return capture(Work(fails_at=2))
 
-    with pytest.raises(CaptureError, match=r"a decode of 4 rows with LoRA cannot .*: this kernel waits .*max_running"):
+    with pytest.raises(
+        CaptureError, match=r"a decode of 4 rows \(adapters: rank 64\) cannot .*: this kernel waits .*max_running"
+    ):
         forward(64, fails).capture(GraphKey(4, ShapeKey(64, 0)))

@@ -22,10 +22,11 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
+from kernels.adapter_rows import ShapeKey
 from kernels.compiled import everywhere
 from server.assembly import assemble
 from server.config import EngineConfig
-from server.model.cuda_graphs import GraphedForward
+from server.model.cuda_graphs import GraphedForward, chain
 from server.model.forward import KernelForward
 from server.model.probe import PROBE
 from server.model.warm_up import warm_up
@@ -119,8 +120,9 @@ def compile_engine(model_type: str, **sizes: Any) -> Counter[str]:
     assembly = assemble(model, settings, frozenset())
     eager = assembly.runner.forward
     assert isinstance(eager, KernelForward)
-    forward = GraphedForward(eager, torch.empty(16, config.vocab_size, dtype=torch.bfloat16), 64, _once)
-    warm_up(forward, "experts" in str(config), settings.block_size, lambda *_: None)
+    shapes = chain([ShapeKey(rank=64), ShapeKey(experts=int("experts" in str(config)))])
+    forward = GraphedForward(eager, torch.empty(16, config.vocab_size, dtype=torch.bfloat16), shapes, _once)
+    warm_up(forward, settings.block_size, lambda *_: None)
     return Counter(LAUNCHED)
 
 
