@@ -183,6 +183,7 @@ def test_a_process_finds_our_code_wherever_the_server_was_started_and_stands_apa
     lora(tmp_path / "a")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
 
     async def test(verifier: Verifier) -> None:
         assert (await verifier.verify(job("a"))).package.kind == "lora"
