@@ -12,7 +12,8 @@ serve: $(INSTALLED)  ## serve the demo, or: make serve ARGS="MODEL_DIR --adapter
 	$(BIN)/heddle serve $(ARGS)
 
 test: $(INSTALLED) lint  ## everything: style, types, unit and whole-system tests
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --dist loadfile -m "not alone"
+	$(BIN)/pytest -m alone
 
 unit: $(INSTALLED)  ## the fast part, under a minute
 	$(BIN)/pytest -m "not slow"

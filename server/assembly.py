@@ -24,6 +24,7 @@ from server.model.loader import OnProgress
 from server.model.lora_op import LoraOps
 from server.model.probe import probe
 from server.model.runner import ModelRunner
+from server.model.site_op import SiteOps
 from server.model.warm_up import warm_up
 from server.weights.choice import choose_arenas, choose_copier
 from server.weights.kv_memory import KVMemory
@@ -75,7 +76,7 @@ def assemble(
     )
     residency = DeviceResidency(config.adapter_slots, pool, tables, arenas, TransferThread(), choose_copier(device))
     step = CurrentStep()
-    site_ops = [LoraOps(tables.lora, step)]
+    site_ops: list[SiteOps] = [LoraOps(tables.lora, step)]
     probed = probe(model)  # before injection: the probe runs the model as Transformers made it
     injected = inject(Build(model, probed, step, site_ops, lambda *it: Stacks(*tables.experts.add_layer(*it))))
     model.to(device)

@@ -50,7 +50,7 @@ class _Choice:
     def push(self, event: TokenEvent) -> Piece:
         """The text that this token completes. A stop token has none."""
         ends_at_token = event.finish is FinishReason.STOP
-        text = "" if ends_at_token or event.token is None else self._matcher.push(self._decoder.push(event.token))
+        text = "" if ends_at_token or event.token is None else self._matcher.push(self._decoder.push(event.token.id))
         if self._matcher.matched:
             return Piece(self.index, text, FinishReason.STOP.value)
         if event.finish is not None:

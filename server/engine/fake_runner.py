@@ -14,7 +14,7 @@ from adapters_store.parts import AdapterPackage
 from adapters_store.ref import AdapterRef
 from server.engine.messages import AdapterOnDevice
 from server.engine.plan import Output, Plan, Scheduled
-from server.engine.request import Lane, Slot
+from server.engine.request import Lane, Slot, Token
 from server.engine.residency import Wait
 
 
@@ -56,7 +56,7 @@ class FakeRunner:
 
     def launch(self, plan: Plan) -> Known:
         tokens = {scheduled.lane: self._compute(scheduled) for scheduled in plan}
-        return Known({it.lane: Output((tokens[it.lane],)) for it in plan if it.samples})
+        return Known({it.lane: Output((Token(tokens[it.lane]),)) for it in plan if it.samples})
 
     def _compute(self, scheduled: Scheduled) -> int:
         """The next token of the lane."""

@@ -82,9 +82,9 @@ class KVCache:
                 lane.block_table += self.pool.take(max(0, own))
         return True
 
-    def commit(self, lane: Lane) -> None:
-        """Make the blocks known that the last step filled."""
-        full = lane.num_computed_tokens // self.block_size
+    def commit(self, lane: Lane, num_tokens: int) -> None:
+        """Make the blocks known that its first `num_tokens` fill, which were computed."""
+        full = num_tokens // self.block_size
         if full == lane.num_committed_blocks:
             return
         self._extend_hashes(lane, full)

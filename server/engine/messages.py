@@ -6,7 +6,7 @@ from adapters_store.base_spec import BaseSpec
 from adapters_store.parts import AdapterPackage
 from adapters_store.ref import AdapterRef
 from server.config import EngineConfig
-from server.engine.request import FinishReason, Group, LaneSpec, Sampling
+from server.engine.request import FinishReason, Group, LaneSpec, Sampling, Token
 
 
 class _Message(msgspec.Struct, frozen=True, tag=True):
@@ -101,7 +101,7 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True):
     """
 
     request_id: int
-    token: int | None
+    token: Token | None
     finish: FinishReason | None = None
     error: str | None = None
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache; set with the first event

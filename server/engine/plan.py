@@ -8,7 +8,7 @@ A plan is a list of scheduled lanes. `launch` starts the work and need not wait 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
-from server.engine.request import Lane, Request
+from server.engine.request import Lane, Request, Token
 
 
 class Scheduled(NamedTuple):
@@ -32,7 +32,7 @@ class Output(NamedTuple):
     No tokens: whoever asked wanted none, only that the prompt be computed.
     """
 
-    tokens: tuple[int, ...] = ()
+    tokens: tuple[Token, ...] = ()
     error: str | None = None
 
 

@@ -24,6 +24,12 @@ class Sampling(msgspec.Struct, frozen=True):
     seed: int = 0
 
 
+class Token(msgspec.Struct, frozen=True, array_like=True):
+    """A generated token, and what is said of it. The engine needs its id; the rest it hands from runner to client."""
+
+    id: int
+
+
 class FinishReason(enum.StrEnum):
     STOP = "stop"
     LENGTH = "length"

@@ -21,7 +21,7 @@ from server.engine.kv_cache import KVCache
 from server.engine.messages import TokenEvent
 from server.engine.plan import Draft, Output, Plan, Scheduled
 from server.engine.queue import WaitingQueue
-from server.engine.request import BASE_SLOT, FinishReason, Group, Lane, Request, Slot, Status
+from server.engine.request import BASE_SLOT, FinishReason, Group, Lane, Request, Slot, Status, Token
 from server.engine.residency import AdapterFailed, Residency, Wait
 from server.engine.shares import Shares
 
@@ -268,9 +268,9 @@ class Scheduler:
         Requests may have ended meanwhile; nothing is said of those.
         """
         events: list[TokenEvent] = []
-        for scheduled in plan:
-            if scheduled.lane.request.status is Status.RUNNING:
-                self._kv_cache.commit(scheduled.lane)
+        for lane, start, num_tokens, _ in plan:
+            if lane.request.status is Status.RUNNING:
+                self._kv_cache.commit(lane, start + num_tokens)
         for lane, _, _, samples in plan:
             if samples and lane.request.status is not Status.FINISHED:
                 self._take(lane.request, outputs[lane], events)
@@ -285,7 +285,7 @@ class Scheduler:
             events.append(self._finish(request, FinishReason.LENGTH))
             return
         for token in output.tokens:
-            reason = request.append(token)
+            reason = request.append(token.id)
             if reason is not None:
                 events.append(self._finish(request, reason, token=token))
                 return
@@ -349,7 +349,7 @@ class Scheduler:
             lane.slot = BASE_SLOT
 
     def _finish(
-        self, request: Request, reason: FinishReason, error: str | None = None, token: int | None = None
+        self, request: Request, reason: FinishReason, error: str | None = None, token: Token | None = None
     ) -> TokenEvent:
         if request.status is Status.RUNNING:
             self._stop_running(request)
@@ -382,7 +382,7 @@ class Scheduler:
 
 
 def _event(
-    request: Request, token: int | None, finish: FinishReason | None = None, error: str | None = None
+    request: Request, token: Token | None, finish: FinishReason | None = None, error: str | None = None
 ) -> TokenEvent:
     cached = request.num_cached_tokens if request.num_generated < 2 else 0
     return TokenEvent(request.id, token, finish, error, cached)

@@ -11,7 +11,7 @@ from kernels.lora import LoraSite, SiteAdapters, Split, lora
 from server.model.inputs import CurrentStep
 from server.model.mla import AbsorbedProjection
 from server.model.product import Product
-from server.model.site_op import Finish
+from server.model.site_op import Finish, SiteOp
 
 
 class LoraSites(Protocol):
@@ -24,7 +24,7 @@ class LoraSites(Protocol):
         """Say where the weights for one of the base's linears act."""
 
 
-class LoraOp:
+class LoraOp(SiteOp):
     def __init__(
         self, site: LoraSite, adapters: SiteAdapters, step: CurrentStep, bias: Tensor | None, is_lm_head: bool
     ) -> None:

@@ -117,7 +117,7 @@ class LatentLayer:
 
 def _adapted(product: Callable[[Tensor], Tensor], x: Tensor, ops: Sequence[SiteOp]) -> Tensor:
     """The product of x [T, H, in] and what the adapters do to it, head by head."""
-    begun = begin_all(ops, x)
+    x, begun = begin_all(ops, x)
     projected = product(x)
     if begun:
         projected = projected.contiguous()

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from server.engine.plan import Output, Plan, Scheduled
-from server.engine.request import Lane
+from server.engine.request import Lane, Token
 from server.model.forward import Forward
 from server.model.inputs import AdapterTables, HostStep, lay_out
 from server.model.sampler import SampledRows, sample
@@ -52,4 +52,4 @@ def _in_order(plan: Plan) -> Plan:
 
 
 def _output(token: int | None) -> Output:
-    return Output(error=NOT_FINITE) if token is None else Output((token,))
+    return Output(error=NOT_FINITE) if token is None else Output((Token(token),))

@@ -16,8 +16,13 @@ Finish = Callable[[Tensor], None]
 class SiteOp(Protocol):
     """What one kind of part does at one place of the model."""
 
+    def enter(self, x: Tensor) -> Tensor:
+        """What the product and the ops behind this one read in place of its input x. x itself is never changed: others
+        read it too."""
+        return x
+
     def begin(self, x: Tensor) -> Finish | None:
-        """x [T, in], or [T, heads, in of a head]: the product's input. It may run beside the product.
+        """x [T, in], or [T, heads, in of a head]: what the product reads. It may run beside the product.
 
         None: no adapter of the step that is being computed acts here.
         """
@@ -33,5 +38,8 @@ class SiteOps(Protocol):
         """Where queries enter the latent space through the linear `name`, and where results leave it."""
 
 
-def begin_all(ops: Sequence[SiteOp], x: Tensor) -> list[Finish]:
-    return [finish for op in ops if (finish := op.begin(x)) is not None]
+def begin_all(ops: Sequence[SiteOp], x: Tensor) -> tuple[Tensor, list[Finish]]:
+    """What the product is to read, and what follows it."""
+    for op in ops:
+        x = op.enter(x)
+    return x, [finish for op in ops if (finish := op.begin(x)) is not None]

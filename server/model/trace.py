@@ -55,7 +55,9 @@ class _TracedStep:
 
     def outputs(self) -> Mapping[Lane, Output]:
         outputs = self._pending.outputs()
-        told = {lane.request.id: output.error or output.tokens for lane, output in outputs.items()}
+        told = {
+            lane.request.id: output.error or [token.id for token in output.tokens] for lane, output in outputs.items()
+        }
         seconds = round(time.perf_counter() - self._start, 6)
         self._trace.write(self._line | {"outputs": told, "seconds": seconds})
         return outputs

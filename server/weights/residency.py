@@ -2,11 +2,11 @@
 
 import enum
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
 
-from adapters_store.parts import AdapterPackage, PartKind, by_kind
+from adapters_store.parts import AdapterPackage, PartKind, SourceFile, by_kind
 from adapters_store.ref import AdapterRef
 from kernels.adapter_rows import ShapeKey
 from server.engine.messages import AdapterOnDevice
@@ -31,8 +31,8 @@ class State(enum.StrEnum):
 @dataclass
 class _Adapter:
     ref: AdapterRef
-    package: AdapterPackage
-    parts: dict[PartKind, list[Any]]
+    files: tuple[SourceFile, ...] = ()
+    parts: dict[PartKind, list[Any]] = field(default_factory=dict)
     state: State = State.ABSENT
     slot: Slot = 0
     pages: int = 0
@@ -67,8 +67,9 @@ class DeviceResidency:
     # -- Residency, for the scheduler -----------------------------------------------------------
 
     def register(self, ref: AdapterRef, package: AdapterPackage) -> None:
-        known = self._adapters.setdefault(ref, _Adapter(ref, package, by_kind(package.parts)))
-        known.package = package  # the same weights, perhaps in another place; read when a transfer starts
+        known = self._adapters.setdefault(ref, _Adapter(ref))
+        # the same weights, perhaps in other files; looked at when a transfer starts
+        known.files, known.parts = package.files, by_kind(package.parts)
         known.forgotten = False  # it may have been, while its transfer runs
         if known.state is State.FAILED:  # what failed was the old place; nobody need hear of it now
             known.state = State.ABSENT
@@ -151,7 +152,7 @@ class DeviceResidency:
         adapter.slot, adapter.pages, adapter.state = slot, self._pool.num_used - used, State.LOADING
         places = [place for it in mapped for place in it.places]
         derive = [it.derive for it in mapped if it.derive is not None]
-        adapter.transfer = Transfer(adapter.package.files, places, pages, self._copier.begin(), derive)
+        adapter.transfer = Transfer(adapter.files, places, pages, self._copier.begin(), derive)
         self._transfers.start(adapter.transfer)
         return True
 

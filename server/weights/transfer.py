@@ -70,6 +70,7 @@ class Transfer:
     def run(self) -> None:
         try:
             try:
+                self._require_files()
                 self._pages.run()
                 for file in self._files:
                     self._copy_from(file)
@@ -84,6 +85,12 @@ class Transfer:
             self.error = str(error) or type(error).__name__
         finally:
             self._over.set()
+
+    def _require_files(self) -> None:
+        """A place that no file fills would be served as it was found."""
+        missing = sorted({tensor.file for tensor, _ in self._places} - {file.file for file in self._files})
+        if missing:
+            raise TransferError(f"{clean(missing[0], 200)} is not among the adapter's files; register it again")
 
     def _copy_from(self, source: SourceFile) -> None:
         """Every byte of the file once, in order: those of tensors to their places, the rest for the hash."""
@@ -107,10 +114,9 @@ class Transfer:
             raise _changed(source)
 
     def _copy(self, file: "_HashedFile", offset: int, places: Places) -> None:
-        """What is stored at `offset`: as it is to its place, or in blocks to several."""
+        """What is stored at `offset`: as it is to its place, or to several, whole or in blocks."""
         first, place = places[0]
-        if first.cut_from is None:
-            assert len(places) == 1
+        if len(places) == 1 and first.cut_from is None:
             self._copies.put(partial(_fill, file, offset), first.num_bytes, _DTYPES[first.dtype], place)
             return
         dtype = _DTYPES[first.dtype]
@@ -118,10 +124,11 @@ class Transfer:
         file.read_into(memoryview(raw))
         whole = torch.frombuffer(raw, dtype=dtype).view(first.stored_shape)
         for tensor, place in places:
-            assert tensor.cut_from is not None and tensor.stored_shape == first.stored_shape
-            block = whole[
-                tuple(slice(at, at + size) for at, size in zip(tensor.cut_from.start, tensor.shape, strict=True))
-            ]
+            assert tensor.stored_shape == first.stored_shape and tensor.dtype == first.dtype
+            block = whole
+            if tensor.cut_from is not None:
+                ranges = zip(tensor.cut_from.start, tensor.shape, strict=True)
+                block = whole[tuple(slice(start, start + size) for start, size in ranges)]
             bytes_of = block.contiguous().view(torch.uint8).numpy().reshape(-1).data
             self._copies.put(partial(_hand_over, bytes_of), tensor.num_bytes, dtype, place)
 

@@ -76,7 +76,7 @@ def submission(prompt: list[int], max_tokens: int, adapter: AdapterRef | None = 
 
 
 async def tokens(stream: TokenStream) -> list[int]:
-    return [event.token async for event in stream if event.token is not None]
+    return [event.token.id async for event in stream if event.token is not None]
 
 
 def in_engine(test: Callable[[EngineClient], Awaitable[None]]) -> Callable[[], None]:
@@ -104,7 +104,7 @@ async def test_one_stream_carries_several_requests(client: EngineClient) -> None
     stream = client.submit([submission([1], 3), submission([2], 5)])
     got: dict[int, list[int | None]] = {request_id: [] for request_id in stream.request_ids}
     async for event in stream:
-        got[event.request_id].append(event.token)
+        got[event.request_id].append(event.token and event.token.id)
     assert list(got.values()) == [expected_tokens(None, [1], 3, VOCAB), expected_tokens(None, [2], 5, VOCAB)]
     assert client.num_requests == 0
 

@@ -17,7 +17,7 @@ def compute(cache: KVCache, it: Request) -> None:
     assert cache.grow(it.divide(it.num_uncomputed_tokens))
     for lane in it.lanes:
         lane.num_computed_tokens = len(lane.tokens)
-        cache.commit(lane)
+        cache.commit(lane, len(lane.tokens))
 
 
 def test_blocks_are_held_for_tokens_that_begin_them_and_for_no_others() -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from server.engine.fake_runner import FakeRunner, Known, expected_tokens
 from server.engine.plan import Output, Plan
-from server.engine.request import FinishReason, Lane, LaneSpec
+from server.engine.request import FinishReason, Lane, LaneSpec, Token
 from tests.support.fake_engine import BLOCK, FakeEngine
 
 
@@ -47,11 +47,11 @@ class Talkative(FakeRunner):
     def launch(self, plan: Plan) -> Known:
         said = super().launch(plan).outputs()
         return Known(
-            {lane: Output((*output.tokens, *self._more(lane, output.tokens[0]))) for lane, output in said.items()}
+            {lane: Output((*output.tokens, *self._more(lane, output.tokens[0].id))) for lane, output in said.items()}
         )
 
-    def _more(self, lane: Lane, token: int) -> list[int]:
-        return expected_tokens(lane.adapter, [*lane.tokens, token], 2, 1000)
+    def _more(self, lane: Lane, token: int) -> list[Token]:
+        return [Token(it) for it in expected_tokens(lane.adapter, [*lane.tokens, token], 2, 1000)]
 
 
 @pytest.mark.parametrize(("max_tokens", "steps"), [(3, 1), (7, 3)])
@@ -74,6 +74,6 @@ def test_what_ends_between_a_launch_and_its_answer_is_not_heard_of_again() -> No
     scheduler.advance(plan)
     assert all(scheduled.lane.num_uncomputed_tokens == 0 for scheduled in plan)  # the next plan may count on it
     assert scheduler.abort(gone.id) is not None
-    events = scheduler.record(plan, {scheduled.lane: Output((7,)) for scheduled in plan})
+    events = scheduler.record(plan, {scheduled.lane: Output((Token(7),)) for scheduled in plan})
     assert [event.request_id for event in events] == [other.id]
     setup.engine.check()

@@ -30,7 +30,7 @@ class Answer:
     def take(self, event: TokenEvent) -> None:
         assert self.finish is None, "an event after the end"
         if event.token is not None:
-            self.tokens.append(event.token)
+            self.tokens.append(event.token.id)
         self.num_cached_tokens = max(self.num_cached_tokens, event.num_cached_tokens)
         self.finish, self.error = event.finish, event.error
 

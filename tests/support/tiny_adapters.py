@@ -100,4 +100,6 @@ def merge(model: nn.Module, entry: CatalogEntry) -> nn.Module:
                 halves = [files[tensor.file][tensor.key] for tensor in part.gate_up]
                 module.gate_up_proj[part.expert] = torch.cat(halves)
                 module.down_proj[part.expert] = files[part.down.file][part.down.key]
+            case _:
+                raise TypeError(f"the oracle does not know {type(part).__name__}")
     return model

@@ -96,6 +96,26 @@ def test_registering_again_says_where_the_files_are_now(tmp_path: Path) -> None:
     assert request.tokens == reference(merge(make_model("llama"), again), prompts()[1], 5)
 
 
+@pytest.mark.parametrize("state", ["absent", "resident"])
+def test_registering_again_may_give_the_same_weights_in_files_of_other_names(tmp_path: Path, state: str) -> None:
+    engine = Engine(make_model("qwen3_moe", attention=PROBE), adapter_slots=1)
+    path = save_esft(tmp_path / "here", make_model("qwen3_moe"), 1, {1: [0, 5], 3: [2]})
+    other = register(engine, save_lora(tmp_path / "other", make_model("qwen3_moe"), 2, ("q_proj",)))
+    entry = register(engine, path, "name")
+    if state == "resident":
+        wait_until_resident(engine.residency, entry)
+        engine.residency.release(entry.ref)
+    (path / "model.safetensors.index.json").unlink()
+    (path / "model-00001-of-000001.safetensors").rename(path / "renamed.safetensors")
+    again = register(engine, path, "name")
+    assert again.ref == entry.ref
+    wait_until_resident(engine.residency, other)  # whatever was there has made room
+    engine.residency.release(other.ref)
+    request = engine.add(prompts()[1], 8, entry.ref)
+    engine.run()
+    assert request.tokens == reference(merge(make_model("qwen3_moe"), again), prompts()[1], 8)
+
+
 def test_registering_again_forgives_a_failure_that_nobody_heard_of(tmp_path: Path) -> None:
     engine = Engine(make_model("llama", attention=PROBE))
     entry = register(engine, save_lora(tmp_path / "here", make_model("llama"), 1, ("q_proj",)), "name")
@@ -163,7 +183,7 @@ def test_residency_under_random_events_keeps_its_books(tmp_path: Path) -> None:
     while transfers.pending:
         transfers.run_next(fails=False)
     assert residency.report() == () and residency._pool.num_used == 0
-    assert engine.assembly.tables.lora._arena.num_backed_pages == 0  # type: ignore[attr-defined]
+    assert engine.assembly.tables.lora._slabs._arena.num_backed_pages == 0  # type: ignore[attr-defined]
 
 
 def test_the_same_name_with_other_weights_never_reuses_a_prefix(tmp_path: Path) -> None:

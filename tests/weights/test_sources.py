@@ -48,13 +48,14 @@ def test_blocks_of_a_tensor_go_to_places_of_their_own(tmp_path: Path, kind: str,
     def block(rows: int, columns: int, at: tuple[int, int]) -> TensorRef:
         return TensorRef(path.name, "b", (rows, columns), name, offset_of(path, "b"), Whole((6, 20), at))
 
-    refs = [block(6, 5, (0, 5)), block(6, 5, (0, 15)), block(2, 20, (3, 0)), block(1, 1, (5, 19)),
+    whole = TensorRef(path.name, "b", (6, 20), name, offset_of(path, "b"))
+    refs = [whole, whole, block(6, 5, (0, 5)), block(6, 5, (0, 15)), block(2, 20, (3, 0)), block(1, 1, (5, 19)),
             TensorRef(path.name, "c", (7,), name, offset_of(path, "c"))]  # fmt: skip
     places = [torch.full(ref.shape, torch.nan) for ref in refs]
     transfer = Transfer([source(path)], list(zip(refs, places, strict=True)), PageWork(), copier(kind).begin())
     transfer.run()
     assert transfer.error is None and transfer.done
-    expected = [stored[:, 5:10], stored[:, 15:], stored[3:5], stored[5:, 19:], other]
+    expected = [stored, stored, stored[:, 5:10], stored[:, 15:], stored[3:5], stored[5:, 19:], other]
     assert all(torch.equal(place, it.float()) for place, it in zip(places, expected, strict=True))
 
 
@@ -104,3 +105,10 @@ def test_a_failure_to_derive_is_the_adapters(tmp_path: Path) -> None:
     transfer = Transfer([source(path)], list[tuple[TensorRef, Tensor]](), PageWork(), HostCopy(), [derive])
     transfer.run()
     assert transfer.done and transfer.error == "out of memory"
+
+
+def test_a_place_that_no_file_fills_fails_the_transfer() -> None:
+    ref = TensorRef("elsewhere", "a", (1,), "F32")
+    transfer = Transfer([], [(ref, torch.zeros(1))], PageWork(), HostCopy())
+    transfer.run()
+    assert transfer.error == "elsewhere is not among the adapter's files; register it again"

@@ -39,7 +39,8 @@ class Table(Protocol):
         """Make room, counted in the pool. Raises ArenaError, and then nothing has changed."""
 
     def install(self, slot: int) -> None:
-        """Let kernels see the slot: its bytes are in place."""
+        """Let kernels see the slot: its bytes are in place. On the step loop; never raises: what cannot be installed
+        is refused, or not mapped."""
 
     def unmap(self, slot: int) -> None:
         """Hide the slot from kernels that are launched later, and give its room back."""
