@@ -106,7 +106,7 @@ def test_closing_kills_what_is_under_way_at_once(tmp_path: Path, job: Callable[[
         await asyncio.sleep(0.5)
         start = time.monotonic()
         await verifier.close()
-        assert time.monotonic() - start < 1
+        assert time.monotonic() - start < 1 and children() == []
         assert {type(it) for it in await asyncio.gather(*waiting, return_exceptions=True)} == {VerifierClosed}
         with pytest.raises(VerifierClosed):
             await verifier.verify(job("slow"))
@@ -142,6 +142,19 @@ def test_no_more_wait_than_may(tmp_path: Path, job: Callable[[str], Job]) -> Non
         await asyncio.gather(*waiting, return_exceptions=True)
 
     run(test, num_workers=1, max_waiting=2)
+
+
+def test_whoever_has_been_verified_waits_no_more(tmp_path: Path, job: Callable[[str], Job]) -> None:
+    lora(tmp_path / "a")
+
+    async def test(verifier: Verifier) -> None:
+        for path in ("a", "nowhere", "a", "a"):  # one after another there is always room, after refusals too
+            try:
+                assert (await verifier.verify(job(path))).package.kind == "lora"
+            except InvalidAdapter:
+                assert path == "nowhere"
+
+    run(test, num_workers=1, max_waiting=0)
 
 
 def test_a_process_that_dies_fails_its_adapter_only(tmp_path: Path, job: Callable[[str], Job]) -> None:
