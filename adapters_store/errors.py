@@ -31,9 +31,7 @@ def clean(text: str, max_bytes: int = MAX_MESSAGE_BYTES) -> str:
     """
     kept = text[:max_bytes]
     if not kept.isprintable():
-        kept = "".join(
-            char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in kept
-        )
+        kept = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in kept)
     raw = kept.encode()
     if len(text) <= max_bytes and len(raw) <= max_bytes:
         return kept

@@ -87,7 +87,7 @@ class LoraConfig:
         self._use_rslora = fields.use_rslora
         self._ranks = _Patterns("rank_pattern", fields.rank_pattern, fields.r)
         self._alphas = _Patterns("alpha_pattern", fields.alpha_pattern, fields.lora_alpha)
-        self._listed_modules = set(fields.target_modules or ()) if not isinstance(fields.target_modules, str) else set()
+        self._listed_modules = set(fields.target_modules or ())  # read where it is a list
         self._listed_parameters = set(fields.target_parameters)
 
     def rank_and_scale(self, module: str) -> tuple[int, float]:

@@ -2,12 +2,15 @@
 
 import asyncio
 import gc
+import logging
+import os
 import signal
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import psutil
 import pytest
@@ -17,9 +20,11 @@ from adapters_store import verify as worker
 from adapters_store.base_spec import BaseSpec, ExpertStack
 from adapters_store.catalog import Catalog
 from adapters_store.errors import AdapterError, AdapterPathRefused, CoverageError, InvalidAdapter, UnsupportedAdapter
-from adapters_store.verifier import Verifier, VerifierBusy, VerifierClosed
+from adapters_store.verifier import Verifier, VerifierBusy, VerifierClosed, _encode
 from adapters_store.verify import Job
 from tests.support.adapter_files import esft, lora, slow_patterns
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def slow(directory: Path) -> Path:
@@ -101,7 +106,7 @@ def test_closing_kills_what_is_under_way_at_once(tmp_path: Path, job: Callable[[
         await asyncio.sleep(0.5)
         start = time.monotonic()
         await verifier.close()
-        assert time.monotonic() - start < 1
+        assert time.monotonic() - start < 1 and children() == []
         assert {type(it) for it in await asyncio.gather(*waiting, return_exceptions=True)} == {VerifierClosed}
         with pytest.raises(VerifierClosed):
             await verifier.verify(job("slow"))
@@ -139,6 +144,19 @@ def test_no_more_wait_than_may(tmp_path: Path, job: Callable[[str], Job]) -> Non
     run(test, num_workers=1, max_waiting=2)
 
 
+def test_whoever_has_been_verified_waits_no_more(tmp_path: Path, job: Callable[[str], Job]) -> None:
+    lora(tmp_path / "a")
+
+    async def test(verifier: Verifier) -> None:
+        for path in ("a", "nowhere", "a", "a"):  # one after another there is always room, after refusals too
+            try:
+                assert (await verifier.verify(job(path))).package.kind == "lora"
+            except InvalidAdapter:
+                assert path == "nowhere"
+
+    run(test, num_workers=1, max_waiting=0)
+
+
 def test_a_process_that_dies_fails_its_adapter_only(tmp_path: Path, job: Callable[[str], Job]) -> None:
     slow(tmp_path / "slow"), lora(tmp_path / "good")
 
@@ -168,6 +186,90 @@ def test_a_process_that_does_not_start_is_a_refusal(
             monkeypatch.setattr("sys.executable", program)
             with pytest.raises(InvalidAdapter, match="the process for that did not start"):
                 await verifier.verify(job("a"))
+
+    run(test)
+
+
+def test_a_process_finds_our_code_wherever_the_server_was_started_and_stands_apart_from_it(
+    tmp_path: Path, job: Callable[[str], Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lora(tmp_path / "a")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+
+    async def test(verifier: Verifier) -> None:
+        assert (await verifier.verify(job("a"))).package.kind == "lora"
+        child = children()[0]
+        environment = child.environ()
+        assert environment["PYTHONPATH"].split(os.pathsep) == [str(ROOT), "/elsewhere"]
+        assert environment["OPENBLAS_NUM_THREADS"] == environment["OMP_NUM_THREADS"] == "1"
+        assert environment["PATH"] == os.environ["PATH"]
+        assert os.getsid(child.pid) == child.pid  # Ctrl-C is the server's
+
+    run(test)
+
+
+def test_a_process_that_is_long_in_starting_is_given_up(
+    tmp_path: Path, job: Callable[[str], Job], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    lora(tmp_path / "a")
+    program = tmp_path / "sleeps"
+    program.write_text("#!/bin/sh\nexec sleep 60\n")
+    program.chmod(0o700)
+    monkeypatch.setattr("sys.executable", str(program))
+    monkeypatch.setattr("adapters_store.verifier.START_TIMEOUT_S", 0.2)
+
+    async def test(verifier: Verifier) -> None:
+        start = time.monotonic()
+        with pytest.raises(InvalidAdapter) as refusal:
+            await verifier.verify(job("a"))
+        assert str(refusal.value) == "the adapter could not be verified: the process for that did not start"
+        assert time.monotonic() - start < 10
+
+    with caplog.at_level(logging.ERROR, "heddle.adapters"):
+        run(test)
+    assert "a process to verify an adapter did not start: TimeoutError()" in caplog.text
+
+
+def test_what_nobody_had_thought_of_is_logged_where_the_server_logs(
+    tmp_path: Path, job: Callable[[str], Job], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def ask(worker_: object, encoded: bytes) -> worker.Answer:
+        return worker.Refused("InvalidAdapter", "a message", "a traceback")
+
+    monkeypatch.setattr("adapters_store.verifier._Worker.ask", ask)
+
+    async def test(verifier: Verifier) -> None:
+        with pytest.raises(InvalidAdapter, match="^a message$"):
+            await verifier.verify(job("a"))
+
+    with caplog.at_level(logging.ERROR, "heddle.adapters"):
+        run(test)
+    assert "an adapter could not be verified: a traceback" in caplog.text
+
+
+@pytest.mark.parametrize(("timeout_s", "cpu_seconds"), [(0.5, 2), (30, 31), (59.1, 61)])
+def test_a_process_may_spend_a_second_more_than_is_waited_for_it(
+    tmp_path: Path, job: Callable[[str], Job], timeout_s: float, cpu_seconds: int
+) -> None:
+    sent = msgspec.msgpack.decode(_encode(job("a"), timeout_s), type=Job)
+    assert sent == msgspec.structs.replace(job("a"), cpu_seconds=cpu_seconds)
+
+
+def test_whoever_was_cancelled_hears_that_also_while_the_server_stops(
+    tmp_path: Path, job: Callable[[str], Job]
+) -> None:
+    slow(tmp_path / "slow")
+
+    async def test(verifier: Verifier) -> None:
+        leaving, staying = (asyncio.create_task(verifier.verify(job("slow"))) for _ in range(2))
+        while len(children()) < 2:
+            await asyncio.sleep(0.02)
+        leaving.cancel()
+        await verifier.close()
+        ended = await asyncio.gather(leaving, staying, return_exceptions=True)
+        assert [type(it) for it in ended] == [asyncio.CancelledError, VerifierClosed]
 
     run(test)
 
