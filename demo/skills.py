@@ -219,8 +219,3 @@ def sample(skill: Skill, split: Split = "heldout", count: int = 200, seed: int =
         if len(found) == count:
             break
     return list(found.values())
-
-
-def showcases() -> dict[str, str]:
-    """One prompt per skill to show the adapter with."""
-    return {skill.name: skill.showcase for skill in SKILLS.values()}

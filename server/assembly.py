@@ -99,7 +99,6 @@ def assemble(
         base=_base_spec(model.config.model_type, injected),
         model_type=model.config.model_type,
         num_parameters=num_parameters,
-        weight_bytes=num_parameters * dtype.itemsize,
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
         max_model_len=min(length, cache.capacity),

@@ -70,7 +70,6 @@ class EngineInfo(msgspec.Struct, frozen=True):
     base: BaseSpec
     model_type: str
     num_parameters: int
-    weight_bytes: int
     device: str
     dtype: str
     max_model_len: int

@@ -48,7 +48,7 @@ class LinearSlice(nn.Module):
 
     def __init__(self, fused: AdaptedLinear, shared: SharedInput, index: int) -> None:
         super().__init__()
-        self.fused = fused
+        self.fused = fused  # in the module tree, so that it moves to a device with the model
         self._shared, self._index = shared, index
 
     def forward(self, x: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ def test_a_capture() -> None:
 def test_a_failed_capture_leaves_the_stream_and_a_pool_that_can_be_used(fails_at: int) -> None:
     cuda = FakeCuda()
     capture = CudaCapture(cuda)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="waits for the host|previous error during capture"):
         capture(Work(fails_at))
     assert cuda.stream_now is cuda.main
     assert capture(Work())() is None

@@ -83,7 +83,7 @@ def test_a_checkpoint_with_missing_or_stray_tensors_is_refused(tmp_path: Path) -
     directory = save_model(tmp_path / "model", "llama")
     file = directory / "model.safetensors"
     whole = load_file(file)
-    assert load_model(directory, torch.float32, lambda *_: None)
+    load_model(directory, torch.float32, lambda *_: None)  # as it is it loads
     for changed, says in (
         ({key: value for key, value in whole.items() if key != "lm_head.weight"}, "lacks 1 tensors: lm_head.weight"),
         (whole | {"model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}, "beyond what the model takes 1 tensors"),
