@@ -21,7 +21,7 @@ from server.front import EXIT_FAILED, EXIT_STOPPED_EARLY
 from tests.support.live_server import ROOT, LiveServer, write_tokenizer
 from tests.support.tiny_models import save_model
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 LONG = {"model": "tiny", "prompt": "x", "max_tokens": 500, "stream": True}
 
 

@@ -16,7 +16,7 @@ import pytest
 from tests.support.live_server import ROOT, LiveServer
 from tests.support.tiny_models import save_model
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 CONTEXT = 131_072
 MOST_S = 0.25  # 50 ms is what was measured on idle cores (benchmarks/README.md); these are shared
 SENTENCE = "The quick brown fox jumps over the lazy dog 1234. "

@@ -25,6 +25,8 @@ ABSENT = ("fastapi", "starlette", "uvicorn", "pydantic", "zmq", "prometheus_clie
 BLOCKER = f"""
 from importlib.machinery import PathFinder
 
+pytestmark = pytest.mark.alone
+
 find_spec = PathFinder.find_spec
 PathFinder.find_spec = lambda name, *rest: None if name.partition(".")[0] in {ABSENT!r} else find_spec(name, *rest)
 """

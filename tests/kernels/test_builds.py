@@ -4,6 +4,8 @@ import pytest
 
 from tests.support.commands import run
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.mark.slow
 @pytest.mark.timeout(500)
