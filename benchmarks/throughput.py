@@ -9,7 +9,7 @@ are medians of the rounds. A ratio is that of the figures beside it; the range b
 highest ratio within a round.
 
 Beside other work, threads wait for threads that do not run, and tokens a second say more about that work than about
-ours. With one thread each, tokens a CPU second are about what an idle core gives in a second.
+ours. Tokens a CPU second with one thread each are far steadier there.
 """
 
 import argparse
