@@ -6,7 +6,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import httpx
 import psutil
@@ -17,13 +19,24 @@ NEW_TOKENS = 64
 ROOT = Path(__file__).resolve().parent.parent
 
 
-class Heddle:
-    """The server of the checkout at `root`, over the base and the adapters in `directory`."""
+class Speed(NamedTuple):
+    """Output tokens a second of time, and of CPU time of both processes, user and system.
 
-    def __init__(self, directory: Path, root: Path = ROOT) -> None:
+    Where other work takes the cores away, the second changes less.
+    """
+
+    tokens_per_s: float
+    tokens_per_cpu_s: float
+
+
+class Heddle:
+    """The server of the checkout at `root`, over the base and the adapters in `directory`, with more `options`."""
+
+    def __init__(self, directory: Path, root: Path = ROOT, options: Sequence[str] = ()) -> None:
         self.port = free_port()
         command = [sys.executable, "-m", "server", "serve", str(directory / "base"), "--adapters",
-                   str(directory / "adapters"), "--model-name", "bench-base", "--port", str(self.port)]  # fmt: skip
+                   str(directory / "adapters"), "--model-name", "bench-base", "--port", str(self.port),
+                   *options]  # fmt: skip
         # in its own root, and first on the path: the environment may hold another checkout of the same packages
         environment = {**os.environ, "PYTHONPATH": str(root)}
         self._process = subprocess.Popen(command, cwd=root, env=environment, stderr=subprocess.DEVNULL)
@@ -38,16 +51,18 @@ class Heddle:
                     raise RuntimeError(f"the server of {root} did not start") from None
                 time.sleep(0.2)
 
+    def measure(self, jobs: list[Job]) -> Speed:
+        """All jobs at once, from the first request's start to the last one's end."""
+        before, start = self._cpu_seconds(), time.perf_counter()
+        tokens = asyncio.run(self._run(jobs))
+        return Speed(tokens / (time.perf_counter() - start), tokens / (self._cpu_seconds() - before))
+
     def run(self, jobs: list[Job]) -> float:
-        """All jobs at once; output tokens a second, from the first request's start to the last one's end."""
-        start = time.perf_counter()
-        return asyncio.run(self._run(jobs)) / (time.perf_counter() - start)
+        """Output tokens a second."""
+        return self.measure(jobs).tokens_per_s
 
     def cpu_seconds_per_token(self, jobs: list[Job]) -> float:
-        """CPU time of both processes, user and system, for each output token."""
-        before = self._cpu_seconds()
-        tokens = asyncio.run(self._run(jobs))
-        return (self._cpu_seconds() - before) / tokens
+        return 1 / self.measure(jobs).tokens_per_cpu_s
 
     async def _run(self, jobs: list[Job]) -> int:
         limits = httpx.Limits(max_connections=len(jobs))

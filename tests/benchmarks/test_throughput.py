@@ -16,6 +16,7 @@ def test_ratios_are_those_of_the_shown_medians_with_the_spread_of_the_rounds() -
     header, rule, row = table({"demo": rounds}).splitlines()
     assert header.count("|") == rule.count("|") == row.count("|")
     assert row == "| demo | 1255 tok/s | 1242 tok/s | 99 % (92–119) | 500 tok/s | 2.5x (2.3–3.1) |"
+    assert "| 1255 tok/CPU s |" in table({"demo": rounds}, "tokens_per_cpu_s")
 
 
 def test_every_shown_ratio_can_be_made_of_the_shown_figures() -> None:
