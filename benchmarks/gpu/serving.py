@@ -30,9 +30,11 @@ from server.model.routers import Router
 from server.model.warm_up import warm_up
 from server.weights.choice import choose_arenas
 from server.weights.padded_arena import PaddedArenas
+from server.weights.transfer import Job, Transfer, TransferThread
 
 GREEDY = Sampling(temperature=0.0)
 LOAD_TIMEOUT_S = 60
+NO_FILE = "none"
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Serving:
         config = EngineConfig(model_dir=".", block_size=self._block_size, **settings)
         self.assembly = assemble(self.model, config, frozenset(), device=bench.scale.device)
         self.residency, self.info = self.assembly.residency, self.assembly.info
+        self.residency._transfers = _Unfilled(self.residency._transfers)  # type: ignore[assignment]
         self._adapters: list[AdapterRef] = []
         self.experts = [module for module in self.model.modules() if isinstance(module, RoutedExperts)]
         if not bench.scale.is_cuda:
@@ -285,6 +288,18 @@ class Serving:
         return [it for it in self.model.parameters() if it is not embedding]
 
 
+class _Unfilled:
+    """A transfer thread for adapters that no file holds: their pages are mapped, and nothing is copied there."""
+
+    def __init__(self, thread: TransferThread) -> None:
+        self._thread = thread
+
+    def start(self, job: Job) -> None:
+        if isinstance(job, Transfer):
+            job._places = [(tensor, place) for tensor, place in job._places if tensor.file != NO_FILE]
+        self._thread.start(job)
+
+
 def _random_model(name: str, scale: Scale, layers: int) -> nn.Module:
     model_type, real, toy = shapes.MODELS[name]
     sizes = dict(toy if scale.is_toy else real)
@@ -300,7 +315,7 @@ def _kind_of_memory(device: torch.device) -> str:
 
 
 def _ref(key: str, *shape: int) -> TensorRef:
-    return TensorRef("none", key, shape, "BF16")
+    return TensorRef(NO_FILE, key, shape, "BF16")
 
 
 def _expert(layer: int, expert: int, hidden: int, inner: int) -> ExpertReplacement:

@@ -17,6 +17,8 @@ from benchmarks.gpu.processes import run_limited
 from benchmarks.gpu.report import ENDED, RowFile, failures, write_summary
 from kernels.compiled import OPS
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 1 << 30
 # what we need elsewhere, and neither torch, triton, transformers nor msgspec brings
@@ -24,8 +26,6 @@ ABSENT = ("fastapi", "starlette", "uvicorn", "pydantic", "zmq", "prometheus_clie
           "hypothesis", "pytest", "psutil")  # fmt: skip
 BLOCKER = f"""
 from importlib.machinery import PathFinder
-
-pytestmark = pytest.mark.alone
 
 find_spec = PathFinder.find_spec
 PathFinder.find_spec = lambda name, *rest: None if name.partition(".")[0] in {ABSENT!r} else find_spec(name, *rest)
