@@ -140,10 +140,9 @@ def configurations() -> Iterator[Configuration]:
         yield Configuration(
             name=f"{'add ' if add else ''}{width} {dtype}",
             kernel=_rms_norm,
-            types={name: f"*{dtype}" for name in ("x", "residual", "weight", "out", "total")}
-            | {name: "i32" for name in ("rows", "inner", "x_outer", "x_inner", "r_outer", "r_inner", "H")}
-            | {"eps": "fp32", "offset": "fp32"},
+            types={name: f"*{dtype}:16" for name in ("x", "residual", "weight", "out", "total")}
+            | {name: "i32:16" for name in ("x_outer", "x_inner", "r_outer", "r_inner", "H")}
+            | {"rows": "i32", "inner": "i32", "eps": "fp32", "offset": "fp32"},
             constants={"ADD": add, "CAST_FIRST": cast_first, "ROWS": rows, "BLOCK": block},
-            aligned=("x", "residual", "weight", "out", "total", "x_outer", "x_inner", "r_outer", "r_inner", "H"),
             num_warps=warps,
         )

@@ -109,7 +109,7 @@ def configurations() -> Iterator[Configuration]:
     for element in ("bf16", "fp32"):
         for name, heads, dim, value_dim in shapes:
             constants = _constants(heads, dim, value_dim, 16)
-            types = {name: "i32" for name in _store.arg_names if name not in constants}
-            types |= {name: f"*{element}" for name in ("key", "value", "key_cache", "value_cache")}
-            types["slot_mapping"] = "*i32"
-            yield Configuration(f"{name} {element}", _store, types, constants, tuple(types))
+            types = {name: "i32:16" for name in _store.arg_names if name not in constants}
+            types |= {name: f"*{element}:16" for name in ("key", "value", "key_cache", "value_cache")}
+            types["slot_mapping"] = "*i32:16"
+            yield Configuration(f"{name} {element}", _store, types, constants)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from kernels.paged_attention import AttentionBatch, DeviceBatch, reference, splits_decodes
 from kernels.paged_attention import kernel as attention_kernel
-from kernels.paged_attention.kernel import NO_LIMIT, Tile, choose_tile, paged_attention, split_dim
+from kernels.paged_attention.kernel import NO_LIMIT, paged_attention
 from kernels.paged_attention.kernel import _launch as attention_op
+from kernels.paged_attention.tiles import Tile, choose_tile, split_dim
 from tests.support.device_batch import device_batch
 from tests.support.kernel_device import DEVICE
 
