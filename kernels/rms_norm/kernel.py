@@ -131,9 +131,10 @@ def _(
 
 
 def configurations() -> Iterator[Configuration]:
-    """Head dimensions, latents of DeepSeek's attention, and hidden sizes; with and without a residual."""
+    """Head dimensions, latents of DeepSeek's attention, and hidden sizes; with a residual too, up to the widest."""
     for width, add, cast_first, dtype in (
-        (128, False, True, "bf16"), (512, False, True, "bf16"), (2048, True, True, "bf16"), (2880, True, False, "bf16"),
+        (128, False, True, "bf16"), (512, False, True, "bf16"), (2048, False, True, "bf16"),
+        (2880, False, False, "bf16"), (4096, False, True, "bf16"), (4096, False, True, "fp32"),
         (4096, True, True, "bf16"), (4096, True, True, "fp32"), (8192, True, True, "bf16"), (16384, True, True, "bf16"),
     ):  # fmt: skip
         rows, block, warps = _tile(width)

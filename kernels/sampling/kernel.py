@@ -98,18 +98,8 @@ def _log_probabilities(logits, V, largest, token, chosen, ids, top, NUM: tl.cons
         tl.store(top + n, logit_of((previous >> 32).to(tl.int32)) - norm)
 
 
-class Parameters(NamedTuple):
-    """How each row is sampled: pointers in the kernel, as in reference.py."""
-
-    temperature: Any  # [R] float32
-    top_k: Any  # [R] int32
-    top_p: Any  # [R] float32
-    min_p: Any  # [R] float32
-    draws: Any  # [R] float32
-
-
 class Outputs(NamedTuple):
-    """What is written of each row. The last three are not written without log-probabilities."""
+    """What is written of each row; pointers in the kernel. Without log-probabilities the last three are not written."""
 
     tokens: Any  # [R] int64
     finite: Any  # [R] bool
@@ -119,29 +109,33 @@ class Outputs(NamedTuple):
 
 
 # parameters may be rows of one tensor, at any alignment; one compiled kernel serves all
-@triton.jit(do_not_specialize_on_alignment=["parameters"])
+@triton.jit(do_not_specialize_on_alignment=["temperature", "top_k", "top_p", "min_p", "draws"])
 def _sample(
     logits,  # [R, V], rows `stride` apart
     stride,
     V,
-    parameters,
-    out,
+    temperature,  # [R] float32, as top_p, min_p, draws
+    top_k,  # [R] int32
+    top_p,
+    min_p,
+    draws,
+    out,  # Outputs
     NUM_LOGPROBS: tl.constexpr,  # -1: none, not even of the token
     BLOCK: tl.constexpr,
 ):
     r = tl.program_id(0)
     mine = logits + r.to(tl.int64) * stride
-    t = tl.load(parameters.temperature + r)
+    t = tl.load(temperature + r)
     largest, token, fine = _largest(mine, V, BLOCK)
     if fine & (t >= _GREEDY_BELOW):
-        k, p = tl.load(parameters.top_k + r), tl.load(parameters.top_p + r)
-        m = tl.minimum(tl.load(parameters.min_p + r), 1.0)
+        k, p = tl.load(top_k + r), tl.load(top_p + r)
+        m = tl.minimum(tl.load(min_p + r), 1.0)
         row = Row(mine, V, largest, _LOG2_E / t, m)
         key, kept, total = find_cut(row, k, p, BLOCK)
         last_tie = V
         if kept < ALL:
             last_tie = nth_at(row, key, kept, BLOCK)
-        target = tl.load(parameters.draws + r) * total  # loaded here: registers are scarce in the search
+        target = tl.load(draws + r) * total  # loaded here: registers are scarce in the search
         token = _draw(row, key, last_tie, target, BLOCK)
     token = tl.where(fine, token, 0)
     tl.store(out.tokens + r, token.to(tl.int64))
@@ -225,7 +219,7 @@ def _sample_op(
             logits, history, history_starts, prompt_lens, presence, frequency, repetition, vocab, BLOCK=_HISTORY_BLOCK
         )
     _sample[(rows,)](
-        logits, logits.stride(0), vocab, Parameters(temperature, top_k, top_p, min_p, draws), outs,
+        logits, logits.stride(0), vocab, temperature, top_k, top_p, min_p, draws, outs,
         NUM_LOGPROBS=num_logprobs, BLOCK=BLOCK, num_warps=_WARPS,
     )  # fmt: skip
     return outs
@@ -274,10 +268,10 @@ def greedy(logits: Tensor) -> Sampled:
 
 def configurations() -> Iterator[Configuration]:
     """Logits of both types, without log-probabilities and with as many as are worth it; and penalties."""
-    parameters = Parameters("*fp32", "*i32", "*fp32", "*fp32", "*fp32")
+    parameters = dict(temperature="*fp32", top_k="*i32", top_p="*fp32", min_p="*fp32", draws="*fp32")
     outputs = Outputs("*i64:16", "*u1:16", "*fp32:16", "*i64:16", "*fp32:16")
     for element, num in (("bf16", -1), ("fp32", -1), ("bf16", 20), ("fp32", 20)):
-        types = dict(logits=f"*{element}:16", stride="i32:16", V="i32:16", parameters=parameters, out=outputs)
+        types = dict(logits=f"*{element}:16", stride="i32:16", V="i32:16", **parameters, out=outputs)
         name = f"sample {element}{f' logprobs {num}' if num >= 0 else ''}"
         yield Configuration(name, _sample, types, {"NUM_LOGPROBS": num, "BLOCK": BLOCK}, _WARPS)
     types = {name: "*fp32:16" for name in ("logits", "presence", "frequency", "repetition")}

@@ -3,8 +3,8 @@
     python -m tests.support.specialisations MODEL_TYPE... [--ops OP...] [--narrow]
 
 Runs the warm-up as compile_only does and compares each launch with the listed configurations of the same kernel and
-the same constants. Exits with 1 and the differences if one is not listed as it is launched. --narrow: the same heads
-over small matrices, for ops that know nothing of those.
+the same constants. Exits with 1 and the differences if one is not listed as it is launched, and if nothing that an op
+lists is launched at all. --narrow: the same heads and experts over small matrices, for ops that know nothing of those.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from kernels.compiled import OPS, everywhere
 from kernels.compiled.kernel import Configuration
 
 _NARROW = dict(hidden_size=256, intermediate_size=256, moe_intermediate_size=128)
-_HEADS = {"llama": dict(head_dim=128)}  # where it would follow from the width
+_AS_LISTED = {"llama": dict(head_dim=128), "deepseek_v2": dict(n_routed_experts=64)}  # what of a model the lists name
 
 
 class Launch(NamedTuple):
@@ -114,7 +114,8 @@ def main() -> int:
     triton.runtime.driver.set_active(compile_only.CompileOnly())
     with everywhere(), noted() as launches:
         for model_type in options.models:
-            compile_only.compile_engine(model_type, **(_NARROW | _HEADS.get(model_type, {}) if options.narrow else {}))
+            sizes = _NARROW | _AS_LISTED.get(model_type, {}) if options.narrow else {}
+            compile_only.compile_engine(model_type, **sizes)
     status = 0
     for op in options.ops:
         listed = list(importlib.import_module(f"kernels.{op}.kernel").configurations())
