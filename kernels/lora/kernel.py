@@ -1,14 +1,17 @@
 """Triton form of lora: one launch for all slices of a site, all adapters and all ranks of the batch.
 
-Decode is a matter of launches, not of bytes: an adapter of rank 16 adds half a percent to the weights that a step
-streams. Programs take work by ticket: all shrinks (tile, slice, part of the depth) come before all expands (tile,
-slice, columns). An expand loads what it can, then waits for the shrinks of its tile and slice. Those were taken by
-programs that run and never wait, so there is no deadlock however few programs are resident, and no cooperative launch.
-Parts of the depth are kept apart and summed in fixed order, so the result does not depend on timing. Whoever takes the
-last ticket sets the counters back to zero: the launch can be replayed from a graph.
+At decode the cost of LoRA is launches and not bytes: an adapter of rank 16 adds half a percent to the weights that a
+step reads. So there is one launch, whose programs take pieces of work by ticket. All shrinks (tile, slice, part of the
+depth) come before all expands (tile, slice, block of columns). An expand loads what it can and then waits for the
+shrinks of its tile and slice. Their tickets were taken before its own, by programs that are running, and a shrink waits
+for nothing. So there is no deadlock, however few programs run at once, and no cooperative launch is needed.
 
-Ranks are true in memory and walked in steps of 16, so nothing is padded to the largest. For prefill the same work is
-done by two plain launches; they are the cross-check as well.
+Parts of the depth are stored apart and summed in a fixed order, so the result does not depend on timing. The program
+that takes the last ticket sets the counters back to zero, so the launch can be replayed in a graph.
+
+Adapters lie in memory at their true rank, and are walked in steps of 16 ranks, so nothing is padded to the highest rank
+of the batch. At prefill two plain launches do the same work, first the shrinks and then the expands. Tests check the
+two ways against the same reference.
 
 Inside routed experts the tiles are those that expert_route made: what they call a slot is an expert place, and so are
 the table's rows. Their rows are positions; where x or y is in another order, it is found through the pairs (CHOICES,
@@ -28,7 +31,7 @@ from kernels.compiled.kernel import Configuration, Tiles, dot, open_tile, stages
 from kernels.expert_route import Routed
 from kernels.lora.site import TABLE_FIELDS, Field, LoraSite, SiteAdapters
 
-DECODE_COLUMNS = 64  # of an expand: one item of work
+DECODE_COLUMNS = 64  # of an expand at decode: one piece of work
 _RANKS = 16  # ranks at a time: a matrix instruction's
 _FIELDS = tl.constexpr(TABLE_FIELDS)
 _A, _B, _GAIN = tl.constexpr(int(Field.A)), tl.constexpr(int(Field.B)), tl.constexpr(int(Field.GAIN))

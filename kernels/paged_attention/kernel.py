@@ -345,10 +345,10 @@ def paged_attention(
     sinks: Tensor | None = None,
     chunk: int | None = None,
 ) -> Tensor:
-    """As the reference, for a batch on the device. Rows of no sequence are not written.
+    """As in reference.py, for a batch on the device. Rows that belong to no sequence are not written.
 
-    Caches may be strided views; the last dimension is contiguous. Can be captured: the grid follows from shapes and
-    max_query_len alone.
+    Caches may be strided views; their last dimension is contiguous. A launch can be captured: its grid follows from
+    shapes and max_query_len alone.
     """
     lengths = batch.max_query_len, batch.splits_decodes
     indices = batch.query_starts, batch.kv_lens, batch.block_tables, batch.counters, *lengths

@@ -1,4 +1,7 @@
-"""Triton form of rms_norm and add_rms_norm: whole rows in registers, a few short ones or one long one a program."""
+"""Triton form of rms_norm and add_rms_norm: a program keeps whole rows in registers, several short ones or a long one.
+
+So a row is read once and written once. That limits how long a row may be: MAX_WIDTH.
+"""
 
 from collections.abc import Iterator
 
@@ -9,8 +12,8 @@ from torch import Tensor
 
 from kernels.compiled.kernel import Configuration
 
-MAX_WIDTH = 16384  # a row's elements: one row in the registers of 16 warps
-_TILE = 1024  # elements a program takes where rows are shorter than that
+MAX_WIDTH = 16384  # elements of a row, which fit into the registers of 16 warps
+_TILE = 1024  # elements that a program takes at least: several rows, where rows are shorter than that
 
 
 @triton.jit(do_not_specialize=["rows", "inner"])

@@ -1,4 +1,8 @@
-"""Triton form of rope: one program rotates a few heads of one token, queries first and then keys."""
+"""Triton form of rope: a program rotates a few heads of one token. The queries' heads come first, then the keys'.
+
+One launch does both. Pairs that lie next to each other are loaded together and parted in registers: every other element
+would be read one at a time.
+"""
 
 from collections.abc import Iterator
 
@@ -27,6 +31,7 @@ def _rotate(
     PAIRS_IN: tl.constexpr,
     PAIRS_OUT: tl.constexpr,
 ):
+    """HEADS heads from first_head on. PAIRS_IN, PAIRS_OUT: elements of a pair are neighbours, else D / 2 apart."""
     head = first_head + tl.arange(0, HEADS)
     mine = (head < heads)[:, None]
     source, target = x + (head * x_head)[:, None], out + (head * D)[:, None]
@@ -70,6 +75,7 @@ def _rope(
     PAIRS_IN: tl.constexpr,
     PAIRS_OUT: tl.constexpr,
 ):
+    """Programs: (token, some heads)."""
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
     pair = tl.arange(0, HALF)
@@ -127,11 +133,13 @@ def _outputs(query: Tensor, key: Tensor) -> list[Tensor]:
 
 @torch.library.custom_op("heddle::rope", mutates_args=())
 def rope(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> tuple[Tensor, Tensor]:
+    """As in reference.py."""
     return _launch(query, key, cos, sin, interleaved, False)
 
 
 @torch.library.custom_op("heddle::rope_complex", mutates_args=())
 def rope_complex(query: Tensor, key: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """As in reference.py."""
     return _launch(query, key, frequencies[..., 0], frequencies[..., 1], True, True)
 
 

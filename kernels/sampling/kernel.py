@@ -252,7 +252,7 @@ def sample(
     penalties: Penalties | None = None,
     num_logprobs: int | None = None,
 ) -> Sampled:
-    """As kernels/sampling/reference.py. Up to 20 log-probabilities are worth it: each is a pass over the vocabulary."""
+    """As in reference.py. Each of the most likely tokens that is reported costs a pass over the vocabulary."""
     count = -1 if num_logprobs is None else min(num_logprobs, logits.shape[1])
     tokens, finite, chosen, ids, top = _sample_op(
         logits, temperature, top_k, top_p, min_p, draws, *(penalties or (None,) * 6), count
@@ -261,7 +261,7 @@ def sample(
 
 
 def greedy(logits: Tensor) -> Sampled:
-    """As `sample` with every temperature 0."""
+    """As in reference.py."""
     nought = torch.zeros(logits.shape[0], dtype=torch.float32, device=logits.device)
     return sample(logits, nought, nought.to(torch.int32), nought, nought, nought)
 

@@ -1,7 +1,7 @@
-"""store_kv on the GPU: keys and values in one launch.
+"""Triton form of store_kv: one launch for keys and values; a program copies some heads of one token.
 
-Only the KV slots named are written. Blocks need not be cleared before their first use: paged_attention's kernel loads
-nothing past a sequence's end (its reference does, and masks it).
+Only the KV slots that slot_mapping names are written. Blocks need not be cleared before their first use, since
+paged_attention's kernel loads nothing past a sequence's end. (Its reference does, and masks it.)
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels.compiled.kernel import Configuration
 
-MAX_ELEMENTS = 4096  # of a program's keys
+MAX_ELEMENTS = 4096  # of the keys that a program copies
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def _store(
     HEADS: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_H: tl.constexpr, PADDED: tl.constexpr, VALUE_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Programs: (token, some heads). A negative KV slot is padding."""
+    """Programs: (token, some heads). A token with a negative KV slot only pads the batch."""
     token = tl.program_id(0).to(tl.int64)
     first_head = tl.program_id(1).to(tl.int64) * BLOCK_H
     kv_slot = tl.load(slot_mapping + token).to(tl.int64)
