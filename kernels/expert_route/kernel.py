@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.compiled.kernel import Configuration, Tiles
-from kernels.expert_route.choice.kernel import Chosen, Tokens, choose_block, rule
+from kernels.expert_route.choice.kernel import Chosen, Tokens, choose_block, numbers, rule
 from kernels.expert_route.counting_sort import kernel as counting_sort
 from kernels.expert_route.routing import GroupScore, Routed, Routing, Score, TokenBatch, max_tiles
 
@@ -105,8 +105,8 @@ def _expert_route(
     weights, places, pairs, tiles, num_tiles = outputs
     count, experts = logits.shape
     assert count > 0
-    routing = Routing(top_k, Score(score), renormalise, scale, num_groups, top_groups, GroupScore(group_score))
-    constants = rule(experts, routing, bias is not None, token_slots is not None, num_tokens is not None)
+    constants = rule(experts, top_k, score, renormalise, scale, num_groups, top_groups, group_score, bias is not None,
+                     token_slots is not None, num_tokens is not None)  # fmt: skip
     # an argument that is not read still needs a pointer
     tokens = Tokens(logits, logits if bias is None else bias, places if token_slots is None else token_slots,
                     expert_map, places if num_tokens is None else num_tokens)  # fmt: skip
@@ -156,8 +156,7 @@ def expert_route(
     assert batch.counters is not None
     outputs = _expert_route(
         logits.contiguous(), expert_map, batch.slots, bias, batch.num_tokens, batch.counters,
-        num_places, tile_rows, routing.top_k, int(routing.score),
-        routing.renormalise, routing.scale, routing.num_groups, routing.top_groups, int(routing.group_score),
+        num_places, tile_rows, *numbers(routing),
     )  # fmt: skip
     return Routed(*outputs, tile_rows)
 
@@ -170,7 +169,10 @@ def configurations() -> Iterator[Configuration]:
         "qwen3": (128, Routing(8, renormalise=True), False),
         "gpt-oss": (128, Routing(4, Score.SOFTMAX_OF_CHOSEN), False),
     }
-    rules = {name: rule(*router, has_adapters=True, has_padding=True) for name, router in routers.items()}
+    rules = {
+        name: rule(experts, *numbers(routing), has_bias, has_adapters=True, has_padding=True)
+        for name, (experts, routing, has_bias) in routers.items()
+    }
     types = {"tokens": Tokens("*fp32:16", "*fp32:16", "*i32:16", "*i32:16", "*i32:16"),
              "chosen": Chosen("*fp32:16", "*i32:16")}  # fmt: skip
     tiles = {"tiles": Tiles("*i32:16", "*i32:16", "*i32:16"), "counters": "*i32:16", "T": "i32"}

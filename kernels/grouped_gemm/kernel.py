@@ -6,6 +6,9 @@ only: two programs a multiprocessor are launched, and each takes every so many-t
 
 At decode the time goes into reading weights. Tiles are therefore as high as it takes to read each matrix once, and no
 higher. A place's matrix is found by the stride of the stack, whose other places need not be mapped.
+
+Names of constants: T tokens with H elements and K choices each; I is an expert's inner width; TILE the rows of a tile;
+BN and BK are columns of the output and elements of the depth at a time.
 """
 
 from collections.abc import Iterator
@@ -166,39 +169,25 @@ def combine_kernel(rows, weights, places, out, H: tl.constexpr, K: tl.constexpr,
     tl.store(out + t.to(tl.int64) * H + n, total.to(out.dtype.element_ty), mask=n < H)
 
 
-class Product(NamedTuple):
-    """What one product is compiled for, and how: the same for a launch and for the list of configurations."""
-
-    constants: dict[str, int | float]
-    num_warps: int
-    num_stages: int
-
-    def programs(self, x: Tensor, most_tiles: int, columns: int) -> int:
-        """Two programs a multiprocessor, unless there cannot be so much work."""
-        return min(most_tiles * triton.cdiv(columns, int(self.constants["BN"])), 2 * multiprocessors(x))
+def _for_size(blocks: Blocks, itemsize: int) -> Blocks:
+    """Elements of four bytes are multiplied without matrix instructions, which takes registers: smaller blocks."""
+    return blocks if itemsize < 4 else blocks._replace(depth=blocks.depth // 4, num_warps=8, num_stages=2)
 
 
-def _product(blocks: Blocks, itemsize: int, tile: int, transposed: bool, has_bias: bool, **own: int | float) -> Product:
-    """`own`: the constants that gate_up or down has for itself.
-
-    Elements of four bytes are multiplied without matrix instructions, which takes registers: smaller blocks.
-    """
-    if itemsize == 4:
-        blocks = blocks._replace(depth=blocks.depth // 4, num_warps=8, num_stages=2)
-    constants = dict(own, HAS_BIAS=has_bias, TRANSPOSED=transposed, TILE=tile, BN=blocks.columns, BK=blocks.depth)
-    return Product(constants, blocks.num_warps, blocks.num_stages)
+def _gate_up_constants(
+    blocks: Blocks, hidden: int, inner: int, top_k: int, tile: int, act: int, alpha: float, limit: float,
+    transposed: bool, interleaved: bool, has_bias: bool,
+) -> dict[str, int | float]:  # fmt: skip
+    return dict(H=hidden, I=inner, K=top_k, ACT=act, ALPHA=alpha, LIMIT=limit, HAS_BIAS=has_bias,
+                TRANSPOSED=transposed, INTERLEAVED=interleaved, TILE=tile, BN=blocks.columns,
+                BK=blocks.depth)  # fmt: skip
 
 
-def _gate_up_product(
-    hidden: int, inner: int, itemsize: int, top_k: int, tile: int, act_number: int, alpha: float, limit: float,
-    layout: Layout, has_bias: bool,
-) -> Product:  # fmt: skip
-    return _product(_GATE_UP[tile], itemsize, tile, layout.transposed, has_bias, H=hidden, I=inner, K=top_k,
-                    ACT=act_number, ALPHA=alpha, LIMIT=limit, INTERLEAVED=layout.interleaved)  # fmt: skip
-
-
-def _down_product(hidden: int, inner: int, itemsize: int, tile: int, transposed: bool, has_bias: bool) -> Product:
-    return _product(_DOWN[tile], itemsize, tile, transposed, has_bias, H=hidden, I=inner)
+def _down_constants(
+    blocks: Blocks, hidden: int, inner: int, tile: int, transposed: bool, has_bias: bool
+) -> dict[str, int | float]:
+    return dict(H=hidden, I=inner, HAS_BIAS=has_bias, TRANSPOSED=transposed, TILE=tile, BN=blocks.columns,
+                BK=blocks.depth)  # fmt: skip
 
 
 @torch.library.custom_op("heddle::expert_gate_up", mutates_args=())
@@ -208,11 +197,13 @@ def _gate_up(
 ) -> Tensor:  # fmt: skip
     inner = stack.shape[2 if transposed else 1] // 2
     h = x.new_empty(pairs.shape[0], inner if act >= 0 else 2 * inner)
-    product = _gate_up_product(x.shape[1], inner, x.itemsize, top_k, tile, act, alpha, limit,
-                               Layout(transposed, interleaved), bias is not None)  # fmt: skip
-    gate_up_kernel[(product.programs(x, len(tiles), inner),)](
-        x, stack, stack.stride(0), x if bias is None else bias, h, Tiles(tiles, num_tiles, pairs),
-        **product.constants, num_warps=product.num_warps, num_stages=stages(product.num_stages),
+    blocks = _for_size(_GATE_UP[tile], x.itemsize)
+    constants = _gate_up_constants(blocks, x.shape[1], inner, top_k, tile, act, alpha, limit, transposed, interleaved,
+                                   bias is not None)  # fmt: skip
+    # an argument that is not read still needs a pointer
+    gate_up_kernel[(_programs(x, tiles, inner, blocks),)](
+        x, stack, stack.stride(0), x if bias is None else bias, h, Tiles(tiles, num_tiles, pairs), **constants,
+        num_warps=blocks.num_warps, num_stages=stages(blocks.num_stages),
     )  # fmt: skip
     return h
 
@@ -233,10 +224,11 @@ def _down(
 ) -> Tensor:  # fmt: skip
     hidden = stack.shape[2 if transposed else 1]
     out = h.new_empty(h.shape[0], hidden)
-    product = _down_product(hidden, h.shape[1], h.itemsize, tile, transposed, bias is not None)
-    down_kernel[(product.programs(h, len(tiles), hidden),)](
-        h, stack, stack.stride(0), h if bias is None else bias, out, Tiles(tiles, num_tiles, pairs),
-        **product.constants, num_warps=product.num_warps, num_stages=stages(product.num_stages),
+    blocks = _for_size(_DOWN[tile], h.itemsize)
+    constants = _down_constants(blocks, hidden, h.shape[1], tile, transposed, bias is not None)
+    down_kernel[(_programs(h, tiles, hidden, blocks),)](
+        h, stack, stack.stride(0), h if bias is None else bias, out, Tiles(tiles, num_tiles, pairs), **constants,
+        num_warps=blocks.num_warps, num_stages=stages(blocks.num_stages),
     )  # fmt: skip
     return out
 
@@ -298,6 +290,11 @@ def combine(rows: Tensor, routed: Routed) -> Tensor:
     return _combine(rows, routed.weights, routed.places)
 
 
+def _programs(x: Tensor, tiles: Tensor, columns: int, blocks: Blocks) -> int:
+    """Two programs a multiprocessor, unless there cannot be so much work."""
+    return min(tiles.shape[0] * triton.cdiv(columns, blocks.columns), 2 * multiprocessors(x))
+
+
 def multiprocessors(x: Tensor) -> int:
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
 
@@ -325,11 +322,14 @@ def configurations() -> Iterator[Configuration]:
             ways: list[tuple[str, Activation | None]] = [(f"gate_up {title}", activation)]
             if name in ("v2-lite", "gpt-oss"):
                 ways.append((f"gate_up {title} without activation", None))
+            blocks = _for_size(_GATE_UP[tile], itemsize)
             for way, wanted in ways:
-                it = _gate_up_product(hidden, inner, itemsize, top_k, tile, *_numbers(wanted), layout, has_bias)
-                yield Configuration(way, gate_up_kernel, types, it.constants, it.num_warps, it.num_stages)
-            it = _down_product(hidden, inner, itemsize, tile, layout.transposed, has_bias)
-            yield Configuration(f"down {title}", down_kernel, types, it.constants, it.num_warps, it.num_stages)
+                constants = _gate_up_constants(blocks, hidden, inner, top_k, tile, *_numbers(wanted),
+                                               layout.transposed, layout.interleaved, has_bias)  # fmt: skip
+                yield Configuration(way, gate_up_kernel, types, constants, blocks.num_warps, blocks.num_stages)
+            blocks = _for_size(_DOWN[tile], itemsize)
+            constants = _down_constants(blocks, hidden, inner, tile, layout.transposed, has_bias)
+            yield Configuration(f"down {title}", down_kernel, types, constants, blocks.num_warps, blocks.num_stages)
     types = dict(rows="*bf16:16", weights="*fp32:16", places="*i32:16", out="*bf16:16")
     yield Configuration("combine v2-lite", combine_kernel, types, _combine_constants(2048, 6))
     yield from activation_kernel.configurations()

@@ -1,4 +1,9 @@
-"""Triton form of the choice: a block of tokens with all their scores in registers, used by both ways to sort."""
+"""Triton form of the choice: a block of tokens with all their scores in registers, used by both ways to sort.
+
+Names of constants: M experts, padded to MP; K choices, padded to KP; BT tokens of a block; G groups, of which TOP_G
+take part, ranked by the sum of their two best if TOP2. The others say which rule of Routing holds, and which tensors
+exist.
+"""
 
 from typing import Any, NamedTuple
 
@@ -28,15 +33,21 @@ class Chosen(NamedTuple):
     places: Any  # [T, K] int32
 
 
+def numbers(routing: Routing) -> tuple[int, int, bool, float, int, int, int]:
+    """A Routing as an op of torch's library takes it."""
+    return (routing.top_k, int(routing.score), routing.renormalise, routing.scale, routing.num_groups,
+            routing.top_groups, int(routing.group_score))  # fmt: skip
+
+
 def rule(
-    experts: int, routing: Routing, has_bias: bool, has_adapters: bool, has_padding: bool
-) -> dict[str, int | float]:
-    """The constants of a router's kernels: its number of experts, its Routing, and which tensors there are."""
+    experts: int, top_k: int, score: int, renormalise: bool, scale: float, num_groups: int, top_groups: int,
+    group_score: int, has_bias: bool, has_adapters: bool, has_padding: bool,
+) -> dict[str, int | float]:  # fmt: skip
+    """The constants of a router's kernels: how many experts, the `numbers` of its Routing, and which tensors exist."""
     return dict(
-        M=experts, MP=triton.next_power_of_2(experts), K=routing.top_k, KP=triton.next_power_of_2(routing.top_k),
-        SCORE=int(routing.score), RENORM=routing.renormalise, SCALE=routing.scale, HAS_BIAS=has_bias,
-        G=routing.num_groups, TOP_G=routing.top_groups, TOP2=routing.group_score == GroupScore.TOP2_SUM,
-        HAS_ADAPTERS=has_adapters, HAS_PADDING=has_padding,
+        M=experts, MP=triton.next_power_of_2(experts), K=top_k, KP=triton.next_power_of_2(top_k), SCORE=score,
+        RENORM=renormalise, SCALE=scale, HAS_BIAS=has_bias, G=num_groups, TOP_G=top_groups,
+        TOP2=group_score == GroupScore.TOP2_SUM, HAS_ADAPTERS=has_adapters, HAS_PADDING=has_padding,
     )  # fmt: skip
 
 
