@@ -292,10 +292,10 @@ def combine(rows: Tensor, routed: Routed) -> Tensor:
 
 def _programs(x: Tensor, tiles: Tensor, columns: int, blocks: Blocks) -> int:
     """Two programs a multiprocessor, unless there cannot be so much work."""
-    return min(tiles.shape[0] * triton.cdiv(columns, blocks.columns), 2 * multiprocessors(x))
+    return min(tiles.shape[0] * triton.cdiv(columns, blocks.columns), 2 * _multiprocessors(x))
 
 
-def multiprocessors(x: Tensor) -> int:
+def _multiprocessors(x: Tensor) -> int:
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
 
 
