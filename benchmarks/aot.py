@@ -18,6 +18,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as in every released Triton so far; unset, it warns
@@ -70,18 +71,36 @@ def _compile(op: str, index: int, target: str) -> Compiled:
 
 
 def compile_for(op: str, it: Configuration, target: str) -> Compiled:
-    names = it.kernel.arg_names
-    source = ASTSource(
-        fn=it.kernel,
-        signature={name: "constexpr" if name in it.constants else it.types[name] for name in names},
-        constexprs={(names.index(name),): value for name, value in it.constants.items()},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in it.aligned},
-    )
     num_stages = min(it.num_stages, AMD_STAGES) if target == "gfx942" else it.num_stages
     options = {"num_warps": it.num_warps, "num_stages": num_stages}
-    compiled = triton.compile(source, target=TARGETS[target], options=options)
+    compiled = triton.compile(_source(it), target=TARGETS[target], options=options)
     registers, spilled = _amd_usage(compiled.asm["amdgcn"]) if target == "gfx942" else _usage(compiled.asm["cubin"])
     return Compiled(op, it.name, target, registers, compiled.metadata.shared, spilled, it.num_warps)
+
+
+def _source(it: Configuration) -> ASTSource:
+    """The configuration as Triton's compiler takes it: what an argument's type says is noted by the argument's path."""
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[object]]] = {}
+
+    def plain(kind: Any, path: tuple[int, ...]) -> Any:
+        if isinstance(kind, tuple):
+            return type(kind)(*(plain(member, (*path, index)) for index, member in enumerate(kind)))
+        kind, _, found = kind.partition(":")
+        if found == "16":
+            attributes[path] = [["tt.divisibility", 16]]
+        if found != "1":
+            return kind
+        constants[path] = 1
+        return "constexpr"
+
+    signature = {}
+    for index, name in enumerate(it.kernel.arg_names):
+        if name in it.constants:
+            signature[name], constants[(index,)] = "constexpr", it.constants[name]
+        else:
+            signature[name] = plain(it.types[name], (index,))
+    return ASTSource(fn=it.kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:

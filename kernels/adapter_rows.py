@@ -5,12 +5,15 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-FEW_ROWS = 512  # beyond so many rows a second launch costs nothing that one would notice
+FEW_ROWS = 512  # with more rows than this a step takes so long that a second launch of lora costs nothing to speak of
 FEW_TILE_ROWS, MANY_TILE_ROWS = 16, 64
 
 
 def tile_rows(rows: int) -> int:
-    """The most rows of a tile: few at decode, where adapters differ and bytes count, many at prefill."""
+    """The most rows of a tile in a step of so many rows.
+
+    Few at decode, where an adapter seldom has more and time goes into reading its weights; many at prefill.
+    """
     return FEW_TILE_ROWS if rows <= FEW_ROWS else MANY_TILE_ROWS
 
 
@@ -24,11 +27,11 @@ class ShapeKey(NamedTuple):
     experts: int = 0
 
     def joined(self, other: "ShapeKey") -> "ShapeKey":
-        """Of adapters of both in one step."""
+        """The shape of a step that has the adapters of both."""
         return ShapeKey(*map(max, self, other))
 
     def covers(self, other: "ShapeKey") -> bool:
-        """Whether what was made for this shape serves a step of the other's."""
+        """Whether what was made for steps of this shape, such as a captured graph, serves a step of the other."""
         return all(mine >= its for mine, its in zip(self, other, strict=True))
 
 

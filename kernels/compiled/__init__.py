@@ -14,12 +14,12 @@ _everywhere = ContextVar("everywhere", default=False)
 
 
 def takes(tensor: Tensor) -> bool:
-    """Whether kernels compute on tensors that live where this one does; references do elsewhere."""
+    """Whether kernels compute on tensors that live where this one does. Where they do not, references do."""
     return tensor.is_cuda or _everywhere.get()
 
 
 def takes_on(device: torch.device) -> bool:
-    """The same for all tensors of a device."""
+    """Whether kernels compute on the tensors of a device."""
     return device.type == "cuda" or _everywhere.get()
 
 

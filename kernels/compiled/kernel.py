@@ -1,7 +1,7 @@
-"""What kernels share: a matrix product that the interpreter gets right, and how a kernel is listed for compilation.
+"""What kernels share: a matrix product that the interpreter gets right, tiles of rows, and how a kernel is listed.
 
-Every kernel.py has a `configurations()`: the specialisations that are shipped. benchmarks/aot.py compiles each ahead of
-time, without a GPU, and fails on a register spill (benchmarks/README.md).
+Every op's kernel.py has a `configurations()`: the specialisations that are shipped. benchmarks/aot.py compiles each
+ahead of time, without a GPU, and fails on a register spill (benchmarks/README.md).
 """
 
 from collections.abc import Mapping
@@ -28,6 +28,21 @@ def dot(a, b, acc):
         return tl.dot(a, b, acc, input_precision="ieee")
 
 
+class Tiles(NamedTuple):
+    """Tiles of rows that belong together: to one adapter, or to one expert place. In a kernel, pointers to int32."""
+
+    tiles: Any  # [most, 3]: adapter slot or expert place, first row, number of rows
+    num_tiles: Any  # [1]: how many of them there are
+    pairs: Any  # [P], for routed experts, whose rows are positions: the (token, choice) pair at each position
+
+
+@triton.jit
+def open_tile(tiles, tile):
+    """(adapter slot or expert place, first row, number of rows) of a tile by its number."""
+    at = tiles.tiles + tile * 3
+    return tl.load(at), tl.load(at + 1), tl.load(at + 2)
+
+
 def stages(wanted: int) -> int:
     """Steps of a loop whose loads are under way at once; AMD's chips have a third of the shared memory."""
     return min(wanted, AMD_STAGES) if torch.version.hip else wanted
@@ -37,14 +52,24 @@ AMD_STAGES = 2
 NVIDIA, AMD = ("sm_80", "sm_90"), ("gfx942",)
 
 
+def integer(value: int) -> str:
+    """The type of an integer argument of this value, as Triton sees it (see Configuration)."""
+    return "i32:1" if value == 1 else "i32:16" if value % 16 == 0 else "i32"
+
+
 class Configuration(NamedTuple):
-    """One specialisation of a kernel, as its launch function would ask for it."""
+    """One specialisation of a kernel, as its launch function would ask for it.
+
+    types: of each argument that is not a constexpr, in the notation of triton.tools.compile. "*bf16" is a pointer, and
+    "i32" and "fp32" are numbers. Triton compiles a kernel anew for some properties of an argument, which the notation
+    adds: ":16" to a pointer or integer that is a multiple of 16, ":1" to an integer that is 1. An argument that is a
+    NamedTuple has a NamedTuple of such types.
+    """
 
     name: str  # of the shape, within the kernel: "decode r16"
     kernel: Any  # the @triton.jit function
-    types: Mapping[str, str]  # argument -> "*bf16", "*fp32", "*i32", "*i64", "i32", "fp32"
+    types: Mapping[str, Any]
     constants: Mapping[str, Any]  # constexpr arguments
-    aligned: tuple[str, ...] = ()  # arguments that are multiples of 16, as the launcher would find them
     num_warps: int = 4
     num_stages: int = 3
     targets: tuple[str, ...] = NVIDIA + AMD

@@ -1,6 +1,28 @@
-"""expert_route: choose each token's experts, reroute them through its adapter's expert map, bucket them by place.
+"""expert_route: choose each token's experts, reroute them through its adapter's expert map, sort them by expert place.
 
-An expert place is a row of the expert stack: the base's experts first, the adapters' behind them.
+A layer of experts is a stack of matrices. An expert place is a row of that stack: the base's experts come first, those
+that adapters bring behind them. For a token t with the adapter in slots[t] (0: the base), and each of its K choices:
+
+    scores      = softmax(logits[t])              or another rule, see Routing
+    ids         = the K experts with the best scores, and weights their scores
+    places[t]   = expert_map[slots[t], ids]       the adapter's own expert where it has one, else the base's
+
+The (token, choice) pairs, numbered t * K + choice, are then put in order of place and cut into tiles of at most
+`tile_rows` pairs of one place: what a grouped product reads. ("Position" is an index into that order.)
+
+Running example: 4 experts, 2 choices a token with weights that sum to 1, tiles of at most 1 row. Token 0 has the
+adapter in slot 1, which replaces expert 1 by what lies in place 7; token 1 has none.
+
+    expert_map  [[0, 1, 2, 3], [0, 7, 2, 3]]
+    slots       [1, 0]
+    ids         [[1, 3], [3, 0]]
+    places      [[7, 3], [3, 0]]
+    weights     [[.6, .4], [.7, .3]]
+    pairs       [3, 1, 2, 0]                                   in order of place, and of number within a place
+    tiles       [[0, 0, 1], [3, 1, 1], [3, 2, 1], [7, 3, 1]]   place, first position, rows; in any order
+    num_tiles   [4]
+
+Source: ExpertWeave's batched rerouting (arXiv 2508.17624, section 4.3).
 """
 
 from torch import Tensor

@@ -19,10 +19,10 @@ def expert_route(
 ) -> Routed:
     """Choose each token's experts, replace them by the places that its adapter has for them, and sort by place.
 
-    logits [T, M]: the router's, over the base's M experts; weights are untouched by rerouting.
-    expert_map [adapters + 1, M] int32: row 0 is the identity.
-    num_places: of the expert stack; no place in the map is as large. tile_rows: the most rows of a tile.
-    bias [M]: added to the scores for choosing only (DeepSeek-V3).
+    logits [T, M]: the router's, over the base's M experts. Rerouting changes places and leaves weights alone.
+    expert_map [adapters + 1, M] int32: the place of each expert for each adapter; row 0, the base's, is the identity.
+    num_places: how many the expert stack has; every place in the map is below it. tile_rows: the most rows of a tile.
+    bias [M]: added to the scores when experts are ranked, not to their weights (DeepSeek-V3).
     """
     weights, ids = choose(logits.float(), routing, bias)
     if batch.slots is not None:

@@ -8,26 +8,28 @@ from torch import Tensor
 
 
 class Score(IntEnum):
-    """What is ranked: probabilities over all experts, independent ones, or the logits themselves."""
+    """What experts are ranked by, and what becomes their weight."""
 
-    SOFTMAX = 0
-    SIGMOID = 1
-    SOFTMAX_OF_CHOSEN = 2  # softmax over the chosen logits only (gpt-oss)
+    SOFTMAX = 0  # probabilities over all experts
+    SIGMOID = 1  # of each expert's logit by itself (DeepSeek-V3)
+    SOFTMAX_OF_CHOSEN = 2  # ranked by logit; weights are the softmax of the chosen logits only (gpt-oss)
 
 
 class GroupScore(IntEnum):
     """What a group of experts is ranked by, where the choice is limited to the best groups."""
 
-    MAX = 0  # DeepSeek-V2
-    TOP2_SUM = 1  # DeepSeek-V3
+    MAX = 0  # its best expert's score (DeepSeek-V2)
+    TOP2_SUM = 1  # the sum of its two best (DeepSeek-V3)
 
 
 @dataclass(frozen=True)
 class Routing:
     """One router's rule.
 
-    top_k experts a token. num_groups > 1: only experts of the top_groups best groups of equal size take part.
-    renormalise: the weights of the chosen ones sum to 1 (before scale).
+    top_k: experts that a token takes. score: what experts are ranked by.
+    renormalise: divide the weights of the chosen experts by their sum. scale: multiply the weights by this, at the end.
+    num_groups > 1: experts form that many groups of equal size, and only those of the top_groups best groups take part;
+        group_score says which are best.
     """
 
     top_k: int
@@ -48,25 +50,20 @@ class TokenBatch(NamedTuple):
 
 
 class Routed(NamedTuple):
-    """Choices of a step's tokens, and the (token, choice) pairs sorted by expert place and cut into tiles.
+    """Choices of a step's tokens, and the (token, choice) pairs in order of expert place, cut into tiles.
 
-    Running example, 2 tokens with 2 choices each, pairs numbered token * 2 + choice, tiles of at most 1 row:
-        places     [[7, 3], [3, 0]]
-        weights    [[.6, .4], [.7, .3]]
-        pairs      [3, 1, 2, 0]                              in order of place, and of number within a place
-        tiles      [[0, 0, 1], [3, 1, 1], [3, 2, 1], [7, 3, 1]]    place, first position, rows; in any order
-        num_tiles  [4]       tile_rows  1
+    The example is in __init__.py.
     """
 
     weights: Tensor  # [T, K] float32
     places: Tensor  # [T, K] int32: row of the expert stack; -1: a token that only pads the batch
-    pairs: Tensor  # [T * K] int32; behind the pairs of real tokens, anything
-    tiles: Tensor  # [most tiles there can be, 3] int32
+    pairs: Tensor  # [T * K] int32: pair number at each position; behind the pairs of real tokens, anything
+    tiles: Tensor  # [most tiles there can be, 3] int32: place, first position, rows; in any order
     num_tiles: Tensor  # [1] int32
     tile_rows: int  # the most rows of a tile
 
 
 def max_tiles(num_pairs: int, num_places: int, tile_rows: int) -> int:
-    """The most tiles that so many pairs can fall into: every place in use may end in one that is not full."""
+    """The most tiles that so many pairs can be cut into: every place in use may end in a tile that is not full."""
     in_use = min(num_pairs, num_places)
     return in_use + (num_pairs - in_use) // tile_rows

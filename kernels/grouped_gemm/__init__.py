@@ -1,7 +1,24 @@
-"""grouped_gemm: a mixture's experts as grouped products over the buckets that expert_route made.
+"""grouped_gemm: a mixture's experts, computed as products of each expert place with the rows that were routed to it.
 
-gate_up (with the activation), down, combine: three launches. Where something is added to gate_up's products before the
-activation (LoRA), gate_up leaves it out and activate is a fourth.
+An expert is two products with an activation between them. With the pairs, places and weights of expert_route, P = T * K
+pairs of T tokens with K choices each, and pair p = pairs[position]:
+
+    gate_up     h[position] = act(gate) * up,   where (gate, up) = gate_up_stack[place of p] @ x[token of p]
+    down        rows[p]     = down_stack[place of p] @ h[position]
+    combine     out[t]      = sum over k of weights[t, k] * rows[t * K + k]
+
+Running example, continued from expert_route: two tokens, two choices each.
+
+    position            0  1  2  3
+    pairs               3  1  2  0
+    token of the pair   1  0  1  0
+    place of the pair   0  3  3  7
+
+h[1] is computed from x[0] with the matrices of place 3. down writes rows in order of pair number, so that combine finds
+the choices of a token next to each other: out[0] = .6 * rows[0] + .4 * rows[1], out[1] = .7 * rows[2] + .3 * rows[3].
+
+These are three launches. Where something is added to gate_up's products before the activation (LoRA), gate_up returns
+the products themselves, [gate, up] by row, and activate is a fourth launch.
 """
 
 from torch import Tensor
@@ -13,13 +30,13 @@ from kernels.grouped_gemm.layout import Act, Activation, Layout
 
 __all__ = ["Act", "Activation", "Layout", "activate", "combine", "down", "gate_up", "tile_rows"]
 
-_ONE_TILE = 1 << 30
+_ONE_TILE = 1 << 30  # more rows than any batch has
 
 
 def tile_rows(x: Tensor, top_k: int, num_experts: int) -> int:
-    """The most rows of a tile for this batch: so many that a matrix is seldom read twice, and no more.
+    """The most rows of a tile for x [T, ..], of which each goes to top_k of num_experts experts.
 
-    On the CPU a place's rows are one product.
+    So many that a matrix is seldom read twice, and no more. On the CPU all rows of a place are one tile.
     """
     if not takes(x):
         return _ONE_TILE

@@ -1,8 +1,14 @@
-"""Triton form of grouped_gemm: persistent programs walk the tiles that expert_route opened.
+"""Triton form of grouped_gemm: each program walks over pieces of work, a tile of rows times a block of columns.
 
-A tile is up to TILE rows of one expert place; its rows are gathered on load and scattered on store, so nothing is
-sorted or padded in memory. At decode the weights' bytes are the cost: the only rule for tile sizes is to read each
-matrix once. A stack is addressed by stride: it may be an arena with holes.
+A tile is up to TILE rows of one expert place, as expert_route cut them. Rows are gathered as they are loaded and
+scattered as they are stored, so nothing is sorted or padded in memory. How many tiles there are is known on the device
+only: two programs a multiprocessor are launched, and each takes every so many-th piece of work.
+
+At decode the time goes into reading weights. Tiles are therefore as high as it takes to read each matrix once, and no
+higher. A place's matrix is found by the stride of the stack, whose other places need not be mapped.
+
+Names of constants: T tokens with H elements and K choices each; I is an expert's inner width; TILE the rows of a tile;
+BN and BK are columns of the output and elements of the depth at a time.
 """
 
 from collections.abc import Iterator
@@ -13,9 +19,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.compiled.kernel import Configuration, dot, stages
+from kernels.compiled.kernel import Configuration, Tiles, dot, open_tile, stages
 from kernels.expert_route import Routed
+from kernels.grouped_gemm.activation import kernel as activation_kernel
+from kernels.grouped_gemm.activation.kernel import act, activate
 from kernels.grouped_gemm.layout import Act, Activation, Layout
+
+__all__ = ["activate", "combine", "configurations", "down", "gate_up", "tile_rows"]
 
 
 class Blocks(NamedTuple):
@@ -31,33 +41,12 @@ class Blocks(NamedTuple):
 _GATE_UP = {16: Blocks(64, 128, 4, 3), 32: Blocks(64, 64, 4, 3), 64: Blocks(64, 64, 4, 3)}
 _DOWN = {16: Blocks(64, 128, 4, 4), 32: Blocks(64, 128, 4, 3), 64: Blocks(128, 64, 8, 3)}
 _COMBINE_COLUMNS = 1024
-_ACTIVATE_COLUMNS = 512
 _NO_ACT = -1  # in place of an Act: products as they are
 
 
 def tile_rows(num_pairs: int, num_experts: int) -> int:
     """Twice the mean rows of an expert, as a power of two between 16 (a matrix instruction's) and 64."""
     return min(64, max(16, triton.next_power_of_2(2 * num_pairs // num_experts)))
-
-
-@triton.jit
-def _gelu_tanh(x):
-    inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-    return 0.5 * x * (2 * tl.sigmoid(2 * inner))  # 1 + tanh(z) = 2 sigmoid(2 z)
-
-
-@triton.jit
-def _act(gate, up, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
-    if ACT == 0:
-        return gate * tl.sigmoid(gate) * up
-    elif ACT == 1:
-        return _gelu_tanh(gate) * up
-    elif ACT == 2:
-        return 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)) * up
-    else:
-        gate = tl.minimum(gate, LIMIT)
-        up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
-        return (up + 1.0) * gate * tl.sigmoid(gate * ALPHA)
 
 
 @triton.jit
@@ -71,7 +60,7 @@ def _offsets(row, k, DEPTH: tl.constexpr, ROWS: tl.constexpr, TRANSPOSED: tl.con
 
 @triton.jit
 def gate_up_kernel(
-    x, stack, bias, h, pairs, tiles, num_tiles, stride,
+    x, stack, stride, bias, h, tiles,
     H: tl.constexpr, I: tl.constexpr, K: tl.constexpr, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
     HAS_BIAS: tl.constexpr, TRANSPOSED: tl.constexpr, INTERLEAVED: tl.constexpr, TILE: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr,
@@ -81,13 +70,11 @@ def gate_up_kernel(
     ACT below 0: h [P, 2I] holds gate and up in the order of the matrix's rows.
     """
     column_blocks: tl.constexpr = (I + BN - 1) // BN
-    for work in range(tl.program_id(0), tl.load(num_tiles) * column_blocks, tl.num_programs(0)):
-        tile = work // column_blocks
-        place = tl.load(tiles + tile * 3)
-        start = tl.load(tiles + tile * 3 + 1)
+    for work in range(tl.program_id(0), tl.load(tiles.num_tiles) * column_blocks, tl.num_programs(0)):
+        place, start, count = open_tile(tiles, work // column_blocks)
         m = tl.arange(0, TILE)
-        row_mask = m < tl.load(tiles + tile * 3 + 2)
-        token = tl.load(pairs + start + m, mask=row_mask, other=0) // K
+        row_mask = m < count
+        token = tl.load(tiles.pairs + start + m, mask=row_mask, other=0) // K
         n = (work % column_blocks) * BN + tl.arange(0, BN)
         column_mask = n < I
         gate_row = n * 2 if INTERLEAVED else n
@@ -123,7 +110,7 @@ def gate_up_kernel(
             gate += tl.load(bias_at + gate_row, mask=column_mask, other=0.0).to(tl.float32)[None, :]
             up += tl.load(bias_at + up_row, mask=column_mask, other=0.0).to(tl.float32)[None, :]
         if ACT >= 0:
-            out = _act(gate, up, ACT, ALPHA, LIMIT)
+            out = act(gate, up, ACT, ALPHA, LIMIT)
             h_at = h + (start + m).to(tl.int64)[:, None] * I + n[None, :]
             tl.store(h_at, out.to(h.dtype.element_ty), mask=row_mask[:, None] & column_mask[None, :])
         elif INTERLEAVED:
@@ -138,45 +125,18 @@ def gate_up_kernel(
 
 
 @triton.jit
-def activate_kernel(
-    products, places, h,
-    I: tl.constexpr, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, INTERLEAVED: tl.constexpr,
-    BN: tl.constexpr,
-):  # fmt: skip
-    """h[position] = act(gate) * up; products [P, 2I], h [P, I].
-
-    Padding tokens are the last of a batch, so as many positions hold a real pair as leading entries of places do.
-    """
-    position = tl.program_id(0)
-    if tl.load(places + position) >= 0:
-        row = products + position.to(tl.int64) * (2 * I)
-        n = tl.program_id(1) * BN + tl.arange(0, BN)
-        if INTERLEAVED:
-            both_at = tl.program_id(1) * (2 * BN) + tl.arange(0, 2 * BN)
-            both = tl.load(row + both_at, mask=both_at < 2 * I, other=0.0).to(tl.float32)
-            gate, up = tl.split(tl.reshape(both, (BN, 2)))
-        else:
-            gate = tl.load(row + n, mask=n < I, other=0.0).to(tl.float32)
-            up = tl.load(row + I + n, mask=n < I, other=0.0).to(tl.float32)
-        out = _act(gate, up, ACT, ALPHA, LIMIT)
-        tl.store(h + position.to(tl.int64) * I + n, out.to(h.dtype.element_ty), mask=n < I)
-
-
-@triton.jit
 def down_kernel(
-    h, stack, bias, out, pairs, tiles, num_tiles, stride,
+    h, stack, stride, bias, out, tiles,
     H: tl.constexpr, I: tl.constexpr, HAS_BIAS: tl.constexpr, TRANSPOSED: tl.constexpr, TILE: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """out[pair] = stack[place] @ h[position]; h [P, I], stack [places, H, I], out [P, H] in order of pair number."""
     column_blocks: tl.constexpr = (H + BN - 1) // BN
-    for work in range(tl.program_id(0), tl.load(num_tiles) * column_blocks, tl.num_programs(0)):
-        tile = work // column_blocks
-        place = tl.load(tiles + tile * 3)
-        start = tl.load(tiles + tile * 3 + 1)
+    for work in range(tl.program_id(0), tl.load(tiles.num_tiles) * column_blocks, tl.num_programs(0)):
+        place, start, count = open_tile(tiles, work // column_blocks)
         m = tl.arange(0, TILE)
-        row_mask = m < tl.load(tiles + tile * 3 + 2)
-        pair = tl.load(pairs + start + m, mask=row_mask, other=0)
+        row_mask = m < count
+        pair = tl.load(tiles.pairs + start + m, mask=row_mask, other=0)
         n = (work % column_blocks) * BN + tl.arange(0, BN)
         column_mask = n < H
         k = tl.arange(0, BK)
@@ -209,20 +169,41 @@ def combine_kernel(rows, weights, places, out, H: tl.constexpr, K: tl.constexpr,
     tl.store(out + t.to(tl.int64) * H + n, total.to(out.dtype.element_ty), mask=n < H)
 
 
+def _for_size(blocks: Blocks, itemsize: int) -> Blocks:
+    """Elements of four bytes are multiplied without matrix instructions, which takes registers: smaller blocks."""
+    return blocks if itemsize < 4 else blocks._replace(depth=blocks.depth // 4, num_warps=8, num_stages=2)
+
+
+def _gate_up_constants(
+    blocks: Blocks, hidden: int, inner: int, top_k: int, tile: int, act: int, alpha: float, limit: float,
+    transposed: bool, interleaved: bool, has_bias: bool,
+) -> dict[str, int | float]:  # fmt: skip
+    return dict(H=hidden, I=inner, K=top_k, ACT=act, ALPHA=alpha, LIMIT=limit, HAS_BIAS=has_bias,
+                TRANSPOSED=transposed, INTERLEAVED=interleaved, TILE=tile, BN=blocks.columns,
+                BK=blocks.depth)  # fmt: skip
+
+
+def _down_constants(
+    blocks: Blocks, hidden: int, inner: int, tile: int, transposed: bool, has_bias: bool
+) -> dict[str, int | float]:
+    return dict(H=hidden, I=inner, HAS_BIAS=has_bias, TRANSPOSED=transposed, TILE=tile, BN=blocks.columns,
+                BK=blocks.depth)  # fmt: skip
+
+
 @torch.library.custom_op("heddle::expert_gate_up", mutates_args=())
 def _gate_up(
     x: Tensor, stack: Tensor, bias: Tensor | None, pairs: Tensor, tiles: Tensor, num_tiles: Tensor, top_k: int,
     tile: int, act: int, alpha: float, limit: float, transposed: bool, interleaved: bool,
 ) -> Tensor:  # fmt: skip
-    hidden = x.shape[1]
     inner = stack.shape[2 if transposed else 1] // 2
     h = x.new_empty(pairs.shape[0], inner if act >= 0 else 2 * inner)
     blocks = _for_size(_GATE_UP[tile], x.itemsize)
+    constants = _gate_up_constants(blocks, x.shape[1], inner, top_k, tile, act, alpha, limit, transposed, interleaved,
+                                   bias is not None)  # fmt: skip
+    # an argument that is not read still needs a pointer
     gate_up_kernel[(_programs(x, tiles, inner, blocks),)](
-        x, stack, x if bias is None else bias, h, pairs, tiles, num_tiles, stack.stride(0), H=hidden, I=inner, K=top_k,
-        ACT=act, ALPHA=alpha, LIMIT=limit, HAS_BIAS=bias is not None, TRANSPOSED=transposed, INTERLEAVED=interleaved,
-        TILE=tile, BN=blocks.columns, BK=blocks.depth, num_warps=blocks.num_warps,
-        num_stages=stages(blocks.num_stages),
+        x, stack, stack.stride(0), x if bias is None else bias, h, Tiles(tiles, num_tiles, pairs), **constants,
+        num_warps=blocks.num_warps, num_stages=stages(blocks.num_stages),
     )  # fmt: skip
     return h
 
@@ -236,22 +217,6 @@ def _(
     return x.new_empty(pairs.shape[0], columns // 2 if act >= 0 else columns)
 
 
-@torch.library.custom_op("heddle::expert_activate", mutates_args=())
-def _activate(products: Tensor, places: Tensor, act: int, alpha: float, limit: float, interleaved: bool) -> Tensor:
-    inner = products.shape[1] // 2
-    h = products.new_empty(products.shape[0], inner)
-    columns = min(_ACTIVATE_COLUMNS, triton.next_power_of_2(inner))
-    activate_kernel[(products.shape[0], triton.cdiv(inner, columns))](
-        products, places, h, I=inner, ACT=act, ALPHA=alpha, LIMIT=limit, INTERLEAVED=interleaved, BN=columns
-    )
-    return h
-
-
-@_activate.register_fake
-def _(products: Tensor, places: Tensor, act: int, alpha: float, limit: float, interleaved: bool) -> Tensor:
-    return products.new_empty(products.shape[0], products.shape[1] // 2)
-
-
 @torch.library.custom_op("heddle::expert_down", mutates_args=())
 def _down(
     h: Tensor, stack: Tensor, bias: Tensor | None, pairs: Tensor, tiles: Tensor, num_tiles: Tensor, tile: int,
@@ -260,9 +225,9 @@ def _down(
     hidden = stack.shape[2 if transposed else 1]
     out = h.new_empty(h.shape[0], hidden)
     blocks = _for_size(_DOWN[tile], h.itemsize)
+    constants = _down_constants(blocks, hidden, h.shape[1], tile, transposed, bias is not None)
     down_kernel[(_programs(h, tiles, hidden, blocks),)](
-        h, stack, h if bias is None else bias, out, pairs, tiles, num_tiles, stack.stride(0), H=hidden, I=h.shape[1],
-        HAS_BIAS=bias is not None, TRANSPOSED=transposed, TILE=tile, BN=blocks.columns, BK=blocks.depth,
+        h, stack, stack.stride(0), h if bias is None else bias, out, Tiles(tiles, num_tiles, pairs), **constants,
         num_warps=blocks.num_warps, num_stages=stages(blocks.num_stages),
     )  # fmt: skip
     return out
@@ -281,9 +246,13 @@ def _combine(rows: Tensor, weights: Tensor, places: Tensor) -> Tensor:
     tokens, top_k = weights.shape
     hidden = rows.shape[1]
     out = rows.new_empty(tokens, hidden)
-    columns = min(_COMBINE_COLUMNS, triton.next_power_of_2(hidden))
-    combine_kernel[(tokens, triton.cdiv(hidden, columns))](rows, weights, places, out, H=hidden, K=top_k, BH=columns)
+    constants = _combine_constants(hidden, top_k)
+    combine_kernel[(tokens, triton.cdiv(hidden, constants["BH"]))](rows, weights, places, out, **constants)
     return out
+
+
+def _combine_constants(hidden: int, top_k: int) -> dict[str, int]:
+    return dict(H=hidden, K=top_k, BH=min(_COMBINE_COLUMNS, triton.next_power_of_2(hidden)))
 
 
 @_combine.register_fake
@@ -300,17 +269,15 @@ def gate_up(
     bias: Tensor | None = None,
 ) -> Tensor:
     """As in reference.py."""
-    act = _NO_ACT if activation is None else int(activation.act)
-    alpha, limit = (1.0, 0.0) if activation is None else (activation.alpha, activation.limit)
     return _gate_up(
         x.contiguous(), stack, bias, routed.pairs, routed.tiles, routed.num_tiles, routed.places.shape[1],
-        routed.tile_rows, act, alpha, limit, layout.transposed, layout.interleaved,
+        routed.tile_rows, *_numbers(activation), layout.transposed, layout.interleaved,
     )  # fmt: skip
 
 
-def activate(products: Tensor, activation: Activation, interleaved: bool, routed: Routed) -> Tensor:
-    """As in reference.py."""
-    return _activate(products, routed.places, int(activation.act), activation.alpha, activation.limit, interleaved)
+def _numbers(activation: Activation | None) -> tuple[int, float, float]:
+    """ACT, ALPHA and LIMIT of gate_up's kernel."""
+    return (_NO_ACT, 1.0, 0.0) if activation is None else (int(activation.act), activation.alpha, activation.limit)
 
 
 def down(h: Tensor, stack: Tensor, routed: Routed, layout: Layout, bias: Tensor | None = None) -> Tensor:
@@ -323,18 +290,22 @@ def combine(rows: Tensor, routed: Routed) -> Tensor:
     return _combine(rows, routed.weights, routed.places)
 
 
-def _for_size(blocks: Blocks, itemsize: int) -> Blocks:
-    """Elements of four bytes are multiplied without matrix instructions, which takes registers."""
-    return blocks if itemsize < 4 else blocks._replace(depth=blocks.depth // 4, num_warps=8, num_stages=2)
-
-
 def _programs(x: Tensor, tiles: Tensor, columns: int, blocks: Blocks) -> int:
     """Two programs a multiprocessor, unless there cannot be so much work."""
-    return min(tiles.shape[0] * triton.cdiv(columns, blocks.columns), 2 * multiprocessors(x))
+    return min(tiles.shape[0] * triton.cdiv(columns, blocks.columns), 2 * _multiprocessors(x))
 
 
-def multiprocessors(x: Tensor) -> int:
+def _multiprocessors(x: Tensor) -> int:
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
+
+
+# (name, hidden, inner, choices of a token, activation, layout, bias, element) of what is compiled ahead of time
+_SHAPES = (
+    ("v2-lite", 2048, 1408, 6, Activation(), Layout(), False, "bf16"),
+    ("v2-lite fp32", 2048, 1408, 6, Activation(), Layout(), False, "fp32"),
+    ("qwen3", 2048, 768, 8, Activation(), Layout(), False, "bf16"),
+    ("gpt-oss", 2880, 2880, 4, Activation(Act.CLAMPED, 1.702, 7.0), Layout(True, True), True, "bf16"),
+)
 
 
 def configurations() -> Iterator[Configuration]:
@@ -342,54 +313,23 @@ def configurations() -> Iterator[Configuration]:
 
     Without an activation only V2-Lite and gpt-oss, which differ in what they store.
     """
-    shapes = {
-        "v2-lite": (2048, 1408, 6, Act.SILU, Layout(), False, "*bf16"),
-        "v2-lite fp32": (2048, 1408, 6, Act.SILU, Layout(), False, "*fp32"),
-        "qwen3": (2048, 768, 8, Act.SILU, Layout(), False, "*bf16"),
-        "gpt-oss": (2880, 2880, 4, Act.CLAMPED, Layout(True, True), True, "*bf16"),
-    }
-    for name, (hidden, inner, top_k, act, layout, has_bias, dtype) in shapes.items():
+    for name, hidden, inner, top_k, activation, layout, has_bias, element in _SHAPES:
+        types = {pointer: f"*{element}:16" for pointer in ("x", "h", "stack", "bias", "out")}
+        types |= {"stride": "i32:16", "tiles": Tiles("*i32:16", "*i32:16", "*i32:16")}
+        itemsize = 2 if element == "bf16" else 4
         for tile in _GATE_UP:
             title = f"{name} tile {tile}"
-            yield _gate_up_configuration(title, hidden, inner, top_k, act, layout, has_bias, dtype, tile)
-            yield _down_configuration(title, hidden, inner, layout, has_bias, dtype, tile)
+            ways: list[tuple[str, Activation | None]] = [(f"gate_up {title}", activation)]
             if name in ("v2-lite", "gpt-oss"):
-                yield _gate_up_configuration(f"{name} tile {tile} without activation", hidden, inner, top_k, None,
-                                             layout, has_bias, dtype, tile)  # fmt: skip
-        if name in ("v2-lite", "gpt-oss"):
-            constants = dict(I=inner, ACT=int(act), ALPHA=1.702, LIMIT=7.0, INTERLEAVED=layout.interleaved,
-                             BN=_ACTIVATE_COLUMNS)  # fmt: skip
-            types = dict(products=dtype, places="*i32", h=dtype)
-            yield Configuration(f"activate {name}", activate_kernel, types, constants, ("products", "h"))
-    types = dict(rows="*bf16", weights="*fp32", places="*i32", out="*bf16")
-    yield Configuration("combine v2-lite", combine_kernel, types, dict(H=2048, K=6, BH=1024), ("rows", "out"))
-
-
-_INDICES = dict(pairs="*i32", tiles="*i32", num_tiles="*i32", stride="i32")
-
-
-def _gate_up_configuration(
-    title: str, hidden: int, inner: int, top_k: int, act: Act | None, layout: Layout, has_bias: bool, dtype: str,
-    tile: int,
-) -> Configuration:  # fmt: skip
-    blocks = _for_size(_GATE_UP[tile], 2 if dtype == "*bf16" else 4)
-    types = {**_INDICES, "x": dtype, "stack": dtype, "bias": dtype, "h": dtype}
-    number = _NO_ACT if act is None else int(act)
-    constants = dict(H=hidden, I=inner, K=top_k, ACT=number, ALPHA=1.702, LIMIT=7.0, HAS_BIAS=has_bias,
-                     TRANSPOSED=layout.transposed, INTERLEAVED=layout.interleaved, TILE=tile,
-                     BN=blocks.columns, BK=blocks.depth)  # fmt: skip
-    aligned = ("x", "stack", "h", "stride")
-    return Configuration(
-        f"gate_up {title}", gate_up_kernel, types, constants, aligned, blocks.num_warps, blocks.num_stages
-    )
-
-
-def _down_configuration(
-    title: str, hidden: int, inner: int, layout: Layout, has_bias: bool, dtype: str, tile: int
-) -> Configuration:
-    blocks = _for_size(_DOWN[tile], 2 if dtype == "*bf16" else 4)
-    types = {**_INDICES, "h": dtype, "stack": dtype, "bias": dtype, "out": dtype}
-    constants = dict(H=hidden, I=inner, HAS_BIAS=has_bias, TRANSPOSED=layout.transposed, TILE=tile,
-                     BN=blocks.columns, BK=blocks.depth)  # fmt: skip
-    aligned = ("h", "stack", "out", "stride")
-    return Configuration(f"down {title}", down_kernel, types, constants, aligned, blocks.num_warps, blocks.num_stages)
+                ways.append((f"gate_up {title} without activation", None))
+            blocks = _for_size(_GATE_UP[tile], itemsize)
+            for way, wanted in ways:
+                constants = _gate_up_constants(blocks, hidden, inner, top_k, tile, *_numbers(wanted),
+                                               layout.transposed, layout.interleaved, has_bias)  # fmt: skip
+                yield Configuration(way, gate_up_kernel, types, constants, blocks.num_warps, blocks.num_stages)
+            blocks = _for_size(_DOWN[tile], itemsize)
+            constants = _down_constants(blocks, hidden, inner, tile, layout.transposed, has_bias)
+            yield Configuration(f"down {title}", down_kernel, types, constants, blocks.num_warps, blocks.num_stages)
+    types = dict(rows="*bf16:16", weights="*fp32:16", places="*i32:16", out="*bf16:16")
+    yield Configuration("combine v2-lite", combine_kernel, types, _combine_constants(2048, 6))
+    yield from activation_kernel.configurations()

@@ -8,9 +8,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Layout:
-    """A stack [places, out, in], a matrix for each expert place, or [places, in, out] if transposed.
+    """How a stack of matrices, one for each expert place, lies in memory.
 
-    interleaved: gate and up alternate among the columns of gate_up, instead of all gates before all ups (gpt-oss).
+    transposed: [places, in, out]; otherwise [places, out, in].
+    interleaved: gate and up alternate among the outputs of gate_up (gpt-oss); otherwise all gates come before all ups.
     """
 
     transposed: bool = False
@@ -18,15 +19,18 @@ class Layout:
 
 
 class Act(IntEnum):
+    """The function of the gate."""
+
     SILU = 0
-    GELU_TANH = 1
+    GELU_TANH = 1  # GELU in its approximation by tanh
     GELU = 2
-    CLAMPED = 3  # gpt-oss: gate and up are clamped, (up + 1) * gate * sigmoid(alpha * gate)
+    # gpt-oss: gate is clamped to at most limit, up to between -limit and limit; (up + 1) * gate * sigmoid(alpha * gate)
+    CLAMPED = 3
 
 
 @dataclass(frozen=True)
 class Activation:
-    """gate, up -> act(gate) * up. alpha and limit are those of the clamped form."""
+    """gate, up -> act(gate) * up. alpha and limit matter to CLAMPED only."""
 
     act: Act = Act.SILU
     alpha: float = 1.0

@@ -1,8 +1,8 @@
-"""Reference and CPU path of grouped_gemm.
+"""Reference and CPU path of grouped_gemm: a loop over the expert places in use.
 
-A loop over the expert places in use. torch's own grouped product walks all places: it takes 0.7 times as long where all
-are used, 2.6 times where one in 32 is (benchmarks/README.md). The stack may be an arena of which only the places in use
-are mapped: no other is ever read.
+torch's own grouped product walks over all places. It takes 0.7 times as long where all are in use, but 2.6 times as
+long where one in 32 is (benchmarks/README.md). Besides, the stack may be an arena of which only the places in use are
+mapped, so no other may be read.
 """
 
 import torch
@@ -18,9 +18,10 @@ def gate_up(
 ) -> Tensor:
     """act(gate(x)) * up(x) of each pair, by the matrices of its place.
 
-    x [T, H]; stack [places, 2I, H]; bias [places, 2I]. Returns [P, I]: row i belongs to pair routed.pairs[i], and rows
-    behind the pairs of real tokens are not written. activation None: the products themselves, [P, 2I] with columns as
-    the layout has them, for `activate` after something was added.
+    x [T, H]; stack [places, 2I, H], or as the layout says; bias [places, 2I]. Returns [P, I] in order of position: row
+    i belongs to pair routed.pairs[i]. Rows behind the pairs of real tokens are not written.
+    activation None: returns the products themselves, [P, 2I] with columns as the layout has them, to which something
+    can be added before `activate`.
     """
     tiles = _tiles(routed)
     rows = x[routed.pairs[: _num_rows(tiles)] // routed.places.shape[1]]
@@ -31,13 +32,16 @@ def gate_up(
 
 
 def activate(products: Tensor, activation: Activation, interleaved: bool, routed: Routed) -> Tensor:
-    """[P, 2I] as gate_up returns it without an activation -> [P, I] as with one."""
+    """products [P, 2I], as gate_up returns them without an activation -> [P, I], as it returns them with one."""
     real = products[: int((routed.places >= 0).sum())]
     return _behind(_activate(real, activation, interleaved), len(products))
 
 
 def down(h: Tensor, stack: Tensor, routed: Routed, layout: Layout, bias: Tensor | None = None) -> Tensor:
-    """h [P, I] as gate_up returns it; stack [places, H, I]; bias [places, H]. Returns [P, H] by pair number."""
+    """h [P, I], as gate_up returns it; stack [places, H, I], or as the layout says; bias [places, H].
+
+    Returns [P, H] in order of pair number. The rows of padding tokens are not written.
+    """
     products = _products(h, stack, _tiles(routed), layout, bias)
     out = products.new_empty(len(routed.pairs), products.shape[-1])
     out[routed.pairs[: len(products)]] = products
@@ -45,7 +49,10 @@ def down(h: Tensor, stack: Tensor, routed: Routed, layout: Layout, bias: Tensor 
 
 
 def combine(rows: Tensor, routed: Routed) -> Tensor:
-    """Sum each token's K choices in the router's order: rows [T * K, H] in order of pair -> [T, H]; padding gives 0."""
+    """Each token's K choices, weighted and summed: rows [T * K, H] in order of pair number -> [T, H].
+
+    Rows of padding are not read; what comes out for it is 0.
+    """
     choices = rows.view(*routed.weights.shape, -1)
     padding = routed.places[..., None] < 0
     if bool(padding.any()):

@@ -1,6 +1,25 @@
 """lora: add each adapter's own low-rank product to the output of a linear, or of several computed as one.
 
-expert_lora: the same inside routed experts, where the rows of a tile that expert_route made share an expert place.
+A site is a linear, or several ("slices") that read the same input and whose outputs lie side by side in y. For each
+adapter with weights a, b and scale for a slice, and the rows and columns of y that are its own:
+
+    y[rows, columns] += scale * (x[rows] @ a.T) @ b.T
+    y[rows, columns]  = gain * (y[rows, columns] - bias[columns]) + bias[columns]      only if it has a gain (DoRA)
+
+x @ a.T is called the shrink (to the adapter's rank), the product with b.T the expand.
+
+Running example: two slices of widths 2 and 1; row 0 is the base's, rows 1 and 2 belong to the adapter in slot 2. It has
+rank 1, and weights for the first slice only: a [[1, 1]], b [[1], [0]], scale 2.
+
+    tiles    spans [(1, 3, slot 2)], cut into tiles [[2, 1, 2]]      slot, first row, rows
+    offsets  [0, 2, 3]                                               first column of each slice, and the end
+    x        [[1, 0], [1, 1], [2, 1]]
+    y        [[5, 5, 5], [5, 5, 5], [5, 5, 5]]   becomes   [[5, 5, 5], [9, 5, 5], [11, 5, 5]]
+
+Row 1: x @ a.T is 2, times b.T is [2, 0], times 2 is [4, 0]. With a gain of [2, 1] and no bias it would be [18, 5, 5].
+
+expert_lora is the same inside routed experts. Its rows are (token, choice) pairs, its tiles those that expert_route
+made, and what is a slot here is an expert place there.
 """
 
 from torch import Tensor
@@ -64,7 +83,7 @@ def expert_lora(
     max_rank: int,
     counters: Tensor,
 ) -> None:
-    """See reference.py for shapes; counters: [1 + most tiles * slices] int32, zero; left zero."""
+    """See reference.py for shapes. counters [1 + most tiles * slices] int32: zero, and left zero; for the kernel."""
     if takes(y):
         from kernels.lora import kernel
 

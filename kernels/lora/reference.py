@@ -1,7 +1,8 @@
 """Reference and CPU path of lora: mixed ranks in one batch, each at its true rank.
 
-Segments are contiguous, so each is two small products on views. One masked product over the ranks of all live adapters
-costs every token all of them; with eight adapters it measured 1.5 to 4 times as slow (benchmarks/README.md).
+The rows of an adapter are next to each other, so each adapter is two small products on views. The alternative, one
+product over the ranks of all adapters of the batch with those of others masked, makes every token pay for all of them:
+with eight adapters it took 1.5 to 4 times as long (benchmarks/README.md).
 """
 
 from collections.abc import Sequence
@@ -25,8 +26,10 @@ def lora(
 ) -> None:
     """Add in place: y[rows] += scale * b @ (a @ x[rows]) for each segment and slice that its adapter has weights for.
 
-    y [T, sum of widths], whose rows are contiguous; x [T, in]. max_rank: no adapter of the batch has a higher one. bias
-    is what y holds already, for gains. Rows of adapters that have nothing here are left alone.
+    y [T, sum of widths], whose rows are contiguous. x [T, in], or [T, slices * in] if the site has own_inputs. tiles:
+    which rows belong to which adapter. max_rank: no adapter of the batch has a higher one.
+    bias [sum of widths]: what the linear has added to y already; a gain must not scale it. None: the linear has none.
+    Rows of adapters that have nothing for the site are left alone.
     """
     for start, end, slot in tiles.spans:
         adapter = adapters.by_slot.get(slot)
@@ -60,10 +63,11 @@ def expert_lora(
     max_rank: int,
     counters: Tensor | None,
 ) -> None:
-    """As lora, for (token, choice) pairs: `adapters` is indexed by expert place, of which an adapter has many.
+    """As lora, for the (token, choice) pairs of routed experts; P of them. `adapters` is indexed by expert place.
 
-    gathers: x [T, in] is a token's, y [P, sum of widths] in order of position, as gate_up of grouped_gemm returns its
-    products. Else x [P, in] is in order of position and y [P, sum of widths] in order of pair number, as down's.
+    gathers: what gate_up of grouped_gemm has computed. x [T, in] is by token, y [P, sum of widths] by position.
+    Otherwise: what down has computed. x [P, in] is by position, y [P, sum of widths] by pair number.
+    max_rank: as of lora. counters: not read here.
     A gain scales all that y holds, so the experts may have no bias. Rows of padding are left alone.
     """
     assert not site.own_inputs

@@ -10,9 +10,10 @@ from torch import Tensor
 
 
 class LoraWeights(NamedTuple):
-    """a [rank, in], b [out, rank]: y += scale * b @ (a @ x). a begins at a multiple of 16 bytes.
+    """One adapter's for one slice: a [rank, in], b [out, rank]; y += scale * b @ (a @ x).
 
-    gain [out] float32 (DoRA): y = gain * (base + delta) + bias, base being without the bias.
+    a begins at a multiple of 16 bytes, since kernels read it in vectors.
+    gain [out] float32 (DoRA, arXiv 2402.09353): y = gain * (base + delta) + bias, where base is without the bias.
     """
 
     a: Tensor
@@ -30,8 +31,9 @@ class LoraSite:
     """A place where LoRA acts: one linear, or several that read the same input and are computed as one.
 
     widths: output features of each slice.
-    own_inputs: slice i reads the i-th part of x's columns, not all of them (the heads of absorbed attention).
-    transposed: a is [in, rank] and b [rank, out].
+    own_inputs: slice i reads the i-th part of x's columns, not all of them. The heads of absorbed attention do.
+    transposed: weights are stored as a [in, rank] and b [rank, out]. So they are where absorbed attention uses a
+        projection's weights the other way round.
     """
 
     widths: tuple[int, ...]
@@ -43,11 +45,11 @@ class LoraSite:
 class SiteAdapters:
     """What the adapters have for one site. Ops read it; whoever owns the weights writes it.
 
-    by_slot[slot][i]: what the adapter in `slot` adds to slice i, if anything. For expert_lora, here and in the table,
-    the index is an expert place, of which an adapter has many.
-    table [slots + 1, slices, TABLE_FIELDS] int64: the same for kernels, rows as `table_rows` makes them. It may be a
-    view of one table for all sites, so that an adapter is installed with one copy.
-    offsets [slices + 1] int32, where the table is: first column of each slice, and the end.
+    by_slot[slot][i]: what the adapter in `slot` adds to slice i; None if nothing. For expert_lora the index is an
+    expert place instead of a slot, here and in the table; an adapter has many places.
+    table [slots + 1, slices, TABLE_FIELDS] int64: the same for kernels, with rows as `table_rows` makes them. It may be
+    a view of one table for all sites, so that an adapter is installed with one copy.
+    offsets [slices + 1] int32, on the device of the table: first column of each slice, and the end.
     """
 
     by_slot: dict[int, list[LoraWeights | None]] = field(default_factory=dict)
@@ -56,10 +58,12 @@ class SiteAdapters:
 
 
 class Field(IntEnum):
-    """The numbers of a table's row; 6 and 7 are spare. No adapter is in slot 0: there A says if any acts at the site.
+    """What the numbers of a table's row mean; 6 and 7 are spare.
 
-    NEXT is reserved: the next row of this slot, for a slot that holds several weighted entries. ONE program walks them,
-    since two adapters on the same rows must never race on y. 0 ends, and today all end.
+    Slot 0 is the base and has no weights. There A is 1 if any adapter acts at the site and 0 if none does, so that a
+    launch ends at once where nothing is to be done.
+    NEXT is reserved for slots that hold several weighted adapters: the next row of the same slot, or 0 for none. One
+    program would walk them, since two programs that add to the same rows of y would race. Today it is always 0.
     """
 
     A = 0  # addresses

@@ -1,4 +1,4 @@
-"""The indices of one step's attention, made once and used by every layer."""
+"""The indices of one step's attention, made once and used by every layer: for the reference and for the kernel."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,9 +11,10 @@ from torch import Tensor
 MAX_GROUP = 4
 MAX_PADDING = 0.25
 
-# of split decodes; one a (sequence, head tile) and only while those are fewer than half of the programs wanted
+# A decode whose keys are split over programs needs a counter for each tile of its heads. Keys are split only where
+# there are fewer such tiles than programs wanted, so this many counters are enough for any batch.
 NUM_COUNTERS = 1024
-LONG_DECODE = 1024  # keys: sixteen tiles of a prefill's program
+LONG_DECODE = 1024  # keys beyond which a decode beside prefills is worth a launch of its own
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,15 @@ class DecodeGroup:
 
 @dataclass(frozen=True)
 class DeviceBatch:
-    """What the kernel reads: int32 tensors on its device. All of a captured batch; only their contents change.
+    """What the kernel reads: int32 tensors on its device. A captured batch keeps its tensors; their contents change.
 
-    query_starts [S + 1]: rows of sequence s are [query_starts[s], query_starts[s + 1]) of the query.
-    kv_lens [S]: keys after this step, the new tokens last; 0 is padding, whose rows of the output become zero.
+    query_starts [S + 1]: rows of sequence s are [query_starts[s], query_starts[s + 1]) of the query; [0, 1, 4] in the
+        example of __init__.py.
+    kv_lens [S]: keys after this step, the new tokens last. 0 is padding, whose rows of the output become zero.
     block_tables [S, W]: columns past a sequence's length are never read.
     counters [NUM_COUNTERS]: zero before a launch and after it. Launches that may overlap must not share them.
     max_query_len: the most new tokens of a sequence. 1 says that all are decodes, whose keys may be split.
-    splits_decodes: among other sequences there are decodes so long that a launch of their own, split, is worth it.
+    splits_decodes: as the function of that name says; if so, decodes get a launch of their own.
 
     A captured batch of n decodes: query_starts = arange(n + 1), max_query_len = 1.
     """
@@ -64,7 +66,10 @@ class DeviceBatch:
 
 
 def splits_decodes(query_lens: Sequence[int], kv_lens: Sequence[int]) -> bool:
-    """Whether a mixed batch has decodes that one program each would take long over."""
+    """Whether some sequences have several new tokens and others are decodes too long for one program each.
+
+    The keys of decodes are then split over programs, in a launch of their own. Arguments as of AttentionBatch.
+    """
     is_mixed = max(query_lens, default=0) > 1
     return is_mixed and any(new == 1 and keys > LONG_DECODE for new, keys in zip(query_lens, kv_lens, strict=True))
 
@@ -103,14 +108,10 @@ Plan = tuple[list[PrefillChunk], list[DecodeGroup]]
 
 
 class AttentionBatch:
-    """Sequences of one step, with their lengths and block tables.
+    """What the reference reads: the sequences of one step, as lists on the host (the example is in __init__.py).
 
-    Running example, block size 4: sequence 0 decodes its 6th token, sequence 1 prefills tokens 3 to 5 of 5.
-        query_lens   [1, 3]          rows of the step: [0] and [1, 2, 3]
-        kv_lens      [6, 5]
-        block_tables [[9, 2], [4, 7]]
-
-    counters: of the device form (see DeviceBatch), where several steps share them; otherwise made with it.
+    query_lens: new tokens of each sequence. kv_lens: its keys after this step; 0 if it only pads the batch.
+    block_tables: the blocks of each. block_size: in tokens. dtype: of the masks, which are added to scores.
     """
 
     def __init__(
@@ -120,50 +121,15 @@ class AttentionBatch:
         block_tables: list[list[int]],
         block_size: int,
         dtype: torch.dtype,
-        counters: Tensor | None = None,
     ) -> None:
         self.block_size = block_size
         self._dtype = dtype
-        self._counters = counters
         self._sequences: list[_Sequence] = []
         start = 0
         for query_len, kv_len, block_table in zip(query_lens, kv_lens, block_tables, strict=True):
             self._sequences.append(_Sequence(start, query_len, kv_len, block_table))
             start += query_len
-        self._rows = start
         self._plans: dict[tuple[_Limits, torch.device], Plan] = {}
-        self._device_form: DeviceBatch | None = None
-
-    def device_form(self, device: torch.device) -> DeviceBatch:
-        """What the kernel reads, made at the first call; one copy to the device."""
-        if self._device_form is None:
-            self._device_form = self._on(device)
-        return self._device_form
-
-    def _on(self, device: torch.device) -> DeviceBatch:
-        count = len(self._sequences)
-        width = max((len(sequence.block_table) for sequence in self._sequences), default=0)
-        starts_end = -(-(count + 1) // 4) * 4  # parts begin at multiples of 16 bytes, as their own tensors would
-        lens_end = starts_end + -(-count // 4) * 4
-        flat = [sequence.start for sequence in self._sequences] + [self._rows] + [0] * (starts_end - count - 1)
-        flat += [sequence.kv_len for sequence in self._sequences] + [0] * (lens_end - starts_end - count)
-        for sequence in self._sequences:
-            flat += sequence.block_table + [0] * (width - len(sequence.block_table))
-        on_host = torch.tensor(flat, dtype=torch.int32, pin_memory=device.type == "cuda")
-        there = on_host.to(device, non_blocking=True)
-        counters = self._counters
-        if counters is None:
-            counters = torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=device)
-        return DeviceBatch(
-            query_starts=there[: count + 1],
-            kv_lens=there[starts_end : starts_end + count],
-            block_tables=there[lens_end:].view(count, width),
-            counters=counters,
-            max_query_len=max((sequence.query_len for sequence in self._sequences), default=0),
-            splits_decodes=splits_decodes(
-                [it.query_len for it in self._sequences], [it.kv_len for it in self._sequences]
-            ),
-        )
 
     def plan(self, window: int | None, chunk: int | None = None, device: torch.device | str = "cpu") -> Plan:
         """Prefill chunks and decode groups, on a device, for layers with these limits (None: full attention).

@@ -1,7 +1,8 @@
 """Reference and CPU path of paged_attention.
 
-Grouped-query attention is computed with the group folded into the rows of the query, since `enable_gqa` copies keys
-and values on the CPU. Decodes run in padded groups: one gather and one call for a few sequences.
+Where several query heads share a key head, they become further rows of one product: torch's `enable_gqa` would copy the
+keys and values for each of them on the CPU. Decodes are computed a few at a time, padded to the longest of them: one
+gather and one call for a few sequences.
 """
 
 import torch
@@ -26,12 +27,13 @@ def paged_attention(
 ) -> Tensor:
     """Causal attention of each token over its own sequence; returns [T, Hq, Dv], zero for sequences without keys.
 
-    query [T, Hq, D]; key_cache [blocks, block_size, Hkv, D], value_cache [.., Dv]: already hold the step's own tokens,
-    and nothing of others in the blocks of a sequence (the rest of its last block is read and masked). Hq is a multiple
-    of Hkv.
+    query [T, Hq, D]; key_cache [blocks, block_size, Hkv, D], value_cache [blocks, block_size, Hkv, Dv]. Hq is a
+    multiple of Hkv. The caches hold the step's own tokens already. The rest of a sequence's last block is read and
+    masked, so it must be finite.
+    batch: whose rows and whose blocks are whose. scale: scores are multiplied by it.
     window: a token sees itself and window - 1 tokens before it. chunk: it sees tokens of its own chunk only, those
-    with the same position // chunk (Llama 4). softcap: scores become softcap * tanh(s / softcap).
-    sinks [Hq]: a logit per head that takes part in the softmax and has no value (gpt-oss).
+    with the same position // chunk (Llama 4). softcap: scores become softcap * tanh(scores / softcap) (Gemma 2).
+    sinks [Hq]: a score for each head that takes part in the softmax and has no value (gpt-oss).
     """
     kv_heads = key_cache.shape[2]
     group = query.shape[1] // kv_heads

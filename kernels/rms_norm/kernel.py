@@ -1,4 +1,7 @@
-"""Triton form of rms_norm and add_rms_norm: whole rows in registers, a few short ones or one long one a program."""
+"""Triton form of rms_norm and add_rms_norm: a program keeps whole rows in registers, several short ones or a long one.
+
+So a row is read once and written once. That limits how long a row may be: MAX_WIDTH.
+"""
 
 from collections.abc import Iterator
 
@@ -9,8 +12,8 @@ from torch import Tensor
 
 from kernels.compiled.kernel import Configuration
 
-MAX_WIDTH = 16384  # a row's elements: one row in the registers of 16 warps
-_TILE = 1024  # elements a program takes where rows are shorter than that
+MAX_WIDTH = 16384  # elements of a row, which fit into the registers of 16 warps
+_TILE = 1024  # elements that a program takes at least: several rows, where rows are shorter than that
 
 
 @triton.jit(do_not_specialize=["rows", "inner"])
@@ -131,19 +134,19 @@ def _(
 
 
 def configurations() -> Iterator[Configuration]:
-    """Head dimensions, latents of DeepSeek's attention, and hidden sizes; with and without a residual."""
+    """Head dimensions, latents of DeepSeek's attention, and hidden sizes; with a residual too, up to the widest."""
     for width, add, cast_first, dtype in (
-        (128, False, True, "bf16"), (512, False, True, "bf16"), (2048, True, True, "bf16"), (2880, True, False, "bf16"),
+        (128, False, True, "bf16"), (512, False, True, "bf16"), (2048, False, True, "bf16"),
+        (2880, False, False, "bf16"), (4096, False, True, "bf16"), (4096, False, True, "fp32"),
         (4096, True, True, "bf16"), (4096, True, True, "fp32"), (8192, True, True, "bf16"), (16384, True, True, "bf16"),
     ):  # fmt: skip
         rows, block, warps = _tile(width)
         yield Configuration(
             name=f"{'add ' if add else ''}{width} {dtype}",
             kernel=_rms_norm,
-            types={name: f"*{dtype}" for name in ("x", "residual", "weight", "out", "total")}
-            | {name: "i32" for name in ("rows", "inner", "x_outer", "x_inner", "r_outer", "r_inner", "H")}
-            | {"eps": "fp32", "offset": "fp32"},
+            types={name: f"*{dtype}:16" for name in ("x", "residual", "weight", "out", "total")}
+            | {name: "i32:16" for name in ("x_outer", "x_inner", "r_outer", "r_inner", "H")}
+            | {"rows": "i32", "inner": "i32", "eps": "fp32", "offset": "fp32"},
             constants={"ADD": add, "CAST_FIRST": cast_first, "ROWS": rows, "BLOCK": block},
-            aligned=("x", "residual", "weight", "out", "total", "x_outer", "x_inner", "r_outer", "r_inner", "H"),
             num_warps=warps,
         )

@@ -1,4 +1,4 @@
-"""Reference and CPU path of rms_norm: what Transformers' norm modules compute, in its three roundings.
+"""Reference and CPU path of rms_norm: what Transformers' norm modules compute, with each family's own rounding.
 
 | family | call |
 |---|---|
@@ -12,10 +12,10 @@ from torch import Tensor
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, cast_first: bool = True) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * (offset + weight) over the last dimension, contiguous, in x's dtype.
+    """x / sqrt(mean(x^2) + eps) * (offset + weight) over the last dimension.
 
-    x [.., H], last dimension contiguous; weight [H]. The norm is computed in float32. `cast_first` rounds it to x's
-    dtype before the product with the weight, as most families do.
+    x [.., H], any strides; weight [H]. Returns x's shape and dtype, contiguous. The norm is computed in float32.
+    cast_first: round it to x's dtype before the product with the weight, as most families do.
     """
     wide = x.to(torch.float32)
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
@@ -28,7 +28,8 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """(rms_norm(x + residual), x + residual): the sum is rounded to x's dtype before it is normed.
 
-    x and residual [.., H] of one shape and dtype. Both results are new and contiguous.
+    x and residual [.., H], of one shape and dtype; the other arguments as of rms_norm. Both results are new and
+    contiguous.
     """
     total = (x + residual).contiguous()
     return rms_norm(total, weight, eps, offset, cast_first), total

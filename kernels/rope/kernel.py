@@ -1,4 +1,8 @@
-"""Triton form of rope: one program rotates a few heads of one token, queries first and then keys."""
+"""Triton form of rope: a program rotates a few heads of one token. The queries' heads come first, then the keys'.
+
+One launch does both. Pairs that lie next to each other are loaded together and parted in registers: every other element
+would be read one at a time.
+"""
 
 from collections.abc import Iterator
 
@@ -7,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.compiled.kernel import Configuration
+from kernels.compiled.kernel import Configuration, integer
 
 _HEADS = 8  # heads a program
 
@@ -27,6 +31,7 @@ def _rotate(
     PAIRS_IN: tl.constexpr,
     PAIRS_OUT: tl.constexpr,
 ):
+    """HEADS heads from first_head on. PAIRS_IN, PAIRS_OUT: elements of a pair are neighbours, else D / 2 apart."""
     head = first_head + tl.arange(0, HEADS)
     mine = (head < heads)[:, None]
     source, target = x + (head * x_head)[:, None], out + (head * D)[:, None]
@@ -70,6 +75,7 @@ def _rope(
     PAIRS_IN: tl.constexpr,
     PAIRS_OUT: tl.constexpr,
 ):
+    """Programs: (token, some heads)."""
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
     pair = tl.arange(0, HALF)
@@ -100,14 +106,17 @@ def _launch(
     query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))
     outs = _outputs(query, key)
     if tokens:
-        half = triton.next_power_of_2(width // 2)
+        constants = _constants(width, pairs_in, pairs_out)
         groups = triton.cdiv(query_heads, _HEADS) + triton.cdiv(key_heads, _HEADS)
         _rope[(tokens, groups)](
             query, key, cos, sin, *outs, query_heads, key_heads, query.stride(1), query.stride(2), key.stride(1),
-            key.stride(2), cos.stride(1), cos.stride(2), D=width, HALF=half, HEADS=_HEADS, PAIRS_IN=pairs_in,
-            PAIRS_OUT=pairs_out, num_warps=_warps(half),
+            key.stride(2), cos.stride(1), cos.stride(2), **constants, num_warps=_warps(constants["HALF"]),
         )  # fmt: skip
     return outs[0], outs[1]
+
+
+def _constants(width: int, pairs_in: bool, pairs_out: bool) -> dict[str, int]:
+    return dict(D=width, HALF=triton.next_power_of_2(width // 2), HEADS=_HEADS, PAIRS_IN=pairs_in, PAIRS_OUT=pairs_out)
 
 
 def _warps(half: int) -> int:
@@ -124,11 +133,13 @@ def _outputs(query: Tensor, key: Tensor) -> list[Tensor]:
 
 @torch.library.custom_op("heddle::rope", mutates_args=())
 def rope(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> tuple[Tensor, Tensor]:
+    """As in reference.py."""
     return _launch(query, key, cos, sin, interleaved, False)
 
 
 @torch.library.custom_op("heddle::rope_complex", mutates_args=())
 def rope_complex(query: Tensor, key: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """As in reference.py."""
     return _launch(query, key, frequencies[..., 0], frequencies[..., 1], True, True)
 
 
@@ -144,24 +155,27 @@ def _(query: Tensor, key: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
     return query_out, key_out
 
 
+# (name, query heads, key heads, D, pairs in, pairs out, element, element of cosines) of what is compiled ahead of time
+_SHAPES = (
+    ("halves 64 bf16", 64, 8, 64, False, False, "bf16", "bf16"),
+    ("halves 128 bf16", 32, 8, 128, False, False, "bf16", "bf16"),
+    ("halves 128 fp32", 32, 8, 128, False, False, "fp32", "fp32"),
+    ("halves 96 bf16", 32, 32, 96, False, False, "bf16", "bf16"),
+    ("halves 256 bf16", 16, 8, 256, False, False, "bf16", "bf16"),
+    ("pairs to halves 64 bf16", 128, 1, 64, True, False, "bf16", "bf16"),
+    ("pairs 64 bf16", 16, 1, 64, True, True, "bf16", "fp32"),
+)
+
+
 def configurations() -> Iterator[Configuration]:
-    """The three pairings at their models' head dimensions, and Gemma's and Phi's."""
-    for name, width, pairs_in, pairs_out, turns in (
-        ("halves 64", 64, False, False, "bf16"), ("halves 128", 128, False, False, "bf16"),
-        ("halves 128", 128, False, False, "fp32"), ("halves 96", 96, False, False, "bf16"),
-        ("halves 256", 256, False, False, "bf16"), ("pairs to halves 64", 64, True, False, "bf16"),
-        ("pairs 64", 64, True, True, "fp32"),
-    ):  # fmt: skip
-        half = triton.next_power_of_2(width // 2)
-        data = "fp32" if turns == "fp32" and not pairs_out else "bf16"
-        strides = ("q_head", "q_token", "k_head", "k_token", "turn_token")
-        yield Configuration(
-            name=f"{name} {data}",
-            kernel=_rope,
-            types={x: f"*{data}" for x in ("query", "key", "query_out", "key_out")}
-            | {"cos": f"*{turns}", "sin": f"*{turns}", "turn_pair": "i32"}
-            | {x: "i32" for x in ("query_heads", "key_heads", *strides)},
-            constants={"D": width, "HALF": half, "HEADS": _HEADS, "PAIRS_IN": pairs_in, "PAIRS_OUT": pairs_out},
-            aligned=("query", "key", "query_out", "key_out", "cos", *strides),
-            num_warps=_warps(half),
-        )
+    """As gpt-oss, Llama (twice), Phi-3, Gemma 2, DeepSeek-V3 and DeepSeek-V2-Lite launch it."""
+    for name, query_heads, key_heads, width, pairs_in, pairs_out, element, turns in _SHAPES:
+        types = {x: f"*{element}:16" for x in ("query", "key", "query_out", "key_out")}
+        types |= {"query_heads": integer(query_heads), "key_heads": integer(key_heads), "cos": f"*{turns}:16"}
+        types |= {x: "i32:16" for x in ("q_head", "q_token", "k_head", "k_token", "turn_token")}
+        if pairs_out:  # cosines and sines lie in one tensor, side by side
+            types |= {"sin": f"*{turns}", "turn_pair": "i32"}
+        else:
+            types |= {"sin": f"*{turns}:16", "turn_pair": "i32:1"}
+        constants = _constants(width, pairs_in, pairs_out)
+        yield Configuration(name, _rope, types, constants, _warps(constants["HALF"]))

@@ -7,7 +7,7 @@
 | `apply_rotary_pos_emb_interleave` (DeepSeek-V3) | rope(query, key, cos, sin, interleaved=True) |
 | `apply_rotary_emb`, complex frequencies (DeepSeek-V2) | rope_complex(query, key, view_as_real(freqs_cis)) |
 
-All give [1, heads, T, D], laid out so that its transpose(1, 2) is contiguous, which is what attention wants.
+All return a query and a key [1, heads, T, D] in memory as [1, T, heads, D], which is how attention reads them.
 """
 
 import torch
@@ -17,8 +17,8 @@ from torch import Tensor
 def rope(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> tuple[Tensor, Tensor]:
     """Rotate every head by its token's angles.
 
-    query [1, Hq, T, D], key [1, Hkv, T, D]; cos, sin [1, T, D] (both halves alike) or [1, T, D / 2].
-    Element i turns with i + D / 2; with `interleaved`, element 2i turns with 2i + 1, and the results go to i and
+    query [1, Hq, T, D], key [1, Hkv, T, D]; cos, sin [1, T, D / 2], or [1, T, D] with both halves alike.
+    Pair i is elements i and i + D / 2. interleaved: it is elements 2i and 2i + 1, and its results go to i and
     i + D / 2.
     """
     half = query.shape[-1] // 2
@@ -33,9 +33,10 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 
 
 def rope_complex(query: Tensor, key: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotate pairs (2i, 2i + 1) in place of each other, in float32.
+    """Rotate every head by its token's angles, in float32. Pair i is elements 2i and 2i + 1, and stays there.
 
-    query [1, Hq, T, D], key [1, Hkv, T, D]; frequencies [1, T, D / 2, 2] float32: cosine and sine of each pair, scaled.
+    query [1, Hq, T, D], key [1, Hkv, T, D]; frequencies [1, T, D / 2, 2] float32: cosine and sine for each pair, both
+    times the model's attention scaling.
     """
     turn = torch.view_as_complex(frequencies).unsqueeze(1)
 

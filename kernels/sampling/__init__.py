@@ -1,4 +1,23 @@
-"""sampling: from logits to tokens, with penalties, cuts, draws and log-probabilities."""
+"""sampling: from logits to tokens, with penalties, cuts, draws and log-probabilities.
+
+For each row: penalties change the logits; a temperature of 0 takes the largest; otherwise the token is drawn from
+softmax(logits / temperature), cut to the most likely tokens by top_k, min_p and top_p. reference.py has each step.
+
+Running example, one row: logits [2, 1, 0, -1], temperature 1, top_k 3, top_p 0.8, no min_p, draw 0.8.
+
+    softmax                [.644, .237, .087, .032]
+    top_k keeps three      [.665, .245, .090]           summing to 1 again
+    top_p keeps two        .665 is below .8, and .665 + .245 is not
+    kept                   [.731, .269]
+    the draw               .731 <= 0.8 < 1: token 1
+
+Penalties read each row's history. Running example, two rows: row 0 has the prompt [5] and the output [9, 9], row 1 the
+prompt [4] and no output yet.
+
+    history         [5, 9, 9, 4]
+    history_starts  [0, 3, 4]
+    prompt_lens     [1, 1]
+"""
 
 from torch import Tensor
 
@@ -19,7 +38,7 @@ def sample(
     penalties: Penalties | None = None,
     num_logprobs: int | None = None,
 ) -> Sampled:
-    """See kernels/sampling/reference.py."""
+    """One token a row. See reference.py for shapes."""
     if takes(logits):
         from kernels.sampling import kernel
 
@@ -28,7 +47,7 @@ def sample(
 
 
 def greedy(logits: Tensor) -> Sampled:
-    """The likeliest token of each row; as `sample` with every temperature 0."""
+    """The most likely token of each row of logits [R, V]: as `sample` with every temperature 0."""
     if takes(logits):
         from kernels.sampling import kernel
 

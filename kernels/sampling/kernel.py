@@ -4,17 +4,11 @@
 |---|---|
 | greedy | 1 |
 | temperature, min-p | 2, and the draw reads up to its token |
-| top-k, top-p | 1, a search for each cut with a pass a step, and the draw |
-
-The cut is searched by bisection on int32 keys in the order of the float32 logits: each step counts, and weighs, what
-lies at or above a key, and narrows the interval to keys that occur. So 32 steps at most, 16 for bfloat16 logits, no
-sort, and exact for ties: the cut is a key and how many of the tokens at that key are kept, lowest ids first.
-
-Sums are kept a lane apiece and reduced once a pass, which is more exact and cheaper than a reduction a block.
+| top-k, top-p | 1, a search for each cut with a pass a step (cut/), and the draw |
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -22,125 +16,41 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.compiled.kernel import Configuration
+from kernels.sampling.cut.kernel import ALL, Row, find_cut, keys_of, logit_of, nth_at, weight_of
 from kernels.sampling.reference import GREEDY_BELOW, Logprobs, Penalties, Sampled
 
 BLOCK = 8192  # of the vocabulary, at a time
 _WARPS = 16
 _HISTORY_BLOCK = 64
 _GREEDY_BELOW = tl.constexpr(GREEDY_BELOW)
-_NO_KEY = tl.constexpr(-(2**31))  # below the key of every float
-_LOWEST_KEY = tl.constexpr(-2139095041)  # of -inf
-_ALL = tl.constexpr(2**31 - 1)
-_LOG2_E = tl.constexpr(1.4426950408889634)  # weights are exp2((x - largest) * scale), scale = log2(e) / temperature
+_LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _keys(x):
-    """int32 in the order of float32 x, with -0.0 equal to 0.0."""
-    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-
-
-@triton.jit
-def _logit(key):
-    return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _weight(x, largest, scale, min_p):
-    """Relative to the most likely token, 0 where min_p cuts."""
-    weight = tl.exp2((x - largest) * scale)
-    return tl.where(weight >= min_p, weight, 0.0)
-
-
-@triton.jit
-def _above(row, V, key, largest, scale, min_p, BLOCK: tl.constexpr):
-    """Of the row's tokens at or above a key: (count, weight, lowest key); and the highest key below it."""
-    lane = tl.arange(0, BLOCK)
-    count = tl.zeros((BLOCK,), tl.int32)
-    weight = tl.zeros((BLOCK,), tl.float32)
-    lowest = tl.full((BLOCK,), _ALL, tl.int32)
-    highest = tl.full((BLOCK,), _NO_KEY, tl.int32)
-    for start in range(0, V, BLOCK):
-        valid = start + lane < V
-        x = tl.load(row + start + lane, mask=valid, other=float("-inf")).to(tl.float32)
-        keys = tl.where(valid, _keys(x), _NO_KEY)
-        high = keys >= key
-        count += high.to(tl.int32)
-        weight += tl.where(high, _weight(x, largest, scale, min_p), 0.0)
-        lowest = tl.minimum(lowest, tl.where(high, keys, _ALL))
-        highest = tl.maximum(highest, tl.where(high, _NO_KEY, keys))
-    return tl.sum(count), tl.sum(weight), tl.min(lowest), tl.max(highest)
-
-
-@triton.jit
-def _search(row, V, low, low_count, low_weight, wanted, target, largest, scale, min_p, BLOCK: tl.constexpr):
-    """The highest key at or above which there are `wanted` tokens that weigh `target`; `low` is known to be one.
-
-    Returns (key, count and weight at or above it, count and weight above it). Where the count at it is just what is
-    wanted the search ends, and what lies above is not known.
-    """
-    high = _keys(largest) + 1
-    high_count = 0
-    high_weight = 0.0
-    while low + 1 < high:
-        middle = (low & high) + ((low ^ high) >> 1)  # their mean, which cannot overflow
-        middle = tl.where(wanted == V, low, middle)  # everything is wanted: weigh it
-        count, weight, lowest, highest = _above(row, V, middle, largest, scale, min_p, BLOCK)
-        if (count >= wanted) & (weight >= target):
-            low, low_count, low_weight = lowest, count, weight
-            high = tl.where(count == wanted, low + 1, high)
-        else:
-            high, high_count, high_weight = highest + 1, count, weight
-    return low, low_count, low_weight, high_count, high_weight
-
-
-@triton.jit
-def _nth_at(row, V, key, n, BLOCK: tl.constexpr):
-    """The id of the n-th token (from 1) whose key this is."""
-    lane = tl.arange(0, BLOCK)
-    seen = 0
-    start = 0
-    found = V
-    while start < V:
-        valid = start + lane < V
-        x = tl.load(row + start + lane, mask=valid, other=float("-inf")).to(tl.float32)
-        here = (valid & (_keys(x) == key)).to(tl.int32)
-        count = tl.sum(here)
-        if seen + count >= n:
-            found = tl.min(tl.where((here > 0) & (seen + tl.cumsum(here, 0) == n), start + lane, V))
-            start = V
-        else:
-            seen += count
-            start += BLOCK
-    return found
-
-
-@triton.jit
-def _kept(row, ids, V, key, last_tie, largest, scale, min_p):
+def _kept(row, ids, key, last_tie):
     """Weights of a block's tokens, 0 for those cut."""
-    x = tl.load(row + ids, mask=ids < V, other=float("-inf")).to(tl.float32)
-    keys = _keys(x)
-    kept = (ids < V) & ((keys > key) | ((keys == key) & (ids <= last_tie)))
-    return tl.where(kept, _weight(x, largest, scale, min_p), 0.0)
+    x = tl.load(row.logits + ids, mask=ids < row.V, other=float("-inf")).to(tl.float32)
+    keys = keys_of(x)
+    kept = (ids < row.V) & ((keys > key) | ((keys == key) & (ids <= last_tie)))
+    return tl.where(kept, weight_of(x, row), 0.0)
 
 
 @triton.jit
-def _draw(row, V, key, last_tie, largest, scale, min_p, target, BLOCK: tl.constexpr):
+def _draw(row, key, last_tie, target, BLOCK: tl.constexpr):
     """The first id up to which the kept weights sum to more than the target."""
     lane = tl.arange(0, BLOCK)
-    token = V
+    token = row.V
     for _ in range(2):
         before = 0.0
         start = 0
-        while (start < V) & (token == V):
-            weight = _kept(row, start + lane, V, key, last_tie, largest, scale, min_p)
+        while (start < row.V) & (token == row.V):
+            weight = _kept(row, start + lane, key, last_tie)
             total = tl.sum(weight)
             if before + total > target:
                 sums = tl.cumsum(weight, 0)
-                token = tl.min(tl.where((weight > 0) & (before + sums > target), start + lane, V))
-                if token == V:  # the two kinds of sum round apart: the last token that counts
-                    token = tl.min(tl.where(sums >= tl.max(sums), start + lane, V))
+                token = tl.min(tl.where((weight > 0) & (before + sums > target), start + lane, row.V))
+                if token == row.V:  # the two kinds of sum round apart: the last token that counts
+                    token = tl.min(tl.where(sums >= tl.max(sums), start + lane, row.V))
             before += total
             start += BLOCK
         # rounding, or a draw of 1, placed the target at the end: just before the end, then
@@ -149,13 +59,13 @@ def _draw(row, V, key, last_tie, largest, scale, min_p, target, BLOCK: tl.conste
 
 
 @triton.jit
-def _largest(row, V, BLOCK: tl.constexpr):
+def _largest(logits, V, BLOCK: tl.constexpr):
     """(largest logit, its lowest id, whether there is one and none is NaN or +inf)."""
     lane = tl.arange(0, BLOCK)
     best = tl.full((BLOCK,), float("-inf"), tl.float32)
     where = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, V, BLOCK):
-        x = tl.load(row + start + lane, mask=start + lane < V, other=float("-inf")).to(tl.float32)
+        x = tl.load(logits + start + lane, mask=start + lane < V, other=float("-inf")).to(tl.float32)
         x = tl.where(x < float("inf"), x, float("inf"))  # NaN too: whatever is broken is the largest
         better = x > best
         best = tl.where(better, x, best)
@@ -166,102 +76,77 @@ def _largest(row, V, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _cut(row, V, largest, scale, top_k, top_p, min_p, BLOCK: tl.constexpr):
-    """What is kept: (key, how many of the tokens at it, weight kept); and all above it, unless min_p cuts it.
-
-    Two searches in one code: top-k by count (without it, one pass that weighs everything), and on what that left, top-p
-    by weight.
-    """
-    key = tl.full((), _LOWEST_KEY, tl.int32)
-    kept = tl.full((), _ALL, tl.int32)
-    count = tl.where((top_k > 0) & (top_k < V), top_k, V)
-    total = 0.0
-    for by_weight in range(2):
-        if (by_weight == 0) | (top_p < 1):
-            wanted = tl.where(by_weight == 1, 0, count)
-            target = tl.where(by_weight == 1, top_p * total, 0.0)
-            before = tl.where(by_weight == 1, count, V)
-            lowest = key
-            key, found, weight, more, more_weight = _search(
-                row, V, lowest, before, total, wanted, target, largest, scale, min_p, BLOCK
-            )
-            at = _weight(_logit(key), largest, scale, min_p)
-            ties = (found - more).to(tl.float32)
-            # the tie that reaches the target is still in
-            up_to_target = tl.maximum(tl.ceil((target - more_weight) / tl.where(at > 0, at, 1.0)), 1.0)
-            need = tl.where(by_weight == 1, up_to_target, (wanted - more).to(tl.float32))
-            some = (found != wanted) & (need < ties)
-            kept = tl.where(some, need.to(tl.int32), tl.where(key == lowest, kept, _ALL))
-            total = tl.where(found == wanted, weight, more_weight + tl.minimum(need, ties) * at)
-    return key, kept, total
-
-
-@triton.jit
-def _log_probabilities(row, V, largest, token, chosen, ids, top, NUM: tl.constexpr, BLOCK: tl.constexpr):
+def _log_probabilities(logits, V, largest, token, chosen, ids, top, NUM: tl.constexpr, BLOCK: tl.constexpr):
     """Of the token, and of the NUM most likely: each the best below the one before, by (key, complement of id)."""
     lane = tl.arange(0, BLOCK)
     weight = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, V, BLOCK):
-        x = tl.load(row + start + lane, mask=start + lane < V, other=float("-inf")).to(tl.float32)
+        x = tl.load(logits + start + lane, mask=start + lane < V, other=float("-inf")).to(tl.float32)
         weight += tl.exp(x - largest)
     norm = largest + tl.log(tl.sum(weight))
-    tl.store(chosen, tl.load(row + token).to(tl.float32) - norm)
+    tl.store(chosen, tl.load(logits + token).to(tl.float32) - norm)
     previous = tl.full((), 2**63 - 1, tl.int64)
     for n in range(NUM):
         best = tl.full((BLOCK,), -(2**63), tl.int64)
         for start in range(0, V, BLOCK):
             valid = start + lane < V
-            x = tl.load(row + start + lane, mask=valid, other=float("-inf")).to(tl.float32)
-            rank = (_keys(x).to(tl.int64) << 32) | ((start + lane) ^ _ALL).to(tl.int64)
+            x = tl.load(logits + start + lane, mask=valid, other=float("-inf")).to(tl.float32)
+            rank = (keys_of(x).to(tl.int64) << 32) | ((start + lane) ^ ALL).to(tl.int64)
             best = tl.maximum(best, tl.where(valid & (rank < previous), rank, -(2**63)))
         previous = tl.max(best)
-        tl.store(ids + n, (previous & 0xFFFFFFFF) ^ _ALL)
-        tl.store(top + n, _logit((previous >> 32).to(tl.int32)) - norm)
+        tl.store(ids + n, (previous & 0xFFFFFFFF) ^ ALL)
+        tl.store(top + n, logit_of((previous >> 32).to(tl.int32)) - norm)
+
+
+class Outputs(NamedTuple):
+    """What is written of each row; pointers in the kernel. Without log-probabilities the last three are not written."""
+
+    tokens: Any  # [R] int64
+    finite: Any  # [R] bool
+    chosen: Any  # [R] float32: the token's
+    ids: Any  # [R, n] int64: the most likely tokens, best first
+    top: Any  # [R, n] float32: theirs
 
 
 # parameters may be rows of one tensor, at any alignment; one compiled kernel serves all
 @triton.jit(do_not_specialize_on_alignment=["temperature", "top_k", "top_p", "min_p", "draws"])
 def _sample(
     logits,  # [R, V], rows `stride` apart
+    stride,
+    V,
     temperature,  # [R] float32, as top_p, min_p, draws
     top_k,  # [R] int32
     top_p,
     min_p,
     draws,
-    tokens,  # [R] int64
-    finite,  # [R] bool
-    chosen,  # [R] float32; unused without log-probabilities, as the next two
-    ids,  # [R, NUM_LOGPROBS] int64
-    top,  # [R, NUM_LOGPROBS] float32
-    V,
-    stride,
+    out,  # Outputs
     NUM_LOGPROBS: tl.constexpr,  # -1: none, not even of the token
     BLOCK: tl.constexpr,
 ):
     r = tl.program_id(0)
-    row = logits + r.to(tl.int64) * stride
+    mine = logits + r.to(tl.int64) * stride
     t = tl.load(temperature + r)
-    largest, token, fine = _largest(row, V, BLOCK)
+    largest, token, fine = _largest(mine, V, BLOCK)
     if fine & (t >= _GREEDY_BELOW):
         k, p = tl.load(top_k + r), tl.load(top_p + r)
         m = tl.minimum(tl.load(min_p + r), 1.0)
-        scale = _LOG2_E / t
-        key, kept, total = _cut(row, V, largest, scale, k, p, m, BLOCK)
+        row = Row(mine, V, largest, _LOG2_E / t, m)
+        key, kept, total = find_cut(row, k, p, BLOCK)
         last_tie = V
-        if kept < _ALL:
-            last_tie = _nth_at(row, V, key, kept, BLOCK)
+        if kept < ALL:
+            last_tie = nth_at(row, key, kept, BLOCK)
         target = tl.load(draws + r) * total  # loaded here: registers are scarce in the search
-        token = _draw(row, V, key, last_tie, largest, scale, m, target, BLOCK)
+        token = _draw(row, key, last_tie, target, BLOCK)
     token = tl.where(fine, token, 0)
-    tl.store(tokens + r, token.to(tl.int64))
-    tl.store(finite + r, fine)
+    tl.store(out.tokens + r, token.to(tl.int64))
+    tl.store(out.finite + r, fine)
     if NUM_LOGPROBS >= 0:
-        ids += r * NUM_LOGPROBS
-        top += r * NUM_LOGPROBS
+        ids = out.ids + r * NUM_LOGPROBS
+        top = out.top + r * NUM_LOGPROBS
         if fine:
-            _log_probabilities(row, V, largest, token, chosen + r, ids, top, NUM_LOGPROBS, BLOCK)
+            _log_probabilities(mine, V, largest, token, out.chosen + r, ids, top, NUM_LOGPROBS, BLOCK)
         else:
-            tl.store(chosen + r, float("nan"))
+            tl.store(out.chosen + r, float("nan"))
             for n in range(NUM_LOGPROBS):
                 tl.store(ids + n, 0)
                 tl.store(top + n, float("nan"))
@@ -334,16 +219,16 @@ def _sample_op(
             logits, history, history_starts, prompt_lens, presence, frequency, repetition, vocab, BLOCK=_HISTORY_BLOCK
         )
     _sample[(rows,)](
-        logits, temperature, top_k, top_p, min_p, draws, *outs, vocab, logits.stride(0), NUM_LOGPROBS=num_logprobs,
-        BLOCK=BLOCK, num_warps=_WARPS,
+        logits, logits.stride(0), vocab, temperature, top_k, top_p, min_p, draws, outs,
+        NUM_LOGPROBS=num_logprobs, BLOCK=BLOCK, num_warps=_WARPS,
     )  # fmt: skip
     return outs
 
 
-def _outputs(logits: Tensor, num_logprobs: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _outputs(logits: Tensor, num_logprobs: int) -> Outputs:
     rows, device = logits.shape[0], logits.device
     width = max(num_logprobs, 0)
-    return (
+    return Outputs(
         torch.empty(rows, dtype=torch.int64, device=device),
         torch.empty(rows, dtype=torch.bool, device=device),
         torch.empty(rows if num_logprobs >= 0 else 0, dtype=torch.float32, device=device),
@@ -367,7 +252,7 @@ def sample(
     penalties: Penalties | None = None,
     num_logprobs: int | None = None,
 ) -> Sampled:
-    """As kernels/sampling/reference.py. Up to 20 log-probabilities are worth it: each is a pass over the vocabulary."""
+    """As in reference.py. Each of the most likely tokens that is reported costs a pass over the vocabulary."""
     count = -1 if num_logprobs is None else min(num_logprobs, logits.shape[1])
     tokens, finite, chosen, ids, top = _sample_op(
         logits, temperature, top_k, top_p, min_p, draws, *(penalties or (None,) * 6), count
@@ -376,29 +261,19 @@ def sample(
 
 
 def greedy(logits: Tensor) -> Sampled:
-    """As `sample` with every temperature 0."""
+    """As in reference.py."""
     nought = torch.zeros(logits.shape[0], dtype=torch.float32, device=logits.device)
     return sample(logits, nought, nought.to(torch.int32), nought, nought, nought)
 
 
 def configurations() -> Iterator[Configuration]:
-    for dtype, num in (("bf16", -1), ("fp32", -1), ("bf16", 20), ("fp32", 20)):
-        yield Configuration(
-            name=f"sample {dtype}{f' logprobs {num}' if num >= 0 else ''}",
-            kernel=_sample,
-            types={name: "*fp32" for name in ("temperature", "top_p", "min_p", "draws", "chosen", "top")}
-            | {"logits": f"*{dtype}", "top_k": "*i32", "tokens": "*i64", "finite": "*u1", "ids": "*i64"}
-            | {"V": "i32", "stride": "i32"},
-            constants={"NUM_LOGPROBS": num, "BLOCK": BLOCK},
-            aligned=("logits", "V", "stride"),
-            num_warps=_WARPS,
-        )
-    yield Configuration(
-        name="penalize",
-        kernel=_penalize,
-        types={name: "*fp32" for name in ("logits", "presence", "frequency", "repetition")}
-        | {name: "*i32" for name in ("history", "history_starts", "prompt_lens")}
-        | {"V": "i32"},
-        constants={"BLOCK": _HISTORY_BLOCK},
-        aligned=("logits", "V"),
-    )
+    """Logits of both types, without log-probabilities and with as many as are worth it; and penalties."""
+    parameters = dict(temperature="*fp32", top_k="*i32", top_p="*fp32", min_p="*fp32", draws="*fp32")
+    outputs = Outputs("*i64:16", "*u1:16", "*fp32:16", "*i64:16", "*fp32:16")
+    for element, num in (("bf16", -1), ("fp32", -1), ("bf16", 20), ("fp32", 20)):
+        types = dict(logits=f"*{element}:16", stride="i32:16", V="i32:16", **parameters, out=outputs)
+        name = f"sample {element}{f' logprobs {num}' if num >= 0 else ''}"
+        yield Configuration(name, _sample, types, {"NUM_LOGPROBS": num, "BLOCK": BLOCK}, _WARPS)
+    types = {name: "*fp32:16" for name in ("logits", "presence", "frequency", "repetition")}
+    types |= {name: "*i32:16" for name in ("history", "history_starts", "prompt_lens")}
+    yield Configuration("penalize", _penalize, {**types, "V": "i32:16"}, {"BLOCK": _HISTORY_BLOCK})

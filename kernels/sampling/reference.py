@@ -29,8 +29,9 @@ GREEDY_BELOW = 1e-5  # a temperature below this is greedy: logits apart by 1e-3 
 class Penalties(NamedTuple):
     """presence, frequency (0 is off), repetition (1 is off): [R] float32.
 
-    history [N] int32: the tokens of all rows one after another, row r's at [history_starts[r], history_starts[r + 1]);
-    its first prompt_lens[r] are the prompt. history_starts [R + 1] int32, prompt_lens [R] int32.
+    history [N] int32: the tokens of all rows one after another, row r's at [history_starts[r], history_starts[r + 1]).
+    The first prompt_lens[r] of them are the prompt. history_starts [R + 1] int32, prompt_lens [R] int32. The example is
+    in __init__.py.
     """
 
     presence: Tensor
@@ -42,7 +43,11 @@ class Penalties(NamedTuple):
 
 
 class Logprobs(NamedTuple):
-    """chosen [R] float32 of the token drawn; the n most likely, ids [R, n] int64 and top [R, n] float32, best first."""
+    """Natural logarithms of probabilities.
+
+    chosen [R] float32: of the token drawn. ids [R, n] int64 and top [R, n] float32: the n most likely tokens and
+    theirs, best first. All NaN (and ids 0) in a row that is not finite.
+    """
 
     chosen: Tensor
     ids: Tensor
@@ -50,6 +55,8 @@ class Logprobs(NamedTuple):
 
 
 class Sampled(NamedTuple):
+    """A token for each row, and whether the row's logits were finite."""
+
     tokens: Tensor  # [R] int64
     finite: Tensor  # [R] bool
     logprobs: Logprobs | None
@@ -65,11 +72,11 @@ def sample(
     penalties: Penalties | None = None,
     num_logprobs: int | None = None,
 ) -> Sampled:
-    """One token a row.
+    """One token a row, by the steps above.
 
     logits [R, V], float32, bfloat16 or float16, rows contiguous. temperature, top_p (1 is off), min_p (0 is off), draws
-    (in [0, 1]): [R] float32; top_k [R] int32 (0 is off). num_logprobs: how many of the most likely tokens to report,
-    beside the chosen one; None reports nothing.
+    (uniform in [0, 1]): [R] float32. top_k [R] int32 (0 is off). num_logprobs: log-probabilities are returned of the
+    chosen token and of so many of the most likely ones; None: of none.
     """
     if penalties is not None:
         logits = penalized(logits, penalties)
@@ -86,14 +93,14 @@ def sample(
 
 
 def greedy(logits: Tensor) -> Sampled:
-    """As `sample` with every temperature 0."""
+    """logits [R, V], as of `sample`, with every temperature 0 and neither penalties nor log-probabilities."""
     largest, tokens = logits.max(-1)  # NaN is larger than anything here, and the first of equals counts
     finite = largest.isfinite()
     return Sampled(torch.where(finite, tokens, 0), finite, None)
 
 
 def penalized(logits: Tensor, penalties: Penalties) -> Tensor:
-    """A copy in float32 with the penalties applied."""
+    """A copy of logits [R, V] in float32, with the penalties applied."""
     logits = logits.to(torch.float32, copy=True)
     starts, prompt_lens = penalties.history_starts.tolist(), penalties.prompt_lens.tolist()
     for row, prompt_len in enumerate(prompt_lens):

@@ -1,7 +1,7 @@
-"""store_kv on the GPU: keys and values in one launch.
+"""Triton form of store_kv: one launch for keys and values; a program copies some heads of one token.
 
-Only the KV slots named are written. Blocks need not be cleared before their first use: paged_attention's kernel loads
-nothing past a sequence's end (its reference does, and masks it).
+Only the KV slots that slot_mapping names are written. Blocks need not be cleared before their first use, since
+paged_attention's kernel loads nothing past a sequence's end. (Its reference does, and masks it.)
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels.compiled.kernel import Configuration
 
-MAX_ELEMENTS = 4096  # of a program's keys
+MAX_ELEMENTS = 4096  # of the keys that a program copies
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def _store(
     HEADS: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_H: tl.constexpr, PADDED: tl.constexpr, VALUE_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Programs: (token, some heads). A negative KV slot is padding."""
+    """Programs: (token, some heads). A token with a negative KV slot only pads the batch."""
     token = tl.program_id(0).to(tl.int64)
     first_head = tl.program_id(1).to(tl.int64) * BLOCK_H
     kv_slot = tl.load(slot_mapping + token).to(tl.int64)
@@ -109,7 +109,7 @@ def configurations() -> Iterator[Configuration]:
     for element in ("bf16", "fp32"):
         for name, heads, dim, value_dim in shapes:
             constants = _constants(heads, dim, value_dim, 16)
-            types = {name: "i32" for name in _store.arg_names if name not in constants}
-            types |= {name: f"*{element}" for name in ("key", "value", "key_cache", "value_cache")}
-            types["slot_mapping"] = "*i32"
-            yield Configuration(f"{name} {element}", _store, types, constants, tuple(types))
+            types = {name: "i32:16" for name in _store.arg_names if name not in constants}
+            types |= {name: f"*{element}:16" for name in ("key", "value", "key_cache", "value_cache")}
+            types["slot_mapping"] = "*i32:16"
+            yield Configuration(f"{name} {element}", _store, types, constants)

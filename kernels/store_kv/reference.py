@@ -4,12 +4,12 @@ from torch import Tensor
 
 
 def store_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor) -> None:
-    """Write in place.
+    """Write the keys and values of a step to their KV slots, in place.
 
-    key [T, Hkv, D], value [T, Hkv, Dv]: one row a token of the step.
+    key [T, Hkv, D], value [T, Hkv, Dv]: one row for each token of the step.
     key_cache [blocks, block_size, Hkv, D], value_cache [blocks, block_size, Hkv, Dv]; both may be strided views.
-    slot_mapping [T] integer: block * block_size + offset of each token; no KV slot twice. Negative: padding, not
-    written.
+    slot_mapping [T] integer: each token's KV slot, block * block_size + offset; none twice. Tokens with a negative one
+    only pad the batch and are not written.
     """
     if (padding := slot_mapping < 0).any():
         key, value, slot_mapping = key[~padding], value[~padding], slot_mapping[~padding]
@@ -26,7 +26,7 @@ def _put(cache: Tensor, kv_slots: Tensor, rows: Tensor) -> None:
 
 
 def store_latent(latent: Tensor, rope: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
-    """Write the compressed keys and values of MLA in place: a token's latent part and its rotated key, side by side.
+    """Write what MLA caches of each token, in place: its latent part and its rotated key, side by side.
 
     latent [T, L], rope [T, R], cache [blocks, block_size, 1, L + R]; slot_mapping as in store_kv.
     """

@@ -7,13 +7,13 @@ import pytest
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shapes of experts that the interpreter gets through, with more than one block in every direction."""
     from kernels.grouped_gemm import kernel as gemm_kernel
+    from kernels.grouped_gemm.activation import kernel as activation_kernel
     from kernels.lora import kernel as lora_kernel
 
-    blocks = gemm_kernel.Blocks(16, 16, 4, 2)
+    blocks = gemm_kernel.Blocks(16, 64, 4, 2)  # for elements of four bytes a quarter of the depth is taken
     monkeypatch.setattr(gemm_kernel, "_GATE_UP", {4: blocks})
     monkeypatch.setattr(gemm_kernel, "_DOWN", {4: blocks})
-    monkeypatch.setattr(gemm_kernel, "_for_size", lambda blocks, _: blocks)
     monkeypatch.setattr(gemm_kernel, "_COMBINE_COLUMNS", 16)
-    monkeypatch.setattr(gemm_kernel, "_ACTIVATE_COLUMNS", 16)
+    monkeypatch.setattr(activation_kernel, "_COLUMNS", 16)
     monkeypatch.setattr(lora_kernel, "_blocks", lambda *_: (16, 16, 4))
     monkeypatch.setattr(lora_kernel, "_splits", lambda *_, **__: 2)

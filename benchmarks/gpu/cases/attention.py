@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.cases.case import Case, Draw
+from tests.support.device_batch import device_batch
 
 
 class _Shape(NamedTuple):
@@ -56,9 +57,8 @@ def _attention_case(draw: Draw, shape: _Shape) -> Case:
     query = draw.randn(sum(new for new, _ in sequences), shape.heads, shape.dim)
     total_keys, per_key = sum(keys for _, keys in sequences), _key_bytes(shape, query)
     caches = [_caches(draw, shape, sum(counts) + 4, block_size) for _ in range(draw.scale.copies(total_keys * per_key))]
-    batch = AttentionBatch([new for new, _ in sequences], [keys for _, keys in sequences], tables, block_size,
-                           draw.dtype)  # fmt: skip
-    on_device = batch.device_form(draw.device)
+    lists = [new for new, _ in sequences], [keys for _, keys in sequences], tables
+    batch, on_device = AttentionBatch(*lists, block_size, draw.dtype), device_batch(*lists, draw.device)
     scale = shape.dim**-0.5
     pairs = sum(new * keys - new * (new - 1) // 2 for new, keys in sequences)
     results = query.nbytes * (shape.dim + shape.value_dim) // shape.dim

@@ -110,6 +110,13 @@ def test_slices_with_inputs_of_their_own(single_launch: bool) -> None:
 
 
 @pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("single_launch", [True, False])
+def test_gains_of_slices_with_inputs_of_their_own(single_launch: bool) -> None:
+    """As on the value side of absorbed attention: each head reads its own columns and has its own part of the gain."""
+    check(20, (12, 12, 12), batch("uniform", 9), single_launch, gains=True, own_inputs=True)
+
+
+@pytest.mark.usefixtures("small_blocks")
 def test_a_gain_without_low_rank_weights() -> None:
     site, held = make_site(16, (8,), gains=False)
     gain = torch.rand(8, device=DEVICE)

@@ -38,3 +38,26 @@ def test_lora(popularity: str, tokens: int, width: int, inner: int) -> None:
             if weights is not None:
                 part += weights.scale * (weights.b @ (weights.a @ x[token]))
         torch.testing.assert_close(got[token], expected, atol=ATOL, rtol=1e-5)
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("own_inputs", [True, False])
+def test_gains(own_inputs: bool, has_bias: bool) -> None:
+    """gain * (base + delta) + bias by slice. With inputs of their own: the value side of absorbed attention."""
+    heads, depth, width, rank, scale = 3, 6, 4, 2, 0.5
+    base = torch.randn(heads, width, depth)
+    bias = torch.randn(heads, width) if has_bias else torch.zeros(heads, width)
+    a, b = torch.randn(heads, rank, depth), torch.randn(heads, width, rank)
+    gains = torch.rand(heads, width) + 0.5
+    x = torch.randn(5, heads, depth)
+    if not own_inputs:
+        x = x[:, :1].expand(5, heads, depth)
+    products = torch.einsum("hwd,thd->thw", base, x)
+    y = (products + bias).flatten(1)
+    held = SiteAdapters({1: [LoraWeights(*it, scale, gain) for *it, gain in zip(a, b, gains, strict=True)]})
+    site = LoraSite((width,) * heads, own_inputs)
+    tiles = AdapterTiles([Segment(2, 5, 1)])
+    lora(y, x.flatten(1) if own_inputs else x[:, 0], site, held, tiles, rank, bias.flatten() if has_bias else None)
+    merged = torch.einsum("hwd,thd->thw", base + scale * b @ a, x)
+    torch.testing.assert_close(y[2:], (gains * merged + bias).flatten(1)[2:], atol=ATOL, rtol=1e-5)
+    assert torch.equal(y[:2], (products + bias).flatten(1)[:2])

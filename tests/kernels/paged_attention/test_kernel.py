@@ -2,7 +2,7 @@
 
 import math
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -10,8 +10,10 @@ from torch import Tensor
 
 from kernels.paged_attention import AttentionBatch, DeviceBatch, reference, splits_decodes
 from kernels.paged_attention import kernel as attention_kernel
-from kernels.paged_attention.kernel import NO_LIMIT, Tile, choose_tile, paged_attention, split_dim
+from kernels.paged_attention.kernel import NO_LIMIT, paged_attention
 from kernels.paged_attention.kernel import _launch as attention_op
+from kernels.paged_attention.tiles import Tile, choose_tile, split_dim
+from tests.support.device_batch import device_batch
 from tests.support.kernel_device import DEVICE
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("poisoned_memory")]
@@ -71,13 +73,12 @@ def make_case(
 
     tokens = sum(query_len for query_len, _ in shapes)
     batch = AttentionBatch([q for q, _ in shapes], [kv for _, kv in shapes], tables, block_size, torch.float32)
-    form = batch.device_form(torch.device(DEVICE))
     columns = max(counts) + extra_columns
-    padded = torch.tensor([table + [GARBAGE] * (columns - len(table)) for table in tables], dtype=torch.int32)
-    padded[::2][padded[::2] == GARBAGE] = -1
-    device_batch = DeviceBatch(form.query_starts, form.kv_lens, padded.to(DEVICE), form.counters, form.max_query_len)
+    garbage = [[*table, *[-1 if index % 2 == 0 else GARBAGE] * (columns - len(table))]
+               for index, table in enumerate(tables)]  # fmt: skip
+    on_device = device_batch([q for q, _ in shapes], [kv for _, kv in shapes], garbage, DEVICE)
     query = torch.randn(tokens, heads, dim, device=DEVICE)
-    return Case(query, *caches(storage), *caches(poisoned), batch, device_batch)
+    return Case(query, *caches(storage), *caches(poisoned), batch, on_device)
 
 
 def check(case: Case, options: dict[str, object], launches: int = 1) -> Tensor:
@@ -105,7 +106,6 @@ def test_mixed_batch(options: dict[str, object]) -> None:
 def test_decodes_with_a_launch_of_their_own(options: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kernels.paged_attention.batch.LONG_DECODE", 8)
     case = make_case([*MIXED, (1, 70)], heads=6, kv_heads=2, dim=16, value_dim=16)
-    case.device_batch = replace(case.device_batch, splits_decodes=case.batch.device_form(DEVICE).splits_decodes)
     assert case.device_batch.splits_decodes
     check(case, options, launches=2)
 
@@ -219,18 +219,8 @@ def test_the_rows_of_a_query_may_be_strided() -> None:
 
 def test_empty_batch() -> None:
     cache = torch.zeros(2, 4, 1, 8, device=DEVICE)
-    form = AttentionBatch([], [], [], 4, torch.float32).device_form(torch.device(DEVICE))
-    assert paged_attention(torch.zeros(0, 2, 8, device=DEVICE), cache, cache, form, 1.0).shape == (0, 2, 8)
-
-
-def test_the_batch_on_a_device() -> None:
-    form = AttentionBatch([1, 3], [6, 5], [[9, 2], [4, 7]], 4, torch.float32).device_form(torch.device(DEVICE))
-    assert form.query_starts.tolist() == [0, 1, 4]
-    assert form.kv_lens.tolist() == [6, 5]
-    assert form.block_tables.tolist() == [[9, 2], [4, 7]]
-    assert form.max_query_len == 3
-    tensors = (form.query_starts, form.kv_lens, form.block_tables)
-    assert all(tensor.dtype == torch.int32 and tensor.data_ptr() % 16 == 0 for tensor in tensors)
+    empty = device_batch([], [], [], DEVICE)
+    assert paged_attention(torch.zeros(0, 2, 8, device=DEVICE), cache, cache, empty, 1.0).shape == (0, 2, 8)
 
 
 @pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"sinks": True, "chunk": 4}], ids=str)

@@ -1,0 +1,143 @@
+"""Triton form of shrink and expand, which the launches of lora call.
+
+Names of constants: K is the depth, the columns of x that a slice reads; SL the number of slices; SPLITS that of parts
+of the depth; TILE the rows of a tile; BK, RB and BN are columns of x, ranks and columns of y at a time; DT is the type
+of the weights.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from kernels.compiled.kernel import dot, open_tile
+from kernels.lora.site import TABLE_FIELDS, Field
+
+_FIELDS = tl.constexpr(TABLE_FIELDS)
+_A, _B, _GAIN = tl.constexpr(int(Field.A)), tl.constexpr(int(Field.B)), tl.constexpr(int(Field.GAIN))
+_RANK, _SCALE = tl.constexpr(int(Field.RANK)), tl.constexpr(int(Field.SCALE))
+
+
+class Table(NamedTuple):
+    """Where the adapters' weights for a site are: table and offsets of SiteAdapters. In a kernel, pointers."""
+
+    rows: Any  # [slots, slices, TABLE_FIELDS] int64
+    stride: Any  # of slots
+    offsets: Any  # [slices + 1] int32
+
+
+@triton.jit
+def _entry(table, slot, part):
+    """a, b, gain (addresses), rank and scale of an adapter's slice."""
+    row = table.rows + slot.to(tl.int64) * table.stride + part * _FIELDS
+    rank = tl.load(row + _RANK).to(tl.int32)
+    scale = tl.load(row + _SCALE).to(tl.int32).to(tl.float32, bitcast=True)
+    return tl.load(row + _A), tl.load(row + _B), tl.load(row + _GAIN), rank, scale
+
+
+@triton.jit
+def _shrunk_at(z, split, part, rows, ranks, T, max_rank, SL: tl.constexpr):
+    """Pointers [rows, ranks] into z [SPLITS, SL, T, max_rank] float32: what shrinks leave for expands."""
+    return z + ((split * SL + part) * T + rows)[:, None] * max_rank + ranks[None, :]
+
+
+@triton.jit
+def shrink(
+    x, stride_x, z, table, tiles, tile, part, split, T, max_rank,
+    K: tl.constexpr, CHOICES: tl.constexpr, OWN: tl.constexpr, TRANSPOSED: tl.constexpr, ALIGNED: tl.constexpr,
+    SL: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr, RB: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr,
+):  # fmt: skip
+    """z[split, part, rows, :rank] = x[rows] @ a^T over this split of the depth K.
+
+    CHOICES above 0: x is read at pairs[rows] // CHOICES. OWN: a slice reads its own K columns of x.
+    """
+    if OWN:
+        x += part * K
+    slot, start, count = open_tile(tiles, tile)
+    m = tl.arange(0, TILE)
+    row_mask = m < count
+    a_address, _, _, rank, _ = _entry(table, slot, part)
+    a = a_address.to(tl.pointer_type(DT))
+    if ALIGNED:  # an address out of a table says nothing of itself, and would be read an element at a time
+        a = tl.multiple_of(a, 16)
+    rows = (start + m).to(tl.int64)
+    depth: tl.constexpr = ((K + SPLITS - 1) // SPLITS + BK - 1) // BK * BK  # of one split, whole blocks
+    if CHOICES > 0:
+        read = (tl.load(tiles.pairs + rows, mask=row_mask, other=0) // CHOICES).to(tl.int64)
+    else:
+        read = rows
+    k = tl.arange(0, BK)
+    r = tl.arange(0, RB)
+    for first_rank in range(0, rank, RB):
+        ranks = first_rank + r
+        total = tl.zeros((TILE, RB), tl.float32)
+        for first in range(split * depth, tl.minimum(split * depth + depth, K), BK):
+            deep = first + k
+            seen = tl.load(x + read[:, None] * stride_x + deep[None, :],
+                           mask=row_mask[:, None] & (deep < K)[None, :], other=0.0)  # fmt: skip
+            weight_at = deep[:, None] * rank + ranks[None, :] if TRANSPOSED else ranks[None, :] * K + deep[:, None]
+            weight = tl.load(a + weight_at, mask=(ranks < rank)[None, :] & (deep < K)[:, None], other=0.0)  # fmt: skip
+            total = dot(seen, weight, total)
+        z_at = _shrunk_at(z, split, part, rows, ranks, T, max_rank, SL)
+        tl.store(z_at, total, mask=row_mask[:, None] & (ranks < rank)[None, :])
+    return rank
+
+
+@triton.jit
+def expand(
+    y, stride_y, z, bias, table, tiles, counters, tile, part, column_block, T, max_rank,
+    SCATTERS: tl.constexpr, TRANSPOSED: tl.constexpr, SL: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr,
+    RB: tl.constexpr, BN: tl.constexpr, HAS_BIAS: tl.constexpr, DT: tl.constexpr, WAITS: tl.constexpr,
+):  # fmt: skip
+    """y[rows, columns] += scale * z @ b^T, with z summed over the splits; then the gain, if there is one.
+
+    SCATTERS: y is written at pairs[rows]. WAITS: for the shrinks of this tile and slice, which count themselves at
+    counters[1 + tile * SL + part]; else they were done by an earlier launch.
+    """
+    begin = tl.load(table.offsets + part)
+    width = tl.load(table.offsets + part + 1) - begin
+    if column_block * BN < width:
+        slot, start, count = open_tile(tiles, tile)
+        m = tl.arange(0, TILE)
+        row_mask = m < count
+        _, b_address, gain_address, rank, scale = _entry(table, slot, part)
+        if (rank > 0) | (gain_address != 0):
+            b = b_address.to(tl.pointer_type(DT))
+            rows = (start + m).to(tl.int64)
+            n = column_block * BN + tl.arange(0, BN)
+            column_mask = n < width
+            mask = row_mask[:, None] & column_mask[None, :]
+            if SCATTERS:
+                written = tl.load(tiles.pairs + rows, mask=row_mask, other=0).to(tl.int64)
+            else:
+                written = rows
+            y_at = y + written[:, None] * stride_y + (begin + n)[None, :]
+            prior = tl.load(y_at, mask=mask, other=0.0).to(tl.float32)  # under way before the wait
+            if WAITS:
+                if rank > 0:
+                    while tl.atomic_add(counters + 1 + tile * SL + part, 0, sem="acquire", scope="gpu") < SPLITS:
+                        pass
+                    tl.debug_barrier()
+            r = tl.arange(0, RB)
+            total = tl.zeros((TILE, BN), tl.float32)
+            for first_rank in range(0, rank, RB):
+                ranks = first_rank + r
+                z_mask = row_mask[:, None] & (ranks < rank)[None, :]
+                shrunk = tl.zeros((TILE, RB), tl.float32)
+                for split in tl.static_range(SPLITS):  # always in this order
+                    z_at = _shrunk_at(z, split, part, rows, ranks, T, max_rank, SL)
+                    shrunk += tl.load(z_at, mask=z_mask, other=0.0, cache_modifier=".cg")
+                wide = n[None, :].to(tl.int64)
+                weight_at = ranks[:, None] * width + wide if TRANSPOSED else wide * rank + ranks[:, None]
+                weight_mask = column_mask[None, :] & (ranks < rank)[:, None]
+                weight = tl.load(b + weight_at, mask=weight_mask, other=0.0)
+                total = dot(shrunk.to(DT), weight, total)
+            out = prior + total * scale
+            if gain_address != 0:
+                gain = tl.load(gain_address.to(tl.pointer_type(tl.float32)) + n, mask=column_mask, other=0.0)[None, :]
+                if HAS_BIAS:
+                    held = tl.load(bias + begin + n, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+                    out = (out - held) * gain + held
+                else:
+                    out = out * gain
+            tl.store(y_at, out.to(y.dtype.element_ty), mask=mask)

@@ -1,0 +1,20 @@
+"""The lists of configurations are what an engine launches: types, alignments and integers that are 1 included."""
+
+import pytest
+
+from tests.support.commands import run
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "llama deepseek_v2 gpt_oss --narrow --ops expert_route lora paged_attention store_kv rope sampling",
+        "deepseek_v2 --ops grouped_gemm lora rms_norm",
+    ],
+)
+def test_kernels_are_listed_as_they_are_launched(arguments: str) -> None:
+    """Grouped-query attention, MLA and both kinds of experts; at full width where the list has the width."""
+    done = run("-m", "tests.support.specialisations", *arguments.split())
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
