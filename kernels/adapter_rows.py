@@ -58,7 +58,7 @@ class AdapterTiles(NamedTuple):
     Running example, tiles of at most 2 rows: spans [(3, 6, slot 2)] are tiles [[2, 3, 2], [2, 5, 1]].
     """
 
-    spans: Sequence[Segment]
+    spans: Sequence[Segment] | None  # None: only the device knows them
     tiles: Tensor | None = None  # [most, 3] int32: slot, first row, rows
     num_tiles: Tensor | None = None  # [1] int32
     tile_rows: int = 0  # the most rows of a tile

@@ -31,6 +31,7 @@ def lora(
     bias [sum of widths]: what the linear has added to y already; a gain must not scale it. None: the linear has none.
     Rows of adapters that have nothing for the site are left alone.
     """
+    assert tiles.spans is not None, "the reference needs spans on the host"
     for start, end, slot in tiles.spans:
         adapter = adapters.by_slot.get(slot)
         if adapter is None:

@@ -132,7 +132,7 @@ class DeviceInputs:
 
     def _tiles(self, name: str, most: int, count: Tensor, tile: int) -> AdapterTiles:
         tiles = self.buffer.view(name, 3 * most).view(most, 3)
-        return AdapterTiles((), tiles, count, tile, self._tile_counters)
+        return AdapterTiles(None, tiles, count, tile, self._tile_counters)
 
 
 def _most_tiles(sequences: int, tokens: int, rows: int) -> int:
