@@ -255,6 +255,18 @@ def test_a_group_takes_no_place_that_is_beyond_its_own_share() -> None:
     assert setup.is_running(narrow)
 
 
+@pytest.mark.parametrize("num_others", [5, 20])
+def test_one_group_may_not_keep_all_blocks_though_more_groups_wait_than_there_are_blocks(num_others: int) -> None:
+    setup = FakeEngine(blocks=8, tokens_per_step=100)
+    hogs = [setup.add([number] * 13, 4, group=HOG) for number in range(2)]
+    setup.step()
+    assert setup.kv_cache.pool.num_free == 0
+    others = [setup.add([number], 1) for number in range(num_others)]
+    setup.step()
+    assert running(setup, hogs) == [True, False]
+    assert sum(other.finish is not None for other in others) == 4
+
+
 # -- adapters -----------------------------------------------------------
 
 
