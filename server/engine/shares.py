@@ -22,7 +22,7 @@ class Shares:
         self._running, self._kv_cache = running, kv_cache
         self._is_alone = num_groups < 2
         self._places = max(1, max_running // max(2, num_groups))
-        self._blocks = kv_cache.pool.num_blocks // max(2, num_groups)
+        self._blocks = max(1, kv_cache.pool.num_blocks // max(2, num_groups))  # of none, a group has used up all
         self._held_places: Counter[Group] = Counter()
         self._held_blocks: Counter[Group] = Counter()
         self._missing_blocks = 0

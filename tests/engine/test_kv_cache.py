@@ -1,5 +1,7 @@
 """Block tables and prefixes, without a scheduler."""
 
+import pytest
+
 from adapters_store.ref import AdapterRef
 from server.engine.kv_cache import KVCache, chain_root
 from server.engine.request import LaneSpec, Request, Sampling
@@ -42,6 +44,47 @@ def test_where_blocks_do_not_suffice_for_all_lanes_none_gets_any() -> None:
     assert not cache.grow(it.divide(13))
     assert cache.pool.num_free == 3 and not it.lanes[0].block_table
     cache.check([it])
+
+
+def test_lanes_that_have_room_in_their_last_block_take_no_other() -> None:
+    cache = KVCache(3, BLOCK)
+    it = request([1] * 3, None, LaneSpec([2] * 4))
+    compute(cache, it)
+    it.append(9)
+    assert cache.num_held_blocks(it) == 2 and cache.num_missing_blocks(it) == 1
+    assert cache.grow(it.divide(2)) and [len(lane.block_table) for lane in it.lanes] == [1, 2]
+    assert cache.pool.num_free == cache.num_missing_blocks(it) == 0 and cache.num_held_blocks(it) == 3
+    for lane in it.lanes:
+        lane.num_computed_tokens = len(lane.tokens)
+    assert cache.grow([(it.lanes[1], 3)])  # none is free, and none is needed
+    cache.check([it])
+
+
+def test_a_block_becomes_known_by_its_tokens_when_it_is_full_however_they_came() -> None:
+    cache = KVCache(20, BLOCK)
+    first = request([1] * 6)
+    compute(cache, first)
+    for _ in range(3):
+        first.append(2)
+    compute(cache, first)
+    assert len(first.first.block_hashes) == first.first.num_committed_blocks == 2
+    for prompt, found in (([1] * 6 + [2] * 3, 8), ([1] * 6 + [3] * 3, 4), ([1] * 9, 4)):
+        other = request(prompt)
+        cache.attach_prefix(other)
+        assert other.first.num_computed_tokens == found
+        cache.check([first, other])
+        cache.release(other)
+
+
+def test_a_prefix_is_given_to_those_that_hold_nothing_only() -> None:
+    cache = KVCache(20, BLOCK)
+    it = request([1] * 6)
+    compute(cache, it)
+    with pytest.raises(AssertionError):
+        cache.attach_prefix(it)
+    it.first.num_computed_tokens = 0
+    with pytest.raises(AssertionError):
+        cache.attach_prefix(it)
 
 
 def test_the_last_token_that_is_sampled_needs_no_room() -> None:
@@ -98,6 +141,7 @@ def test_the_same_tokens_through_another_adapter_are_another_prefix() -> None:
         cache.attach_prefix(it)
         assert it.first.num_computed_tokens == found
     assert len({chain_root(it) for it in (None, ADAPTER, AdapterRef("name", "base", "lora"))}) == 3
+    assert len(chain_root(None)) == 16  # bytes: every block of every request keeps one
 
 
 def test_first_admissions_are_counted() -> None:
@@ -107,3 +151,7 @@ def test_first_admissions_are_counted() -> None:
     cache.attach_prefix(it)
     cache.count_prefix(it)
     assert (cache.num_prefix_queries, cache.num_prefix_hits, it.num_cached_tokens) == (9, 8, 8)
+    other = request([99] * 5, None, LaneSpec(list(range(7))))
+    cache.attach_prefix(other)
+    cache.count_prefix(other)
+    assert (cache.num_prefix_queries, cache.num_prefix_hits, other.num_cached_tokens) == (21, 12, 0)

@@ -1,0 +1,192 @@
+"""One step of the engine: messages in, events out, and how soon the next one is wanted."""
+
+import pytest
+
+from adapters_store.parts import AdapterPackage
+from adapters_store.ref import AdapterRef
+from server.config import EngineConfig
+from server.engine.core import Engine, Pace
+from server.engine.fake_runner import FakeResidency, FakeRunner, Known, expected_tokens
+from server.engine.kv_cache import KVCache
+from server.engine.messages import (
+    Abort,
+    AdapterOnDevice,
+    AddAdapter,
+    AddRequest,
+    Configure,
+    RemoveAdapter,
+    Shutdown,
+    TokenEvent,
+)
+from server.engine.plan import Plan
+from server.engine.request import FinishReason, LaneSpec, Sampling, Token
+from server.engine.scheduler import SchedulerLimits
+
+BLOCKS, BLOCK, VOCAB = 10, 4, 1000
+REF = AdapterRef("name", "revision", "lora")
+PACKAGE = AdapterPackage("lora", "here", "revision", (), ())
+
+
+class Runner(FakeRunner):
+    """One that counts its steps."""
+
+    def __init__(self) -> None:
+        super().__init__(BLOCKS, BLOCK, VOCAB)
+        self.num_launches = 0
+
+    def launch(self, plan: Plan) -> Known:
+        assert plan, "an empty step"
+        self.num_launches += 1
+        return super().launch(plan)
+
+
+class Residency(FakeResidency):
+    """One that remembers what it was told of."""
+
+    def __init__(self, polls_to_load: int) -> None:
+        super().__init__(2, polls_to_load)
+        self.packages: dict[AdapterRef, AdapterPackage] = {}
+
+    def register(self, ref: AdapterRef, package: AdapterPackage) -> None:
+        super().register(ref, package)
+        self.packages[ref] = package
+
+
+def engine(polls_to_load: int = 0, max_waiting: int = 10, max_running: int = 4) -> Engine:
+    limits = SchedulerLimits(tokens_per_step=8, max_running=max_running, max_waiting=max_waiting, max_skips=5)
+    return Engine(limits, KVCache(BLOCKS, BLOCK), Runner(), Residency(polls_to_load))
+
+
+def add(number: int, prompt: list[int], max_tokens: int = 2, adapter: AdapterRef | None = None,
+        stops: frozenset[int] = frozenset(), group: int | None = None) -> AddRequest:  # fmt: skip
+    lanes = [LaneSpec(prompt, adapter)]
+    return AddRequest(number, number if group is None else group, lanes, max_tokens, Sampling(seed=number), stops)
+
+
+def said(number: int, prompt: list[int], count: int, adapter: AdapterRef | None = None) -> list[TokenEvent]:
+    """The events of a request that ends with its last token."""
+    tokens = [Token(token) for token in expected_tokens(adapter, prompt, count, VOCAB)]
+    return [
+        *(TokenEvent(number, token) for token in tokens[:-1]),
+        TokenEvent(number, tokens[-1], FinishReason.LENGTH),
+    ]
+
+
+def test_a_step_takes_in_what_has_come_and_says_what_came_of_it() -> None:
+    it = engine()
+    first, second = said(1, [5, 6], 2), said(2, [7], 1)
+    assert it.step([add(1, [5, 6], 2), add(2, [7], 1)]) == [first[0], second[0]]
+    assert it.step([]) == [first[1]]
+    assert it.step([]) == []
+    it.check()
+
+
+def test_a_request_is_made_of_all_that_its_message_says() -> None:
+    it = engine(max_running=1)
+    it.step([add(1, [9]), AddAdapter(REF, PACKAGE), add(2, [5, 6], 3, REF, frozenset([8]), group=1)])
+    request = it.scheduler.request(2)
+    assert request is not None
+    assert (request.id, request.group, request.max_tokens) == (2, 1, 3)
+    assert request.sampling == Sampling(seed=2) and request.stop_token_ids == frozenset([8])
+    assert request.first.tokens == [5, 6] and request.adapters == [REF]
+
+
+def test_what_can_not_be_served_is_answered_in_the_same_step_and_before_what_was_computed() -> None:
+    it = engine(max_waiting=1)
+    events = it.step([add(1, [5], 1), add(2, [6], 1), Abort([1, 77])])
+    assert events == [
+        TokenEvent(2, None, FinishReason.ERROR, "1 requests are waiting, as many as are allowed"),
+        TokenEvent(1, None, FinishReason.ABORT),
+    ]
+    assert it.step([add(3, [5], 1, REF), add(4, [6], 1)]) == [
+        TokenEvent(3, None, FinishReason.ERROR, "the adapter 'name' is no longer served"),
+        *said(4, [6], 1),
+    ]
+
+
+def test_adapters_come_and_go_by_messages() -> None:
+    it = engine()
+    assert it.step([AddAdapter(REF, PACKAGE), add(1, [5], 1, REF)]) == said(1, [5], 1, REF)
+    assert it._residency.packages == {REF: PACKAGE}  # type: ignore[attr-defined]
+    assert it.stats().adapters == (AdapterOnDevice(REF, "resident", 0, 0),)
+    it.step([RemoveAdapter(REF)])
+    assert it.stats().adapters == ()
+
+
+def test_it_goes_on_until_it_is_told_to_stop() -> None:
+    it = engine()
+    it.step([])
+    assert it.is_shut_down is False
+    it.step([Shutdown()])
+    assert it.is_shut_down is True
+
+
+def test_a_message_that_comes_too_late_to_matter_is_our_own_bug() -> None:
+    with pytest.raises(TypeError, match="^the engine is running and takes no Configure$"):
+        engine().step([Configure(EngineConfig(model_dir="."))])
+
+
+def test_its_pace_says_how_soon_the_next_step_is_wanted() -> None:
+    it = engine(polls_to_load=2)
+    assert it.pace is Pace.BUSY  # there may be messages already
+    it.step([])
+    assert it.pace is Pace.IDLE
+    it.step([AddAdapter(REF, PACKAGE), add(1, [5], 1, REF)])
+    assert it.pace is Pace.LOADING
+    it.step([add(2, [5], 1)])
+    assert it.pace is Pace.BUSY
+    it.step([])
+    assert it.pace is Pace.BUSY  # it is here
+    it.step([])
+    assert it.pace is Pace.IDLE
+
+
+def test_a_transfer_that_nobody_waits_for_any_more_is_looked_after_to_its_end() -> None:
+    it = engine(polls_to_load=2)
+    it.step([AddAdapter(REF, PACKAGE), add(1, [5], 1, REF)])
+    assert it.step([Abort([1])]) == [TokenEvent(1, None, FinishReason.ABORT)]
+    assert it.pace is Pace.LOADING
+    it.step([])
+    assert it.pace is Pace.IDLE
+
+
+def test_nothing_is_launched_where_nothing_is_to_be_computed() -> None:
+    it = engine()
+    for messages in ([], [add(1, [5], 1)], [], []):
+        it.step(messages)
+    assert it._runner.num_launches == it.stats().steps == 1  # type: ignore[attr-defined]
+
+
+def test_its_numbers_are_gauges_as_of_now_and_counters_since_its_start() -> None:
+    it = engine(max_running=1)
+    assert it.stats().kv_blocks_total == BLOCKS and it.stats().adapters == ()
+    it.step([add(1, [5] * 9, 2), add(2, [5] * 9, 2), add(3, [6], 2)])
+    stats = it.stats()
+    assert (stats.running, stats.waiting, stats.kv_blocks_used) == (1, 2, 2)
+    assert (stats.steps, stats.computed_tokens, stats.prefix_queries, stats.prefix_hits) == (1, 8, 9, 0)
+    it.step([])
+    assert (it.stats().steps, it.stats().computed_tokens, it.stats().kv_blocks_used) == (2, 9, 3)
+    for _ in range(10):
+        it.step([])
+    stats = it.stats()
+    assert (stats.running, stats.waiting, stats.kv_blocks_used, stats.preemptions) == (0, 0, 0, 0)
+    # 10 tokens of the first, 2 of the second behind 8 that the first left, 2 of the third; in 3, 2 and 2 steps
+    assert (stats.steps, stats.computed_tokens, stats.prefix_queries, stats.prefix_hits) == (7, 14, 19, 8)
+
+
+def test_what_a_prompt_found_in_the_prefix_cache_is_told_with_its_first_event() -> None:
+    it = engine()
+    prompt = [5] * 8
+    for cached in (0, 4):
+        events = it.step([add(1, prompt, 4)]) + it.step([]) + it.step([]) + it.step([])
+        assert [event.num_cached_tokens for event in events] == [cached, 0, 0, 0]
+        assert [event.token for event in events] == [event.token for event in said(1, prompt, 4)]
+
+
+def test_its_check_is_the_schedulers() -> None:
+    it = engine()
+    it.step([add(1, [5])])
+    it.check()
+    it.scheduler._num_running_lanes += 1
+    with pytest.raises(AssertionError):
+        it.check()
