@@ -76,9 +76,10 @@ class AdapterRows(NamedTuple):
         shape          (rank 16, experts 1)
     """
 
-    # [T] int32, where the step is computed: each token's adapter slot, 0 for the base. None: no op needs them
+    # [T] int32, where the step is computed: each token's adapter slot, 0 for the base. None: all are the base's
     slots: Tensor | None
     tiles: AdapterTiles
     sampled: AdapterTiles  # the same for the rows whose logits are wanted
     shape: ShapeKey
-    is_captured: bool = False  # of a captured batch: it is replayed with adapters that were not there yet
+    # launch also where no adapter on the device acts: a captured batch is replayed with adapters that came later
+    at_all_sites: bool = False

@@ -21,7 +21,7 @@ from server.model.experts import Stacks
 from server.model.families import Foreign, max_model_len, pin_rope
 from server.model.forward import Forward, HostForward, KernelForward, Model
 from server.model.injections import inject
-from server.model.inputs import CurrentStep
+from server.model.inputs import CurrentStep, TokenField
 from server.model.loader import OnProgress
 from server.model.lora_op import LoraOps
 from server.model.probe import probe
@@ -38,8 +38,7 @@ from server.weights.transfer import TransferThread
 
 
 class Tables(NamedTuple):
-    """What the device holds of adapters. A new kind of part is a line here, and one of `site_ops` in `assemble` if it
-    acts at linears."""
+    """What the device holds of adapters, a table for each kind of part (CONTRIBUTING.md says what a new one needs)."""
 
     lora: LoraTable
     experts: ExpertTable
@@ -90,8 +89,10 @@ def assemble(
     most_slices = max((len(site.widths) for site in tables.lora.sites), default=1)
     blocks_of_one = min(cache.pool.num_blocks, cache.num_blocks(length))
     capacity = Capacity(limits.tokens_per_step, limits.max_running, blocks_of_one, most_slices)
-    shapes = chain([ShapeKey(rank=config.max_rank), ShapeKey(experts=int(bool(injected.experts)))])
-    forward = choose_forward(Model(model, step), config, capacity, shapes, dtype, device)
+    # experts first: they cost a step of LoRA a row of the map a token; LoRA's launches would cost them one a site
+    shapes = chain([ShapeKey(experts=int(bool(injected.experts))), ShapeKey(rank=config.max_rank)])
+    fields = [field for ops in site_ops for field in ops.token_fields]
+    forward = choose_forward(Model(model, step), config, capacity, shapes, fields, dtype, device)
     if isinstance(forward, GraphedForward):
         warm_up(forward, config.block_size, on_progress)
     on_progress("Building the engine", 1, 1)
@@ -141,13 +142,14 @@ def choose_forward(
     config: EngineConfig,
     capacity: Capacity,
     shapes: Sequence[ShapeKey],
+    token_fields: Sequence[TokenField],
     dtype: torch.dtype,
     device: torch.device,
 ) -> Forward:
     """The references on a host; kernels and captured graphs on a GPU."""
     if not takes_on(device):
-        return HostForward(model, config.block_size, dtype)
-    by_kernels = KernelForward(model, DeviceInputs(capacity, device))
+        return HostForward(model, config.block_size, dtype, token_fields)
+    by_kernels = KernelForward(model, DeviceInputs(capacity, device, token_fields))
     if device.type != "cuda":
         return by_kernels
     logits = torch.empty(config.max_running, model.vocab_size, dtype=dtype, device=device)

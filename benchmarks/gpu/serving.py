@@ -84,7 +84,7 @@ class Serving:
         eager = self.assembly.runner.forward
         assert isinstance(eager, KernelForward)
         logits = torch.empty(config.max_running, self.info.vocab_size)
-        shapes = chain([ShapeKey(rank=config.max_rank), ShapeKey(experts=int(bool(self.experts)))])
+        shapes = chain([ShapeKey(experts=int(bool(self.experts))), ShapeKey(rank=config.max_rank)])
         forward = GraphedForward(eager, logits, shapes, self._clock.captured)
         warm_up(forward, config.block_size, lambda *_: None)
         self.assembly.runner.forward = forward
@@ -135,7 +135,7 @@ class Serving:
             ]  # fmt: skip
             slot = self._make_resident("lora", tuple(parts))
             for adapters in self.assembly.tables.lora.sites.values():
-                for weights in adapters.by_slot.get(slot, []):
+                for weights in adapters.by_entry.get(slot, []):
                     if weights is not None:
                         weights.a.normal_(0, 0.02)
                         weights.b.normal_(0, 0.02)
@@ -252,7 +252,7 @@ class Serving:
         lora = sum(
             weights.a.nbytes + weights.b.nbytes
             for adapters in self.assembly.tables.lora.sites.values()
-            for slot in slots for weights in adapters.by_slot.get(slot, [])
+            for slot in slots for weights in adapters.by_entry.get(slot, [])
             if weights is not None
         )  # fmt: skip
         experts = picks.places * self.expert_bytes if self.experts else 0

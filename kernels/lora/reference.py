@@ -33,7 +33,7 @@ def lora(
     """
     assert tiles.spans is not None, "the reference needs spans on the host"
     for start, end, slot in tiles.spans:
-        adapter = adapters.by_slot.get(slot)
+        adapter = adapters.by_entry.get(slot)
         if adapter is None:
             continue
         _add(y[start:end], x[start:end], site, adapter, bias)
@@ -73,7 +73,7 @@ def expert_lora(
     """
     assert not site.own_inputs
     for place, first, count in routed.tiles[: int(routed.num_tiles)].tolist():
-        adapter = adapters.by_slot.get(place)
+        adapter = adapters.by_entry.get(place)
         if adapter is None:
             continue
         pairs = routed.pairs[first : first + count]

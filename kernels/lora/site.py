@@ -45,14 +45,14 @@ class LoraSite:
 class SiteAdapters:
     """What the adapters have for one site. Ops read it; whoever owns the weights writes it.
 
-    by_slot[slot][i]: what the adapter in `slot` adds to slice i; None if nothing. For expert_lora the index is an
-    expert place instead of a slot, here and in the table; an adapter has many places.
+    by_entry[entry][i]: what is added to slice i, if anything. An entry is an adapter slot; for expert_lora, here and in
+    the table, it is an expert place, of which an adapter has many.
     table [slots + 1, slices, TABLE_FIELDS] int64: the same for kernels, with rows as `table_rows` makes them. It may be
     a view of one table for all sites, so that an adapter is installed with one copy.
     offsets [slices + 1] int32, on the device of the table: first column of each slice, and the end.
     """
 
-    by_slot: dict[int, list[LoraWeights | None]] = field(default_factory=dict)
+    by_entry: dict[int, list[LoraWeights | None]] = field(default_factory=dict)
     table: Tensor | None = None
     offsets: Tensor | None = None
 
@@ -92,7 +92,7 @@ def table_row(weights: LoraWeights, transposed: bool = False) -> tuple[int, ...]
 def table_rows(site: LoraSite, adapters: SiteAdapters, slot: int) -> list[tuple[int, ...]]:
     """What the table says of `slot`: a row for each slice. Those of slot 0 change with any other's."""
     if slot == 0:
-        return [_ACTS if adapters.by_slot else NOTHING] * len(site.widths)
-    held = adapters.by_slot.get(slot, [None] * len(site.widths))
+        return [_ACTS if adapters.by_entry else NOTHING] * len(site.widths)
+    held = adapters.by_entry.get(slot, [None] * len(site.widths))
     assert site.own_inputs or all(it is None or it.a.data_ptr() % 16 == 0 for it in held)
     return [NOTHING if weights is None else table_row(weights, site.transposed) for weights in held]

@@ -64,6 +64,9 @@ class Engine:
         return events
 
     def _add(self, it: AddRequest) -> list[TokenEvent]:
+        if not it.lanes or not all(lane.prompt for lane in it.lanes) or it.max_tokens < 0:
+            problem = "a request has lanes, each with a prompt, and max_tokens from 0 on"
+            return [TokenEvent(it.request_id, None, FinishReason.ERROR, problem)]
         try:
             request = Request(it.request_id, it.lanes, it.max_tokens, it.sampling, it.stop_token_ids, it.group)
             self.scheduler.add(request)

@@ -7,7 +7,7 @@ wrote it, and every read is checked, so a block that leaks from one request or a
 
 import hashlib
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from adapters_store.parts import AdapterPackage
@@ -56,7 +56,11 @@ class FakeRunner:
 
     def launch(self, plan: Plan) -> Known:
         tokens = {scheduled.lane: self._compute(scheduled) for scheduled in plan}
-        return Known({it.lane: Output((Token(tokens[it.lane]),)) for it in plan if it.samples})
+        return Known({it.lane: self._output(it.lane, tokens[it.lane]) for it in plan if it.samples})
+
+    @staticmethod
+    def _output(lane: Lane, token: int) -> Output:
+        return Output((Token(token),)) if lane.request.max_tokens else Output()
 
     def _compute(self, scheduled: Scheduled) -> int:
         """The next token of the lane."""
@@ -92,6 +96,10 @@ class FakeResidency:
         self._known.remove(ref)
         if ref in self._slot:
             self._evict(ref)
+
+    def refusal(self, refs: Collection[AdapterRef]) -> str | None:
+        together = len(self._free_slots) + len(self._slot)
+        return f"{len(refs)} adapters for {together} slots" if len(refs) > together else None
 
     def poll(self) -> None:
         self._countdown = {ref: max(0, polls - 1) for ref, polls in self._countdown.items()}

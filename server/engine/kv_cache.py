@@ -85,7 +85,7 @@ class KVCache:
     def commit(self, lane: Lane, num_tokens: int) -> None:
         """Make the blocks known that its first `num_tokens` fill, which were computed."""
         full = num_tokens // self.block_size
-        if full == lane.num_committed_blocks:
+        if full <= lane.num_committed_blocks:
             return
         self._extend_hashes(lane, full)
         for index in range(lane.num_committed_blocks, full):

@@ -107,7 +107,7 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True):
 
 
 class AdapterOnDevice(msgspec.Struct, frozen=True):
-    """Residency of one adapter. `pins` counts running requests; `bytes` is what its pages occupy."""
+    """Residency of one adapter. `pins` counts running lanes; `bytes` is what its pages occupy."""
 
     ref: AdapterRef
     state: str

@@ -29,7 +29,7 @@ Plan = Sequence[Scheduled]
 class Output(NamedTuple):
     """What a lane that samples gets from a step: tokens (more than one where some were guessed right), or an error.
 
-    No tokens: whoever asked wanted none, only that the prompt be computed.
+    No tokens: the request wants none (max_tokens 0), only that its prompts be computed.
     """
 
     tokens: tuple[Token, ...] = ()

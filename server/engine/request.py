@@ -134,6 +134,8 @@ class Request:
 
         Lanes come to their ends in the same step: where the tokens do not reach that far, each keeps its last one.
         """
+        if len(self.lanes) == 1:
+            return [(self.first, min(count, self.num_uncomputed_tokens))]
         if count >= self.num_uncomputed_tokens:
             return [(lane, len(lane.tokens) - lane.num_computed_tokens) for lane in self.lanes]
         chunks: list[tuple[Lane, int]] = []

@@ -1,6 +1,7 @@
 """What the scheduler asks of the paged weight manager, and no more. The real one is server/weights/residency.py."""
 
 import enum
+from collections.abc import Collection
 from typing import Protocol
 
 from adapters_store.parts import AdapterPackage
@@ -32,6 +33,9 @@ class Residency(Protocol):
 
     def forget(self, ref: AdapterRef) -> None:
         """Nobody will ask again, and nobody holds a pin: its room may be used."""
+
+    def refusal(self, refs: Collection[AdapterRef]) -> str | None:
+        """Why these can never be on the device together, if so. Asked for several that one request needs at once."""
 
     def poll(self) -> None:
         """Take note of finished transfers. Once a step: within a step, what is loading stays so."""

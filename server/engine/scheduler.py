@@ -57,23 +57,32 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises CannotServe if it can never run, or the queue is full."""
-        if self._kv_cache.max_blocks(request) > self._kv_cache.pool.num_blocks:
-            raise CannotServe(
-                f"prompt ({sum(lane.prompt_len for lane in request.lanes)} tokens) and max_tokens "
-                f"({request.max_tokens}) need {sum(lane.max_len for lane in request.lanes)} tokens of KV cache; there "
-                f"are {self._kv_cache.capacity}"
-            )
-        if len(request.lanes) > self._limits.max_running:
-            raise CannotServe(f"{len(request.lanes)} lanes of one request; {self._limits.max_running} run together")
+        self._require_room(request)
         if len(self.waiting) >= self._limits.max_waiting:
             raise CannotServe(f"{len(self.waiting)} requests are waiting, as many as are allowed")
         for adapter in request.adapters:
             if not self._adapters.is_served(adapter):
                 raise CannotServe(f"the adapter {adapter.name!r} is no longer served")
+        problem = self._residency.refusal(set(request.adapters))
+        if problem is not None:
+            raise CannotServe(problem)
         self._adapters.hold(request)
         self._requests[request.id] = request
         self._group_sizes[request.group] += 1
         self.waiting.push(request)
+
+    def _require_room(self, request: Request) -> None:
+        """Raises CannotServe."""
+        num_lanes, needed = len(request.lanes), self._kv_cache.max_blocks(request)
+        if needed > self._kv_cache.pool.num_blocks:
+            # lanes share no block, so each of several ends in one that is not full
+            tokens = request.first.max_len if num_lanes == 1 else needed * self._kv_cache.block_size
+            raise CannotServe(
+                f"prompt ({sum(lane.prompt_len for lane in request.lanes)} tokens) and max_tokens "
+                f"({request.max_tokens}) need {tokens} tokens of KV cache; there are {self._kv_cache.capacity}"
+            )
+        if num_lanes > self._limits.max_running:
+            raise CannotServe(f"{num_lanes} lanes of one request; {self._limits.max_running} run together")
 
     def abort(self, request_id: int) -> TokenEvent | None:
         """End a request at its owner's wish. None if it has already ended."""
@@ -104,8 +113,8 @@ class Scheduler:
         """At least one token for each lane that runs, in order of admission."""
         running = tuple(self.running)
         for index, request in enumerate(running):
-            if request.status is not Status.RUNNING:
-                continue  # it gave way to an older one
+            if request.status is not Status.RUNNING or not request.num_uncomputed_tokens:
+                continue  # it gave way to an older one, or waits for what a launched step says
             unserved = self._num_running_lanes - draft.num_lanes - len(request.lanes)
             chunks = request.divide(self._chunk(request, draft.budget - unserved, islice(running, index + 1, None)))
             if self._make_room(request, chunks, draft):
@@ -169,6 +178,8 @@ class Scheduler:
                 continue
             if isinstance(slots, Wait):  # passed over, never a wall: those behind it may run
                 request.num_skips += slots is Wait.NO_ROOM
+                if starved is None and len(set(request.adapters)) > 1:
+                    starved = request  # else two such requests evict each other's adapters before all of one are there
                 continue
             if not self._start(request, slots, draft, shares):
                 is_walled = True  # first come, first served for blocks: else a large request would wait for ever
@@ -269,7 +280,8 @@ class Scheduler:
         """
         events: list[TokenEvent] = []
         for lane, start, num_tokens, _ in plan:
-            if lane.request.status is Status.RUNNING:
+            # one that gave way meanwhile and runs again has not come so far yet, or has computed it anew
+            if lane.request.status is Status.RUNNING and lane.num_computed_tokens >= start + num_tokens:
                 self._kv_cache.commit(lane, start + num_tokens)
         for lane, _, _, samples in plan:
             if samples and lane.request.status is not Status.FINISHED:
@@ -284,6 +296,7 @@ class Scheduler:
         if request.max_tokens == 0:
             events.append(self._finish(request, FinishReason.LENGTH))
             return
+        assert output.tokens, "a request that wants tokens gets at least one, or an error"
         for token in output.tokens:
             reason = request.append(token.id)
             if reason is not None:

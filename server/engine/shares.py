@@ -54,7 +54,7 @@ class Shares:
         group = request.group
         has_places = self._held_places[group] + len(request.lanes) <= self._places
         has_blocks = self._held_blocks[group] + num_blocks <= self._blocks
-        return not self.is_used_up(group) and (has_places and has_blocks or not self._held_places[group])
+        return (has_places and has_blocks) or not self._held_places[group]
 
     def lets_pass(self, request: Request) -> bool:
         """Whether a request may start before one that waits for blocks: there is room for it to its very end."""

@@ -94,7 +94,7 @@ class GraphedForward:
         replay = None if key is None else self._graphs.get(key)
         if key is None or replay is None:
             return self.eager.logits(step)
-        self.eager.inputs.fill(step, key.rows, key.shape, is_captured=True)
+        self.eager.inputs.fill(step, key.rows, key.shape, at_all_sites=True)
         replay()
         return self._output[: len(step.token_ids)]
 
@@ -112,7 +112,7 @@ class GraphedForward:
 
     def capture(self, key: GraphKey) -> None:
         """Raises CaptureError."""
-        inputs = self.eager.inputs.fill(padding_step(), key.rows, key.shape, is_captured=True)
+        inputs = self.eager.inputs.fill(padding_step(), key.rows, key.shape, at_all_sites=True)
         sizes = ", ".join(f"{name} {size}" for name, size in key.shape._asdict().items() if size)
         try:
             self._graphs[key] = self._capture(lambda: self._compute(inputs))

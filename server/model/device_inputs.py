@@ -61,11 +61,11 @@ class DeviceInputs:
         self._route_counters = torch.zeros(2, dtype=torch.int32, device=device)
         self._tile_counters = torch.zeros(1 + tiles * capacity.slices, dtype=torch.int32, device=device)
 
-    def fill(self, step: HostStep, rows: int, shape: ShapeKey, is_captured: bool = False) -> StepInputs:
+    def fill(self, step: HostStep, rows: int, shape: ShapeKey, at_all_sites: bool = False) -> StepInputs:
         """Copy `step`, padded to `rows` tokens. A padded step is a decode, and padded with as many sequences.
 
         shape: take the paths of such adapters, whether or not this step has any. It covers the step's own.
-        is_captured: see AdapterRows.
+        at_all_sites: see AdapterRows.
         """
         padding = range(len(step.token_ids), rows)
         sizes = Sizes(rows, len(step.query_lens) + len(padding), len(step.sample_rows) + len(padding),
@@ -78,7 +78,7 @@ class DeviceInputs:
         stage("token_ids", step.token_ids, rows, 0)
         stage("positions", step.positions, rows, 0)
         stage("slot_mapping", step.slot_mapping, rows, -1)
-        if shape.experts:
+        if any(shape):
             stage("token_slots", step.token_slots, rows, 0)
         for field in self._token_fields:
             stage(field.name, field.values(step), rows, field.filler)
@@ -88,7 +88,7 @@ class DeviceInputs:
         stage("tiles", [number for tile in tiles for number in tile])
         stage("sample_tiles", [number for tile in sample_tiles for number in tile])
         self._send(step.block_tables)
-        return self.views(sizes, shape, is_captured)
+        return self.views(sizes, shape, at_all_sites)
 
     def _send(self, block_tables: list[list[int]]) -> None:
         """Everything that was staged, and the block tables as wide as the longest of them."""
@@ -100,7 +100,7 @@ class DeviceInputs:
             packed = self.buffer.view("block_tables", len(block_tables) * width)
             self._block_tables[: len(block_tables), :width].copy_(packed.view(len(block_tables), width))
 
-    def views(self, sizes: Sizes, shape: ShapeKey, is_captured: bool) -> StepInputs:
+    def views(self, sizes: Sizes, shape: ShapeKey, at_all_sites: bool) -> StepInputs:
         """What the device holds of a step of these sizes; always at the same addresses."""
         view, rows, tile = self.buffer.view, sizes.rows, tile_rows(sizes.rows)
         counts = view("counts", 3)
@@ -119,11 +119,11 @@ class DeviceInputs:
             ),
             sample_rows=view("sample_rows", sizes.samples),
             rows=AdapterRows(
-                view("token_slots", rows) if shape.experts else None,
+                view("token_slots", rows) if any(shape) else None,
                 self._tiles("tiles", _most_tiles(sizes.sequences, rows, rows), counts[1:2], tile),
                 self._tiles("sample_tiles", sizes.samples, counts[2:3], tile),
                 shape,
-                is_captured,
+                at_all_sites,
             ),
             num_tokens=counts[:1],
             route_counters=self._route_counters,

@@ -60,7 +60,8 @@ class RoutedExperts(nn.Module):
     def route(self, logits: Tensor) -> Routed:
         """Which expert places the tokens of this step go to."""
         inputs, stacks, routing = self._step.inputs, self.stacks, self._router.routing
-        tokens = TokenBatch(inputs.rows.slots, inputs.num_tokens, inputs.route_counters)
+        slots = inputs.rows.slots if inputs.rows.shape.experts else None
+        tokens = TokenBatch(slots, inputs.num_tokens, inputs.route_counters)
         rows = tile_rows(logits, routing.top_k, self.spec.num_experts)
         return expert_route(logits, routing, stacks.expert_map, len(stacks.gate_up), tokens, rows,
                             self._router.correction)  # fmt: skip

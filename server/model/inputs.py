@@ -145,7 +145,7 @@ def host_inputs(
         attention=AttentionBatch(step.query_lens, step.kv_lens, step.block_tables, block_size, dtype),
         sample_rows=torch.tensor(step.sample_rows, dtype=torch.int64),
         rows=AdapterRows(
-            torch.tensor(step.token_slots, dtype=torch.int32) if step.shape.experts else None,
+            torch.tensor(step.token_slots, dtype=torch.int32) if any(step.shape) else None,
             AdapterTiles(step.spans),
             AdapterTiles(step.sample_spans),
             step.shape,

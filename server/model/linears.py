@@ -16,8 +16,8 @@ class AdaptedLinear(nn.Module):
         self.product, self._ops = product, tuple(ops)
 
     def forward(self, x: Tensor) -> Tensor:
-        entered, begun = begin_all(self._ops, x.reshape(-1, x.shape[-1]))
-        y: Tensor = self.product(entered.view(x.shape))
+        begun = begin_all(self._ops, x)
+        y: Tensor = self.product(x)
         for finish in begun:
             finish(y.view(-1, y.shape[-1]))
         return y

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from kernels.adapter_rows import AdapterTiles
 from kernels.lora import LoraSite, SiteAdapters, Split, lora
-from server.model.inputs import CurrentStep
+from server.model.inputs import CurrentStep, TokenField
 from server.model.mla import AbsorbedProjection
 from server.model.product import Product
-from server.model.site_op import Finish, SiteOp
+from server.model.site_op import Finish
 
 
 class LoraSites(Protocol):
@@ -24,7 +24,7 @@ class LoraSites(Protocol):
         """Say where the weights for one of the base's linears act."""
 
 
-class LoraOp(SiteOp):
+class LoraOp:
     def __init__(
         self, site: LoraSite, adapters: SiteAdapters, step: CurrentStep, bias: Tensor | None, is_lm_head: bool
     ) -> None:
@@ -35,15 +35,17 @@ class LoraOp(SiteOp):
     def begin(self, x: Tensor) -> Finish | None:
         rows = self._step.inputs.rows
         # what a captured batch holds is read from the device
-        if not rows.shape.rank or not (rows.is_captured or self._adapters.by_slot):
+        if not rows.shape.rank or not (rows.at_all_sites or self._adapters.by_entry):
             return None
         return partial(self._add, x, rows.sampled if self._is_lm_head else rows.tiles, rows.shape.rank)
 
     def _add(self, x: Tensor, tiles: AdapterTiles, max_rank: int, y: Tensor) -> None:
-        lora(y, x.flatten(1), self._site, self._adapters, tiles, max_rank, self._bias)
+        lora(y, x.reshape(len(y), -1), self._site, self._adapters, tiles, max_rank, self._bias)
 
 
 class LoraOps:
+    token_fields: Sequence[TokenField] = ()
+
     def __init__(self, sites: LoraSites, step: CurrentStep) -> None:
         self._sites, self._step = sites, step
 

@@ -67,7 +67,8 @@ class AbsorbedProjection:
         """(head, weights) of an adapter's low-rank update of kv_b_proj, where queries enter.
 
         Raises GainRefused for weights with a gain: it scales rows of the projection, through which queries go the other
-        way. So it would have to scale them before the product, and a site's op comes after it.
+        way. It would have to scale them before the product, and an op of a site changes what comes out of it. A table
+        that makes gains refuses such adapters before they are installed.
         """
         if weights.gain is not None:
             raise GainRefused("a gain of kv_b_proj cannot be carried to where queries enter the latent space")
@@ -117,7 +118,7 @@ class LatentLayer:
 
 def _adapted(product: Callable[[Tensor], Tensor], x: Tensor, ops: Sequence[SiteOp]) -> Tensor:
     """The product of x [T, H, in] and what the adapters do to it, head by head."""
-    x, begun = begin_all(ops, x)
+    begun = begin_all(ops, x)
     projected = product(x)
     if begun:
         projected = projected.contiguous()

@@ -21,8 +21,9 @@ class ModelRunner:
 
     @torch.inference_mode()
     def launch(self, plan: Plan) -> "LaunchedStep":
-        logits = self.forward.logits(self.lay_out(plan))
-        sampling = [scheduled for scheduled in _in_order(plan) if scheduled.samples]
+        ordered = _in_order(plan)
+        logits = self.forward.logits(lay_out(ordered, self._tables, self._block_size))
+        sampling = [scheduled for scheduled in ordered if scheduled.samples]
         if not sampling:
             return LaunchedStep((), None)
         requests = [scheduled.lane.request for scheduled in sampling]
@@ -30,6 +31,7 @@ class ModelRunner:
         return LaunchedStep(sampling, rows)
 
     def lay_out(self, plan: Plan) -> HostStep:
+        """The lists that a plan is computed with."""
         return lay_out(_in_order(plan), self._tables, self._block_size)
 
 
@@ -43,7 +45,7 @@ class LaunchedStep:
     def outputs(self) -> Mapping[Lane, Output]:
         if self._rows is None:
             return {}
-        return {it.lane: _output(token) for it, token in zip(self._sampling, self._rows.read(), strict=True)}
+        return {it.lane: _output(it, token) for it, token in zip(self._sampling, self._rows.read(), strict=True)}
 
 
 def _in_order(plan: Plan) -> Plan:
@@ -51,5 +53,7 @@ def _in_order(plan: Plan) -> Plan:
     return sorted(plan, key=lambda scheduled: scheduled.lane.slot)
 
 
-def _output(token: int | None) -> Output:
-    return Output(error=NOT_FINITE) if token is None else Output((Token(token),))
+def _output(scheduled: Scheduled, token: int | None) -> Output:
+    if token is None:
+        return Output(error=NOT_FINITE)
+    return Output((Token(token),)) if scheduled.lane.request.max_tokens else Output()

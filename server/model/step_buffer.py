@@ -35,7 +35,7 @@ class StepBuffer:
         """Write `values` into a field, from number `at` on, and `filler` behind them up to `count` numbers."""
         begin, end = self._ranges[name]
         begin += at
-        assert begin + max(len(values), count or 0) <= end, (name, at, len(values), count, end - begin)
+        assert begin + (count or len(values)) <= end, (name, at, len(values), count, end - begin)
         numbers = self._sides[0].numbers
         numbers[begin : begin + len(values)] = values
         if count is not None:

@@ -73,7 +73,7 @@ def _described(plan: Plan, step: HostStep) -> dict[str, object]:
             "start": it.start,
             "tokens": it.num_tokens,
             "samples": it.samples,
-            "blocks": it.lane.block_table,
+            "blocks": list(it.lane.block_table),  # the lane may be given more before this is written
         }
         for it in sorted(plan, key=lambda it: it.lane.slot)
     ]

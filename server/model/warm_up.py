@@ -45,4 +45,4 @@ def warm_up(forward: GraphedForward, block_size: int, on_progress: OnProgress) -
 
 def _prefill(eager: KernelForward, tokens: int, block_size: int, shape: ShapeKey) -> Tensor:
     """At every site, at none of which an adapter has a row."""
-    return eager.model(eager.inputs.fill(padding_step(tokens, block_size), tokens, shape, is_captured=True))
+    return eager.model(eager.inputs.fill(padding_step(tokens, block_size), tokens, shape, at_all_sites=True))

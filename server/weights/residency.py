@@ -1,7 +1,7 @@
 """Which adapters are on the device: pins, least-recently-used eviction, transfers under way."""
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
@@ -62,6 +62,7 @@ class DeviceResidency:
         self._pool, self._tables = pool, tuple(tables)
         self._arenas, self._transfers, self._copier = arenas, transfers, copier
         self._adapters: dict[AdapterRef, _Adapter] = {}  # residents in order of last use
+        self._num_slots = num_slots
         self._free_slots = list(range(num_slots, 0, -1))  # popped from the end, the lowest first
 
     # -- Residency, for the scheduler -----------------------------------------------------------
@@ -83,6 +84,16 @@ class DeviceResidency:
         if adapter.state is State.RESIDENT:
             self._evict(adapter)
         del self._adapters[ref]
+
+    def refusal(self, refs: Collection[AdapterRef]) -> str | None:
+        if len(refs) < 2:
+            return None  # one alone says so itself when it is asked for
+        if len(refs) > self._num_slots:
+            return f"the request needs {len(refs)} adapters at once; there are {self._num_slots} slots (adapter_slots)"
+        needed = sum(self._pages_for(1, self._adapters[ref]) for ref in refs)
+        if needed <= self._pool.num_pages:
+            return None
+        return f"the request's {len(refs)} adapters together: {self._too_large(needed)}"
 
     def poll(self) -> None:
         for adapter in list(self._adapters.values()):

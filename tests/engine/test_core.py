@@ -21,6 +21,7 @@ from server.engine.messages import (
 from server.engine.plan import Plan
 from server.engine.request import FinishReason, LaneSpec, Sampling, Token
 from server.engine.scheduler import SchedulerLimits
+from tests.support.fake_engine import FakeEngine
 
 BLOCKS, BLOCK, VOCAB = 10, 4, 1000
 REF = AdapterRef("name", "revision", "lora")
@@ -190,3 +191,14 @@ def test_its_check_is_the_schedulers() -> None:
     it.scheduler._num_running_lanes += 1
     with pytest.raises(AssertionError):
         it.check()
+
+
+NO_REQUESTS = [([], 1), ([LaneSpec([])], 1), ([LaneSpec([1]), LaneSpec([])], 1), ([LaneSpec([1])], -1)]
+
+
+@pytest.mark.parametrize(("lanes", "max_tokens"), NO_REQUESTS)
+def test_what_is_no_request_is_refused_and_the_engine_goes_on(lanes: list[LaneSpec], max_tokens: int) -> None:
+    setup = FakeEngine()
+    (event,) = setup.engine.step([AddRequest(7, 7, lanes, max_tokens, Sampling(), frozenset())])
+    assert event.finish is FinishReason.ERROR and "each with a prompt" in str(event.error)
+    assert setup.is_done

@@ -2,7 +2,7 @@
 
 import pytest
 
-from server.engine.fake_runner import FakeRunner, Known, expected_tokens
+from server.engine.fake_runner import FakeResidency, FakeRunner, Known, expected_tokens
 from server.engine.plan import Output, Plan
 from server.engine.request import FinishReason, Lane, LaneSpec, Token
 from tests.support.fake_engine import BLOCK, FakeEngine
@@ -73,7 +73,42 @@ def test_what_ends_between_a_launch_and_its_answer_is_not_heard_of_again() -> No
     plan, _ = scheduler.schedule()
     scheduler.advance(plan)
     assert all(scheduled.lane.num_uncomputed_tokens == 0 for scheduled in plan)  # the next plan may count on it
+    ahead, _ = scheduler.schedule()
+    assert ahead == []  # nothing is left to compute until it is known what the step says
     assert scheduler.abort(gone.id) is not None
     events = scheduler.record(plan, {scheduled.lane: Output((Token(7),)) for scheduled in plan})
     assert [event.request_id for event in events] == [other.id]
     setup.engine.check()
+
+
+@pytest.mark.parametrize(("slots", "requests", "adapters"), [(3, 2, 3), (3, 3, 2), (4, 2, 3), (5, 4, 3), (6, 4, 4)])
+@pytest.mark.parametrize("polls", [0, 1, 3])
+def test_requests_of_several_adapters_do_not_evict_each_others(
+    slots: int, requests: int, adapters: int, polls: int
+) -> None:
+    """As long as one of them lacks an adapter, what was loaded for it is idle, and must not make room for others."""
+    setup = FakeEngine(residency=FakeResidency(slots, polls), max_running=32)
+    refs = [[setup.adapter(f"{request}.{index}") for index in range(adapters)] for request in range(requests)]
+    answers = [setup.add([1, 2], 3, first, beside=[LaneSpec([3], ref) for ref in others]) for first, *others in refs]
+    for _ in range(100):
+        setup.step()
+    assert all(answer.finish is FinishReason.LENGTH for answer in answers)
+
+
+def test_adapters_that_never_fit_together_are_refused_and_wall_nobody() -> None:
+    setup = FakeEngine(slots=1)
+    first, second, third = (setup.adapter(name) for name in "abc")
+    impossible = setup.add([1], 3, first, beside=[LaneSpec([2], second)])
+    twice = setup.add([1], 3, first, beside=[LaneSpec([2], first)])  # one adapter, though two lanes name it
+    other = setup.add([3], 3, third)
+    setup.run(20)
+    assert impossible.error == "2 adapters for 1 slots"
+    assert twice.finish is other.finish is FinishReason.LENGTH
+    assert not any(on_device.pins for on_device in setup.residency.report())
+
+
+def test_several_lanes_need_their_blocks_each() -> None:
+    setup = FakeEngine(blocks=3)
+    refused = setup.add([1] * 5, 1, beside=[LaneSpec([2] * 5)])
+    setup.step()
+    assert refused.error == "prompt (10 tokens) and max_tokens (1) need 16 tokens of KV cache; there are 12"

@@ -81,7 +81,7 @@ def test_a_decode_step_can_be_captured(name: str, with_adapters: bool) -> None:
             layer.allocate(memory.tensor)
         inputs = DeviceInputs(Capacity(ROWS, SEQUENCES, BLOCKS, slices=8), META)
         shape = ShapeKey(64, 1) if with_adapters else ShapeKey()
-        views = inputs.views(Sizes(ROWS, ROWS, ROWS, max_query_len=1), shape, is_captured=True)
+        views = inputs.views(Sizes(ROWS, ROWS, ROWS, max_query_len=1), shape, at_all_sites=True)
         with Watch() as watch:
             logits = Model(model, step)(views)
     assert logits.shape == (ROWS, config.vocab_size) and logits.device == META

@@ -30,9 +30,9 @@ def test_where_results_leave_rows_keep_their_gains(projection: AbsorbedProjectio
     gain = torch.rand(HEADS * (KEY + VALUE)) + 0.5 if has_gain else None
     weights, context = update(gain), torch.randn(TOKENS, HEADS, LATENT)
     site, held = LoraSite((VALUE,) * HEADS, own_inputs=True), SiteAdapters()
-    held.by_slot[1] = [None] * HEADS
+    held.by_entry[1] = [None] * HEADS
     for index, own in projection.split_for_values(weights):
-        held.by_slot[1][index] = own
+        held.by_entry[1][index] = own
     with torch.no_grad():
         y = projection.values_out(context).contiguous()
         lora(y.flatten(1), context.flatten(1), site, held, AdapterTiles([Segment(0, TOKENS, 1)]), RANK)

@@ -138,3 +138,17 @@ def test_tables_are_installed_together_when_the_transfer_is_over(
     it.release(entry.ref)
     it.forget(entry.ref)
     assert all(table.log == ["map", "install", "unmap"] for table in tables)
+
+
+def test_several_adapters_at_once_are_refused_where_they_never_fit(tmp_path: Path) -> None:
+    engine = Engine(make_model("llama", attention=PROBE), adapter_slots=2, adapter_bytes=1 << 16)
+    model = make_model("llama")
+    small, other, third = (register(engine, save_lora(tmp_path / f"s{i}", model, i, ("q_proj",))) for i in range(3))
+    large = [register(engine, save_lora(tmp_path / f"l{i}", model, i, ("q_proj",), rank=18)) for i in range(2)]
+    refusal = engine.residency.refusal
+    assert refusal([]) is refusal([large[0].ref]) is refusal([small.ref, other.ref]) is None
+    assert refusal([small.ref, other.ref, third.ref]) == (
+        "the request needs 3 adapters at once; there are 2 slots (adapter_slots)"
+    )
+    told = str(refusal([it.ref for it in large]))
+    assert "2 adapters together: it needs 73,728 bytes; all adapters together may use 65,536" in told

@@ -18,10 +18,11 @@ from server.weights.tables.table import Mapped, to_device
 
 @dataclass(frozen=True)
 class _Held:
-    """One adapter: its parts, and where A and B of each lie."""
+    """One adapter: its parts, where A and B of each lie, and what a step with it goes through."""
 
     parts: Sequence[LowRank]
     pairs: Sequence[tuple[Tensor, Tensor]]
+    shape: ShapeKey
 
 
 class LoraTable:
@@ -65,7 +66,8 @@ class LoraTable:
 
     def map(self, slot: int, parts: Sequence[LowRank]) -> Mapped:
         places = self._slabs.map(slot, self._wanted(parts))
-        self._held[slot] = _Held(parts, list(zip(places[::2], places[1::2], strict=True)))
+        shape = ShapeKey(rank=max(part.rank for part in parts))
+        self._held[slot] = _Held(parts, list(zip(places[::2], places[1::2], strict=True)), shape)
         tensors = (tensor for part in parts for tensor in part.tensors)
         return Mapped(list(zip(tensors, places, strict=True)))
 
@@ -73,14 +75,14 @@ class LoraTable:
         held = self._held[slot]
         for part, (a, b) in zip(held.parts, held.pairs, strict=True):
             for site, split in self._bindings[part.module]:
-                slices = self.sites[site].by_slot.setdefault(slot, [None] * len(site.widths))
+                slices = self.sites[site].by_entry.setdefault(slot, [None] * len(site.widths))
                 for index, weights in split(LoraWeights(a, b, part.scale)):
                     slices[index] = weights
         self._show(slot)
 
     def unmap(self, slot: int) -> None:
         for adapters in self.sites.values():
-            adapters.by_slot.pop(slot, None)
+            adapters.by_entry.pop(slot, None)
         self._show(slot)
         del self._held[slot]
         self._slabs.unmap(slot)
@@ -90,7 +92,7 @@ class LoraTable:
 
     def shape_key(self, slot: int) -> ShapeKey:
         held = self._held.get(slot)
-        return ShapeKey(rank=max(part.rank for part in held.parts)) if held else ShapeKey()
+        return held.shape if held else ShapeKey()
 
     @property
     def num_mapped_pages(self) -> int:
@@ -98,7 +100,7 @@ class LoraTable:
 
     def check(self) -> None:
         self._slabs.check()
-        assert all(slot in self._held for adapters in self.sites.values() for slot in adapters.by_slot)
+        assert all(slot in self._held for adapters in self.sites.values() for slot in adapters.by_entry)
 
     def _wanted(self, parts: Sequence[LowRank]) -> list[Wanted]:
         return [(tensor.shape, self._dtype) for part in parts for tensor in part.tensors]

@@ -25,7 +25,7 @@ def test_the_table_that_kernels_read_says_where_any_adapter_acts() -> None:
     for slot in (1, 2):
         assert not table.has(slot)
         table.map(slot, parts[slot])
-        assert table.has(slot) and slot not in held["q"].by_slot  # kernels see nothing of it yet
+        assert table.has(slot) and slot not in held["q"].by_entry  # kernels see nothing of it yet
         table.install(slot)
         table.check()
     assert (table.shape_key(1), table.shape_key(2)) == (ShapeKey(rank=3), ShapeKey(rank=5))
