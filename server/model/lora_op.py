@@ -40,7 +40,8 @@ class LoraOp:
         return partial(self._add, x, rows.sampled if self._is_lm_head else rows.tiles, rows.shape.rank)
 
     def _add(self, x: Tensor, tiles: AdapterTiles, max_rank: int, y: Tensor) -> None:
-        lora(y, x.reshape(len(y), -1), self._site, self._adapters, tiles, max_rank, self._bias)
+        depth = x.shape[-1] * (len(self._site.widths) if self._site.own_inputs else 1)
+        lora(y, x.reshape(-1, depth), self._site, self._adapters, tiles, max_rank, self._bias)
 
 
 class LoraOps:
