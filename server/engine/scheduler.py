@@ -15,10 +15,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
-from adapters_store.ref import AdapterRef
 from server.engine.adapter_users import AdapterUsers
 from server.engine.kv_cache import KVCache
 from server.engine.messages import TokenEvent
+from server.engine.pins import Pins, is_held_back, starved, unpin
 from server.engine.plan import Draft, Output, Plan, Scheduled
 from server.engine.queue import WaitingQueue
 from server.engine.request import BASE_SLOT, FinishReason, Group, Lane, Request, Slot, Status, Token
@@ -35,7 +35,7 @@ class SchedulerLimits:
     tokens_per_step: int
     max_running: int  # lanes
     max_waiting: int
-    max_skips: int  # see Scheduler._is_held_back
+    max_skips: int  # see pins.is_held_back
 
 
 class Scheduler:
@@ -162,24 +162,24 @@ class Scheduler:
         shares = self._shares()
         if not self._is_open(draft, is_short) and not any(shares.beyond()):
             return failed
-        starved, is_walled = self._starved(), False
-        absent: dict[AdapterRef, Wait] = {}  # found so in this step: a thousand requests may want the same one
+        starving, is_walled = starved(self.waiting, self.running, self._limits.max_skips), False
+        pins = Pins(self._residency)
         for request in self._candidates(shares):
             may_displace = not shares.is_used_up(request.group)
             if not self._is_open(draft, is_short) and not (may_displace and any(shares.beyond())):
                 break
-            if self._is_held_back(request, starved) or (is_walled and not shares.lets_pass(request)):
+            if is_held_back(request, starving) or (is_walled and not shares.lets_pass(request)):
                 continue
             try:
-                slots = self._pin(request, absent)
+                slots = pins.pin(request)
             except AdapterFailed as error:
                 together = [it for it in self.waiting if error.ref in it.adapters]
                 failed += [self._finish(it, FinishReason.ERROR, str(error)) for it in together]
                 continue
             if isinstance(slots, Wait):  # passed over, never a wall: those behind it may run
                 request.num_skips += slots is Wait.NO_ROOM
-                if starved is None and len(set(request.adapters)) > 1:
-                    starved = request  # else two such requests evict each other's adapters before all of one are there
+                if starving is None and len(set(request.adapters)) > 1:
+                    starving = request  # else two such requests evict each other's adapters before all of one are there
                 continue
             if not self._start(request, slots, draft, shares):
                 is_walled = True  # first come, first served for blocks: else a large request would wait for ever
@@ -213,7 +213,7 @@ class Scheduler:
         self._kv_cache.attach_prefix(request)
         if not self._make_way(request, draft, shares):
             self._kv_cache.release(request)
-            self._unpin(request.adapters)
+            unpin(self._residency, request.adapters)
             return False
         chunks = request.divide(draft.budget)
         has_grown = self._kv_cache.grow(chunks)
@@ -304,52 +304,6 @@ class Scheduler:
                 return
             events.append(_event(request, token))
 
-    # -- adapters -----------------------------------------------------------
-
-    def _starved(self) -> Request | None:
-        """The request that was passed over most often for want of adapter room, if that was too often."""
-        starving = [request for request in self.waiting if request.num_skips > self._limits.max_skips]
-        if not starving:
-            return None
-        there = {adapter for request in self.running for adapter in request.adapters}
-        candidates = (
-            request for request in starving if not there.issuperset(request.adapters)
-        )  # else they want a place
-        return max(candidates, key=lambda request: request.num_skips, default=None)
-
-    @staticmethod
-    def _is_held_back(request: Request, starved: Request | None) -> bool:
-        """While a request starves for adapter room, others may not pin adapters: their pins drain as requests end.
-
-        Base requests need no room and go on.
-        """
-        return starved is not None and not set(request.adapters).issubset(starved.adapters)
-
-    def _pin(self, request: Request, absent: dict[AdapterRef, Wait]) -> list[Slot] | Wait:
-        """The adapter slot of each lane, all of them pinned; or why it must wait, and none is. Raises AdapterFailed."""
-        slots: list[Slot] = []
-        pinned: list[AdapterRef] = []
-        for adapter in (lane.adapter for lane in request.lanes):
-            if adapter is None:
-                slots.append(BASE_SLOT)
-                continue
-            try:
-                slot = absent.get(adapter) or self._residency.acquire(adapter)
-            except AdapterFailed:
-                self._unpin(pinned)
-                raise
-            if isinstance(slot, Wait):
-                absent[adapter] = slot
-                self._unpin(pinned)
-                return slot
-            slots.append(slot)
-            pinned.append(adapter)
-        return slots
-
-    def _unpin(self, adapters: Iterable[AdapterRef]) -> None:
-        for adapter in adapters:
-            self._residency.release(adapter)
-
     # -- ends -----------------------------------------------------------
 
     def _stop_running(self, request: Request) -> None:
@@ -357,7 +311,7 @@ class Scheduler:
         self.running.remove(request)
         self._num_running_lanes -= len(request.lanes)
         self._kv_cache.release(request)
-        self._unpin(request.adapters)
+        unpin(self._residency, request.adapters)
         for lane in request.lanes:
             lane.slot = BASE_SLOT
 
