@@ -26,10 +26,10 @@ class LoraSites(Protocol):
 
 class LoraOp:
     def __init__(
-        self, site: LoraSite, adapters: SiteAdapters, step: CurrentStep, bias: Tensor | None, is_lm_head: bool
+        self, site: LoraSite, adapters: SiteAdapters, step: CurrentStep, product: Product | None, is_lm_head: bool
     ) -> None:
         self._site, self._adapters, self._step = site, adapters, step
-        self._bias = bias  # what y holds already, for gains
+        self._product = product  # for its bias, which the model may still move to a device; None: there is none
         self._is_lm_head = is_lm_head
 
     def begin(self, x: Tensor) -> Finish | None:
@@ -41,7 +41,8 @@ class LoraOp:
 
     def _add(self, x: Tensor, tiles: AdapterTiles, max_rank: int, y: Tensor) -> None:
         depth = x.shape[-1] * (len(self._site.widths) if self._site.own_inputs else 1)
-        lora(y, x.reshape(-1, depth), self._site, self._adapters, tiles, max_rank, self._bias)
+        bias = self._product.bias if self._product is not None else None  # what y holds already, for gains
+        lora(y, x.reshape(-1, depth), self._site, self._adapters, tiles, max_rank, bias)
 
 
 class LoraOps:
@@ -54,7 +55,7 @@ class LoraOps:
         site = LoraSite(product.widths)
         for index, name in enumerate(names):
             self._sites.bind(name, [(site, _slice(index))])
-        return self._op(site, product.bias, is_lm_head)
+        return self._op(site, product, is_lm_head)
 
     def at_absorbed(self, name: str, projection: AbsorbedProjection) -> tuple[LoraOp, LoraOp]:
         it = projection
@@ -64,8 +65,8 @@ class LoraOps:
         self._sites.bind(name, [(queries, it.split_for_queries), (values, it.split_for_values)])
         return self._op(queries), self._op(values)
 
-    def _op(self, site: LoraSite, bias: Tensor | None = None, is_lm_head: bool = False) -> LoraOp:
-        return LoraOp(site, self._sites.open(site), self._step, bias, is_lm_head)
+    def _op(self, site: LoraSite, product: Product | None = None, is_lm_head: bool = False) -> LoraOp:
+        return LoraOp(site, self._sites.open(site), self._step, product, is_lm_head)
 
 
 def _slice(index: int) -> Split:

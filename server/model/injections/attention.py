@@ -6,7 +6,6 @@ from server.model.attention import PAGED, CachedLayer, PagedLayer, attach
 from server.model.build import Build, Injected, Target
 from server.model.families import Foreign, LayerWindow, layer_windows
 from server.model.mla import AbsorbedProjection, LatentLayer, is_latent, keep_latents, latent_shape
-from server.model.probe import KVShape
 from server.model.rope import fuse_rope
 
 
@@ -14,19 +13,14 @@ def inject_attention(build: Build, injected: Injected) -> None:
     names = {module: name for name, module in build.model.named_modules()}
     windows = layer_windows(build.model.config)
     for (attention, shape), window in zip(build.probed.attention, windows, strict=True):
+        layer: CachedLayer = PagedLayer(shape, window, build.step)
         if is_latent(attention):
             layer = _latent_layer(build, injected, names[attention], attention, window)
-        else:
-            layer = _paged_layer(build, shape, window)
         attach(attention, layer)
         fuse_rope(attention)
         injected.layers.append(layer)
     config: Foreign = build.model.config
     config._attn_implementation = PAGED
-
-
-def _paged_layer(build: Build, shape: KVShape, window: LayerWindow) -> CachedLayer:
-    return PagedLayer(shape, window, build.step)
 
 
 def _latent_layer(
