@@ -21,13 +21,19 @@ BYTES_PER_ELEMENT = {"F32": 4, "F16": 2, "BF16": 2}
 
 
 class Whole(msgspec.Struct, frozen=True, gc=False):
-    """A tensor that a file holds, of which a smaller one is cut: from `start` on in each dimension."""
+    """What a file holds, of which a tensor is made: seen as `shape`, its dimensions put in `order` (none given: left as
+    they are), and then cut from `start` on in each.
+
+    Running example: B of 4 experts at rank 2, with the expert as the fastest index of its columns, is stored [out, 8].
+    As one matrix an expert, [4, out, 2], it is Whole((out, 2, 4), start (0, 0, 0), order (2, 0, 1)).
+    """
 
     shape: tuple[int, ...]
     start: tuple[int, ...]
+    order: tuple[int, ...] = ()
 
 
-class TensorRef(msgspec.Struct, frozen=True, gc=False):
+class TensorRef(msgspec.Struct, frozen=True, tag="tensor", gc=False):
     """Where a tensor lies: in `file` (one of the package's), from byte `offset` on. `dtype` as safetensors name it.
 
     `cut_from`: the bytes are those of a larger tensor, of which this one is a block; None: they are its own. A reader
@@ -50,9 +56,40 @@ class TensorRef(msgspec.Struct, frozen=True, gc=False):
         return self.num_elements * BYTES_PER_ELEMENT[self.dtype]
 
     @property
-    def stored_shape(self) -> tuple[int, ...]:
+    def stored_elements(self) -> int:
         """Of what lies at `offset`."""
-        return self.cut_from.shape if self.cut_from else self.shape
+        return prod(self.cut_from.shape) if self.cut_from else self.num_elements
+
+    @property
+    def pieces(self) -> tuple["Piece", ...]:
+        return (Piece(self, (0,) * len(self.shape)),)
+
+
+class Piece(msgspec.Struct, frozen=True, gc=False):
+    """A tensor, and at which element of another one it begins."""
+
+    tensor: TensorRef
+    start: tuple[int, ...]
+
+
+class Assembled(msgspec.Struct, frozen=True, tag="assembled", gc=False):
+    """A tensor that no file holds as such: zero but for its pieces, which do not overlap."""
+
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+    @property
+    def num_elements(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def is_covered(self) -> bool:
+        """Whether the pieces leave nothing of it zero."""
+        return sum(piece.tensor.num_elements for piece in self.pieces) == self.num_elements
+
+
+# what a device holds of an adapter
+Operand = TensorRef | Assembled
 
 
 class SourceFile(msgspec.Struct, frozen=True, gc=False):
@@ -68,24 +105,43 @@ class SourceFile(msgspec.Struct, frozen=True, gc=False):
 
 
 class LowRank(msgspec.Struct, frozen=True, tag="low_rank", gc=False):
-    """y += scale * B(A x) on one linear. a: [rank, in], b: [out, rank]."""
+    """y += scale * B(A x) on one linear; then, with a magnitude (DoRA), y is scaled row by row. a: [rank, in], b:
+    [out, rank], magnitude: [out], the norms that the rows of the adapted matrix shall have.
+
+    Or on one matrix of all routed experts of a layer (`ExpertStack.matrices` has their names): a [M, rank, in],
+    b [M, out, rank], each expert with its own; or with 1 in place of M, which then all share.
+    """
 
     module: str
-    a: TensorRef
-    b: TensorRef
+    a: Operand
+    b: Operand
     scale: float
+    magnitude: Operand | None = None
 
     @property
     def rank(self) -> int:
-        return self.a.shape[0]
+        return self.a.shape[-2]
+
+    @property
+    def is_in_experts(self) -> bool:
+        return len(self.a.shape) == 3
+
+    @property
+    def operands(self) -> tuple[Operand, ...]:
+        """What the device holds of it."""
+        return (self.a, self.b) if self.magnitude is None else (self.a, self.b, self.magnitude)
 
     @property
     def tensors(self) -> tuple[TensorRef, ...]:
-        return (self.a, self.b)
+        return tuple(piece.tensor for operand in self.operands for piece in operand.pieces)
 
     @staticmethod
     def described(parts: Sequence["LowRank"]) -> dict[str, object]:
-        return {"linears": {part.module: {"rank": part.rank, "scale": part.scale} for part in parts}}
+        return {"linears": {part.module: part._told() for part in parts}}
+
+    def _told(self) -> dict[str, object]:
+        told: dict[str, object] = {"rank": self.rank, "scale": self.scale}
+        return told if self.magnitude is None else told | {"dora": True}
 
     @staticmethod
     def lack_of_room(parts: Sequence["LowRank"], room: "Room") -> str | None:
@@ -102,6 +158,10 @@ class ExpertReplacement(msgspec.Struct, frozen=True, tag="expert_replacement", g
     expert: int
     gate_up: tuple[TensorRef, ...]
     down: TensorRef
+
+    @property
+    def operands(self) -> tuple[Operand, ...]:
+        return self.tensors
 
     @property
     def tensors(self) -> tuple[TensorRef, ...]:
@@ -125,8 +185,9 @@ class ExpertReplacement(msgspec.Struct, frozen=True, tag="expert_replacement", g
         return None
 
 
-# A kind of part says of itself which tensors it has (`tensors`), what people are told of those of one adapter
-# (`described`), and why a server has no room for them (`lack_of_room`, None if it has).
+# A kind of part says of itself which tensors of the files it has (`tensors`), what a device holds of it (`operands`),
+# what people are told of those of one adapter (`described`), and why a server has no room for them (`lack_of_room`,
+# None if it has).
 Part = LowRank | ExpertReplacement
 PartKind = type[LowRank] | type[ExpertReplacement]
 
@@ -134,7 +195,8 @@ PartKind = type[LowRank] | type[ExpertReplacement]
 class AdapterPackage(msgspec.Struct, frozen=True):
     """A verified adapter on disk: everything needed to load it, and to say what it is.
 
-    `declared_base` is the base model that the adapter's own files name, cleaned; None where they name none.
+    `declared_base` is the base model that the adapter's own files name, cleaned; None where they name none. `notes` say
+    in sentences what was understood from something other than the plain form: a name, a key, a layout.
     """
 
     kind: Kind
@@ -143,11 +205,12 @@ class AdapterPackage(msgspec.Struct, frozen=True):
     files: tuple[SourceFile, ...]
     parts: tuple[Part, ...]
     declared_base: str | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def num_elements(self) -> int:
         """Elements that a device holds for this adapter."""
-        return sum(tensor.num_elements for part in self.parts for tensor in part.tensors)
+        return sum(operand.num_elements for part in self.parts for operand in part.operands)
 
     @property
     def file_bytes(self) -> int:
@@ -164,7 +227,8 @@ def by_kind(parts: Sequence[Part]) -> dict[PartKind, list[Any]]:
 
 def describe(package: AdapterPackage) -> dict[str, object]:
     """What was bound, for people."""
-    described: dict[str, object] = {"bound_tensors": sum(len(part.tensors) for part in package.parts)}
+    places = {(tensor.file, tensor.offset) for part in package.parts for tensor in part.tensors}
+    described: dict[str, object] = {"bound_tensors": len(places), "notes": list(package.notes)}
     for kind, parts in by_kind(package.parts).items():
         described |= kind.described(parts)
     return described

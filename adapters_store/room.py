@@ -20,7 +20,7 @@ class Room(msgspec.Struct, frozen=True):
 
     def check(self, parts: Sequence[Part]) -> None:
         """Refuse what could never be on the device. Raises UnsupportedAdapter with the numbers."""
-        needed = sum(tensor.num_elements for part in parts for tensor in part.tensors) * self.bytes_per_element
+        needed = sum(operand.num_elements for part in parts for operand in part.operands) * self.bytes_per_element
         if needed > self.num_bytes:
             raise UnsupportedAdapter(
                 f"the adapter needs {needed:,} bytes; all adapters together may use {self.num_bytes:,} "

@@ -197,7 +197,7 @@ def _tensor_problem(
     stack: ExpertStack | None = base.experts.get(layer)
     if stack is None:
         return f"layer {layer} of the base has no routed experts"
-    if stack.layout != "gated":
+    if not stack.is_plain:
         return f"experts of {base.model_type} have another layout than ESFT's gate, up and down"
     if expert >= stack.num_experts:
         return f"the base has {stack.num_experts} experts in layer {layer}"

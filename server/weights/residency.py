@@ -4,6 +4,7 @@ import enum
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
+from itertools import chain
 from typing import Any
 
 from adapters_store.parts import AdapterPackage, PartKind, SourceFile, by_kind
@@ -161,9 +162,10 @@ class DeviceResidency:
             self._give_back(slot)
             raise AdapterFailed(adapter.ref, str(error)) from None
         adapter.slot, adapter.pages, adapter.state = slot, self._pool.num_used - used, State.LOADING
-        places = [place for it in mapped for place in it.places]
-        derive = [it.derive for it in mapped if it.derive is not None]
-        adapter.transfer = Transfer(adapter.files, places, pages, self._copier.begin(), derive)
+        places = chain.from_iterable(it.places for it in mapped)
+        cleared = [tensor for it in mapped for tensor in it.cleared]
+        derive = [step for it in mapped for step in it.derive]
+        adapter.transfer = Transfer(adapter.files, places, pages, self._copier.begin(), cleared, derive)
         self._transfers.start(adapter.transfer)
         return True
 

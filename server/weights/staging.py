@@ -19,8 +19,8 @@ class CopyRun(Protocol):
     def put(self, read: Read, num_bytes: int, dtype: torch.dtype, place: Tensor) -> None:
         """Copy a tensor of `num_bytes` to its place, which may be of another dtype. On the transfer thread."""
 
-    def derive(self, step: Callable[[], None]) -> None:
-        """Compute something of what was put, behind the copies and before the end. On the transfer thread."""
+    def compute(self, step: Callable[[], object]) -> None:
+        """Compute something on places, behind the copies so far and before those to come. On the transfer thread."""
 
     def end(self) -> None:
         """No more is coming. On the transfer thread; also after a failure, since copies may be under way."""
@@ -48,7 +48,7 @@ class HostCopy:
         read(memoryview(raw), 0)
         place.copy_(torch.frombuffer(raw, dtype=dtype).view(place.shape))
 
-    def derive(self, step: Callable[[], None]) -> None:
+    def compute(self, step: Callable[[], object]) -> None:
         step()
 
     def end(self) -> None:
@@ -91,6 +91,12 @@ class PinnedCopy:
 
     def put(self, read: Read, num_bytes: int, dtype: torch.dtype, place: Tensor) -> None:
         assert place.numel() * dtype.itemsize == num_bytes
+        if not place.is_contiguous():  # a block of a matrix: gathered first, for copies go to whole ranges
+            with self._cuda.stream(self._stream):
+                gathered = torch.empty_like(place, memory_format=torch.contiguous_format)
+            self.put(read, num_bytes, dtype, gathered)
+            self.compute(lambda: place.copy_(gathered))
+            return
         elements = place.view(-1)
         done = 0
         while done < num_bytes:
@@ -104,7 +110,7 @@ class PinnedCopy:
             buffer.used += -(-count // _ALIGN) * _ALIGN
             done += count
 
-    def derive(self, step: Callable[[], None]) -> None:
+    def compute(self, step: Callable[[], object]) -> None:
         with self._cuda.stream(self._stream):
             step()
 
@@ -141,8 +147,8 @@ class _PinnedRun:
     def put(self, read: Read, num_bytes: int, dtype: torch.dtype, place: Tensor) -> None:
         self._copy.put(read, num_bytes, dtype, place)
 
-    def derive(self, step: Callable[[], None]) -> None:
-        self._copy.derive(step)
+    def compute(self, step: Callable[[], object]) -> None:
+        self._copy.compute(step)
 
     def end(self) -> None:
         self._copy.record(self._landed)

@@ -4,9 +4,8 @@ import hashlib
 import os
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from math import prod
 from typing import Protocol
 
 import torch
@@ -18,7 +17,7 @@ from adapters_store.parts import SourceFile, TensorRef
 from server.weights.arena import PageWork, log
 from server.weights.staging import CopyRun
 
-Places = Sequence[tuple[TensorRef, Tensor]]
+Place = tuple[TensorRef, Tensor]
 Derive = Callable[[], None]
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CHUNK_BYTES = 1 << 20
@@ -41,20 +40,22 @@ class Transfer:
     mapped would kill the process with SIGBUS. They are hashed as they are read: if that is not what was
     verified the transfer fails, and its places, which nobody looks at yet, are never looked at.
 
-    `derive`: what is computed of the places when all are filled (from the base's weights, say), on this thread and on
-    the copies' stream, so that the step loop never does it.
+    `cleared` become zero before anything is copied: what of them no place lies in stays so. `derive`: what is computed
+    of the places when all are filled (from the base's weights, say). Both on this thread and on the copies' stream, so
+    that the step loop never does it.
     """
 
     def __init__(
         self,
         files: Sequence[SourceFile],
-        places: Places,
+        places: Iterable[Place],
         pages: PageWork,
         copies: CopyRun,
+        cleared: Sequence[Tensor] = (),
         derive: Sequence[Derive] = (),
     ) -> None:
         self._files, self._places, self._pages = files, places, pages
-        self._copies, self._derive = copies, derive
+        self._copies, self._cleared, self._derive = copies, cleared, derive
         self._over = threading.Event()
         self.error: str | None = None
 
@@ -70,13 +71,15 @@ class Transfer:
     def run(self) -> None:
         try:
             try:
-                self._require_files()
+                by_file = self._by_file()
                 self._pages.run()
-                for file in self._files:
-                    self._copy_from(file)
                 with torch.inference_mode():
+                    for tensor in self._cleared:
+                        self._copies.compute(tensor.zero_)
+                    for file in self._files:
+                        self._copy_from(file, by_file.get(file.file, {}))
                     for step in self._derive:
-                        self._copies.derive(step)
+                        self._copies.compute(step)
             finally:
                 self._copies.end()
         except OSError as error:  # its text would show the path
@@ -86,51 +89,55 @@ class Transfer:
         finally:
             self._over.set()
 
-    def _require_files(self) -> None:
-        """A place that no file fills would be served as it was found."""
-        missing = sorted({tensor.file for tensor, _ in self._places} - {file.file for file in self._files})
+    def _by_file(self) -> dict[str, dict[int, list[Place]]]:
+        """Places by file, and by where their bytes begin. One that no file fills would be served as it was found."""
+        by_file: dict[str, dict[int, list[Place]]] = {}
+        for tensor, place in self._places:
+            by_file.setdefault(tensor.file, {}).setdefault(tensor.offset, []).append((tensor, place))
+        missing = sorted(set(by_file) - {file.file for file in self._files})
         if missing:
             raise TransferError(f"{clean(missing[0], 200)} is not among the adapter's files; register it again")
+        return by_file
 
-    def _copy_from(self, source: SourceFile) -> None:
+    def _copy_from(self, source: SourceFile, stored: dict[int, list[Place]]) -> None:
         """Every byte of the file once, in order: those of tensors to their places, the rest for the hash."""
-        stored: dict[int, list[tuple[TensorRef, Tensor]]] = {}  # by where it begins
-        for tensor, place in self._places:
-            if tensor.file == source.file:
-                stored.setdefault(tensor.offset, []).append((tensor, place))
         descriptor = open_resolved(source.path)
         try:
             if os.fstat(descriptor).st_size != source.size:
                 raise _changed(source)
             file = _HashedFile(descriptor)
-            with torch.inference_mode():
-                for offset in sorted(stored):
-                    file.skip_to(offset)
-                    self._copy(file, offset, stored[offset])
+            for offset in sorted(stored):
+                file.skip_to(offset)
+                self._copy(file, offset, stored[offset])
             file.skip_to(source.size)
         finally:
             os.close(descriptor)
         if file.hexdigest() != source.sha256:
             raise _changed(source)
 
-    def _copy(self, file: "_HashedFile", offset: int, places: Places) -> None:
+    def _copy(self, file: "_HashedFile", offset: int, places: Sequence[Place]) -> None:
         """What is stored at `offset`: as it is to its place, or to several, whole or in blocks."""
         first, place = places[0]
         if len(places) == 1 and first.cut_from is None:
             self._copies.put(partial(_fill, file, offset), first.num_bytes, _DTYPES[first.dtype], place)
             return
         dtype = _DTYPES[first.dtype]
-        raw = bytearray(prod(first.stored_shape) * dtype.itemsize)
+        raw = bytearray(first.stored_elements * dtype.itemsize)
         file.read_into(memoryview(raw))
-        whole = torch.frombuffer(raw, dtype=dtype).view(first.stored_shape)
+        stored = torch.frombuffer(raw, dtype=dtype)
         for tensor, place in places:
-            assert tensor.stored_shape == first.stored_shape and tensor.dtype == first.dtype
-            block = whole
-            if tensor.cut_from is not None:
-                ranges = zip(tensor.cut_from.start, tensor.shape, strict=True)
-                block = whole[tuple(slice(start, start + size) for start, size in ranges)]
-            bytes_of = block.contiguous().view(torch.uint8).numpy().reshape(-1).data
+            assert tensor.stored_elements == first.stored_elements and tensor.dtype == first.dtype
+            bytes_of = _block(stored, tensor).contiguous().view(torch.uint8).numpy().reshape(-1).data
             self._copies.put(partial(_hand_over, bytes_of), tensor.num_bytes, dtype, place)
+
+
+def _block(stored: Tensor, tensor: TensorRef) -> Tensor:
+    """The tensor as a view of what lies at its offset, [stored_elements]."""
+    if tensor.cut_from is None:
+        return stored
+    it = tensor.cut_from
+    whole = stored.view(it.shape).permute(it.order or tuple(range(len(it.shape))))
+    return whole[tuple(slice(start, start + size) for start, size in zip(it.start, tensor.shape, strict=True))]
 
 
 class _HashedFile:

@@ -20,7 +20,8 @@ LINEARS = {
     for layer in range(LAYERS)
     for name, shape in {"self_attn.q_proj": (HIDDEN, HIDDEN), "mlp.up_proj": (FFN, HIDDEN)}.items()
 }
-BASE = BaseSpec("tiny", LINEARS, {layer: ExpertStack(EXPERTS, HIDDEN, FFN, "gated") for layer in (1, 2)})
+STACKS = {layer: ExpertStack(EXPERTS, HIDDEN, FFN, f"model.layers.{layer}.mlp.experts") for layer in (1, 2)}
+BASE = BaseSpec("tiny", LINEARS, STACKS)
 DENSE = BaseSpec("dense", LINEARS, {})
 A0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 

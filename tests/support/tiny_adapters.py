@@ -2,16 +2,16 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from adapters_store.catalog import Catalog, CatalogEntry
-from adapters_store.parts import ExpertReplacement, LowRank
+from adapters_store.parts import ExpertReplacement, LowRank, Operand
 from tests.support.engine_harness import Engine
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -27,8 +27,11 @@ def save_lora(directory: Path, model: nn.Module, seed: int, targets: Sequence[st
     wrapped = peft.get_peft_model(model, lora)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(wrapped.named_parameters()):
-        if ".lora_" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.15
+        noise = torch.randn(parameter.shape, generator=generator)
+        if ".lora_magnitude_vector" in name:  # the rows' own norms, from which training moves them
+            parameter.data = parameter.data * (1 + 0.5 * noise.abs())
+        elif ".lora_" in name:
+            parameter.data = noise * 0.15
     wrapped.save_pretrained(directory, save_embedding_layers=False)
     wrapped.unload()
     return directory
@@ -93,8 +96,11 @@ def merge(model: nn.Module, entry: CatalogEntry) -> nn.Module:
     for part in entry.package.parts:
         match part:
             case LowRank():
-                a, b = files[part.a.file][part.a.key], files[part.b.file][part.b.key]
-                model.get_submodule(part.module).weight += part.scale * (b.float() @ a.float())
+                delta = part.scale * dense(part.b, files) @ dense(part.a, files)
+                rows = rows_of(model, part.module)
+                rows += delta
+                if part.magnitude is not None:
+                    rows *= (dense(part.magnitude, files) / rows.norm(dim=1))[:, None]
             case ExpertReplacement():
                 module = model.get_submodule(f"model.layers.{part.layer}.mlp.experts")
                 halves = [files[tensor.file][tensor.key] for tensor in part.gate_up]
@@ -103,3 +109,33 @@ def merge(model: nn.Module, entry: CatalogEntry) -> nn.Module:
             case _:
                 raise TypeError(f"the oracle does not know {type(part).__name__}")
     return model
+
+
+def dense(operand: Operand, files: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
+    """An operand out of its files, in float32."""
+    out = torch.zeros(operand.shape)
+    for piece in operand.pieces:
+        it = piece.tensor
+        stored = files[it.file][it.key].float().flatten()
+        if it.cut_from is not None:
+            stored = stored.view(it.cut_from.shape)
+            stored = stored.permute(it.cut_from.order or tuple(range(stored.dim())))
+            stored = stored[_from(it.cut_from.start, it.shape)]
+        out[_from(piece.start, it.shape)] = stored.reshape(it.shape)
+    return out
+
+
+def rows_of(model: nn.Module, module: str) -> Tensor:
+    """[out, in] of a linear, or [M, out, in] of a matrix of routed experts: a view of the model's own."""
+    experts, _, matrix = module.rpartition(".")
+    if not experts.endswith(".experts"):
+        return model.get_submodule(module).weight.data
+    held: Any = model.get_submodule(experts)
+    if matrix in ("gate_proj", "up_proj"):
+        return held.gate_up_proj.data.chunk(2, dim=1)[matrix == "up_proj"]
+    rows = getattr(held, matrix).data
+    return rows.transpose(1, 2) if held.is_transposed else rows
+
+
+def _from(start: Sequence[int], shape: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(at, at + size) for at, size in zip(start, shape, strict=True))

@@ -89,7 +89,7 @@ def test_what_is_derived_comes_behind_the_copies_and_before_the_transfer_is_done
         assert not transfer.done
         torch.linalg.vector_norm(base + place, dim=1, out=norms)
 
-    transfer = Transfer([source(path)], [(ref, place)], PageWork(), copier(kind).begin(), [derive])
+    transfer = Transfer([source(path)], [(ref, place)], PageWork(), copier(kind).begin(), derive=[derive])
     transfer.run()
     assert transfer.done and transfer.error is None
     torch.testing.assert_close(norms, (base + delta).norm(dim=1))
@@ -102,7 +102,7 @@ def test_a_failure_to_derive_is_the_adapters(tmp_path: Path) -> None:
     def derive() -> None:
         raise RuntimeError("out of memory")
 
-    transfer = Transfer([source(path)], list[tuple[TensorRef, Tensor]](), PageWork(), HostCopy(), [derive])
+    transfer = Transfer([source(path)], list[tuple[TensorRef, Tensor]](), PageWork(), HostCopy(), derive=[derive])
     transfer.run()
     assert transfer.done and transfer.error == "out of memory"
 

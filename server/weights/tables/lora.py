@@ -1,38 +1,54 @@
-"""LoRA adapters on the device: one contiguous slab each, at its true rank, and the table that kernels read."""
+"""LoRA adapters on the device: one contiguous slab each, at its true rank, and the table that kernels read.
 
-from collections.abc import Iterable, Sequence
+Weights of linears, of routers (in float32, as their logits are) and of matrices of routed experts lie in the same slab,
+and are found through the same table.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from adapters_store.parts import LowRank
+from adapters_store.parts import Assembled, LowRank, Operand, TensorRef
 from kernels.adapter_rows import ShapeKey
 from kernels.lora import TABLE_FIELDS, LoraSite, LoraWeights, SiteAdapters, Split, table_rows
 from server.weights.arena import Arenas
 from server.weights.page_pool import PagePool
+from server.weights.tables.gains import to_gains
 from server.weights.tables.slabs import Slabs, Wanted
 from server.weights.tables.table import Mapped, to_device
 
 
 @dataclass(frozen=True)
+class _Linear:
+    """One of the base's linears, or a matrix of its routed experts: where adapters' weights for it act, of which type
+    they are there, and the base's own rows (None: nothing is derived from them)."""
+
+    sites: Sequence[tuple[LoraSite, Split]]
+    dtype: torch.dtype
+    rows: Callable[[], Tensor] | None
+
+
+@dataclass(frozen=True)
 class _Held:
-    """One adapter: its parts, where A and B of each lie, and what a step with it goes through."""
+    """One adapter: its parts, where the weights of each lie, and what a step with it goes through."""
 
     parts: Sequence[LowRank]
-    pairs: Sequence[tuple[Tensor, Tensor]]
+    weights: Sequence[LoraWeights]
     shape: ShapeKey
 
 
 class LoraTable:
     kind = LowRank
 
-    def __init__(self, num_slots: int, pool: PagePool, dtype: torch.dtype, arenas: Arenas) -> None:
-        self._num_slots, self._dtype = num_slots, dtype
+    def __init__(self, num_slots: int, pool: PagePool, arenas: Arenas) -> None:
+        self._num_slots = num_slots
         self._slabs = Slabs(num_slots, pool, arenas)
         self._held: dict[int, _Held] = {}  # by slot
-        self._bindings: dict[str, list[tuple[LoraSite, Split]]] = {}  # by module
+        self._linears: dict[str, _Linear] = {}  # by module
         self.sites: dict[LoraSite, SiteAdapters] = {}
         self._table: Tensor | None = None
 
@@ -43,9 +59,15 @@ class LoraTable:
         self.sites[site] = SiteAdapters()
         return self.sites[site]
 
-    def bind(self, module: str, sites: Iterable[tuple[LoraSite, Split]]) -> None:
-        """Say where the weights for one of the base's linears act."""
-        self._bindings[module] = list(sites)
+    def bind(
+        self,
+        module: str,
+        sites: Sequence[tuple[LoraSite, Split]],
+        dtype: torch.dtype,
+        rows: Callable[[], Tensor] | None = None,
+    ) -> None:
+        """Say where the weights for one of the base's linears act. rows [out, in]: the base's own, without bias."""
+        self._linears[module] = _Linear(sites, dtype, rows)
 
     def show_kernels(self, device: torch.device) -> None:
         """Keep what the sites hold as a table too, all in one: [slots + 1, slices of all sites, fields] int64."""
@@ -65,24 +87,35 @@ class LoraTable:
         return self._slabs.pages_for(self._wanted(parts))
 
     def map(self, slot: int, parts: Sequence[LowRank]) -> Mapped:
-        places = self._slabs.map(slot, self._wanted(parts))
-        shape = ShapeKey(rank=max(part.rank for part in parts))
-        self._held[slot] = _Held(parts, list(zip(places[::2], places[1::2], strict=True)), shape)
-        tensors = (tensor for part in parts for tensor in part.tensors)
-        return Mapped(list(zip(tensors, places, strict=True)))
+        rooms = self._slabs.map(slot, self._wanted(parts))
+        rest = iter(rooms)
+        weights = [
+            LoraWeights(next(rest), next(rest), part.scale, next(rest) if part.magnitude is not None else None)
+            for part in parts
+        ]
+        self._held[slot] = _Held(parts, weights, _shape(parts))
+        held = list(zip((operand for part in parts for operand in part.operands), rooms, strict=True))
+        return Mapped(
+            places=(place for operand, room in held for place in _places(operand, room)),
+            cleared=[room for operand, room in held if isinstance(operand, Assembled) and not operand.is_covered],
+            derive=[
+                partial(self._to_gains, part.module, its)
+                for part, its in zip(parts, weights, strict=True)
+                if its.gain is not None
+            ],
+        )
 
     def install(self, slot: int) -> None:
         held = self._held[slot]
-        for part, (a, b) in zip(held.parts, held.pairs, strict=True):
-            for site, split in self._bindings[part.module]:
-                slices = self.sites[site].by_entry.setdefault(slot, [None] * len(site.widths))
-                for index, weights in split(LoraWeights(a, b, part.scale)):
-                    slices[index] = weights
+        for part, weights in zip(held.parts, held.weights, strict=True):
+            for site, split in self._linears[part.module].sites:
+                for index, its in split(weights):
+                    self.sites[site].by_slot.setdefault(slot, [None] * len(site.widths))[index] = its
         self._show(slot)
 
     def unmap(self, slot: int) -> None:
         for adapters in self.sites.values():
-            adapters.by_entry.pop(slot, None)
+            adapters.by_slot.pop(slot, None)
         self._show(slot)
         del self._held[slot]
         self._slabs.unmap(slot)
@@ -100,10 +133,22 @@ class LoraTable:
 
     def check(self) -> None:
         self._slabs.check()
-        assert all(slot in self._held for adapters in self.sites.values() for slot in adapters.by_entry)
+        assert all(slot in self._held for adapters in self.sites.values() for slot in adapters.by_slot)
 
     def _wanted(self, parts: Sequence[LowRank]) -> list[Wanted]:
-        return [(tensor.shape, self._dtype) for part in parts for tensor in part.tensors]
+        """Room for the operands of all, in order. What magnitudes become is float32."""
+        wanted: list[Wanted] = []
+        for part in parts:
+            dtype = self._linears[part.module].dtype
+            wanted += [(part.a.shape, dtype), (part.b.shape, dtype)]
+            if part.magnitude is not None:
+                wanted.append((part.magnitude.shape, torch.float32))
+        return wanted
+
+    def _to_gains(self, module: str, weights: LoraWeights) -> None:
+        rows = self._linears[module].rows
+        assert rows is not None, f"{module} has no rows to derive gains from"
+        to_gains(weights, rows(), module)
 
     def _show(self, slot: int) -> None:
         """To kernels: what the slot holds now, and at which sites any slot holds anything."""
@@ -111,3 +156,15 @@ class LoraTable:
             for row in (slot, 0):
                 shown = [numbers for it in self.sites.items() for numbers in table_rows(*it, row)]
                 to_device(self._table[row], shown)
+
+
+def _shape(parts: Sequence[LowRank]) -> ShapeKey:
+    inside = [part.rank for part in parts if part.is_in_experts]
+    outside = [part.rank for part in parts if not part.is_in_experts]
+    return ShapeKey(rank=max(outside, default=0), expert_rank=max(inside, default=0))
+
+
+def _places(operand: Operand, room: Tensor) -> Iterator[tuple[TensorRef, Tensor]]:
+    """Where each of its pieces goes."""
+    for tensor, start in ((piece.tensor, piece.start) for piece in operand.pieces):
+        yield tensor, room[tuple(slice(at, at + size) for at, size in zip(start, tensor.shape, strict=True))]

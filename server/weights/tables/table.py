@@ -1,6 +1,6 @@
 """What residency asks of a table."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -12,11 +12,13 @@ from server.weights.transfer import Derive
 
 
 class Mapped(NamedTuple):
-    """Room that was made for an adapter's parts: where each tensor must be copied to, and what is to be computed of
-    them and of the base's weights once they are there (None: nothing). A transfer does both, off the step loop."""
+    """Room that was made for an adapter's parts. A transfer fills it, off the step loop: what becomes zero first, where
+    each tensor must be copied to (gone through there too: they may be thousands), and what is then computed of them and
+    of the base's weights."""
 
-    places: list[tuple[TensorRef, Tensor]]
-    derive: Derive | None = None
+    places: Iterable[tuple[TensorRef, Tensor]]
+    cleared: Sequence[Tensor] = ()
+    derive: Sequence[Derive] = ()
 
 
 class Table(Protocol):

@@ -12,11 +12,11 @@ from server.weights.tables.lora import LoraTable
 
 def test_the_table_that_kernels_read_says_where_any_adapter_acts() -> None:
     arenas = host_arenas()
-    table = LoraTable(2, PagePool(1 << 20, arenas.page_bytes), torch.float32, arenas)
+    table = LoraTable(2, PagePool(1 << 20, arenas.page_bytes), arenas)
     sites = {name: LoraSite((width,)) for name, width in (("q", 8), ("o", 6))}
     held = {name: table.open(site) for name, site in sites.items()}
     for name, site in sites.items():
-        table.bind(name, [(site, lambda weights: [(0, weights)])])
+        table.bind(name, [(site, lambda weights: [(0, weights)])], torch.float32)
     table.show_kernels(torch.device("cpu"))
     parts = {
         slot: [LowRank("q", TensorRef("f", "a", (rank, 4), "F32"), TensorRef("f", "b", (8, rank), "F32"), 1.0)]
@@ -25,7 +25,7 @@ def test_the_table_that_kernels_read_says_where_any_adapter_acts() -> None:
     for slot in (1, 2):
         assert not table.has(slot)
         table.map(slot, parts[slot])
-        assert table.has(slot) and slot not in held["q"].by_entry  # kernels see nothing of it yet
+        assert table.has(slot) and slot not in held["q"].by_slot  # kernels see nothing of it yet
         table.install(slot)
         table.check()
     assert (table.shape_key(1), table.shape_key(2)) == (ShapeKey(rank=3), ShapeKey(rank=5))
