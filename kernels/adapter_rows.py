@@ -20,11 +20,13 @@ def tile_rows(rows: int) -> int:
 class ShapeKey(NamedTuple):
     """What of the adapters' work a step goes through, and how large. A new kind of part adds a field.
 
-    rank: the highest LoRA rank of its adapters, 0 without LoRA. experts: 1 if any replaces experts, else 0.
+    rank: the highest LoRA rank of its adapters at linears, 0 without LoRA. experts: 1 if any replaces experts, else 0.
+    expert_rank: the highest LoRA rank inside routed experts, 0 without.
     """
 
     rank: int = 0
     experts: int = 0
+    expert_rank: int = 0
 
     def joined(self, other: "ShapeKey") -> "ShapeKey":
         """The shape of a step that has the adapters of both."""
@@ -73,7 +75,7 @@ class AdapterRows(NamedTuple):
         slots          [0 0 0 2 2 2 5]
         tiles.spans    [(3, 6, slot 2), (6, 7, slot 5)]
         sampled.spans  [(1, 2, slot 2), (2, 3, slot 5)]    of rows 2, 5 and 6, whose logits are wanted
-        shape          (rank 16, experts 1)
+        shape          (rank 16, experts 1, expert_rank 0)
     """
 
     # [T] int32, where the step is computed: each token's adapter slot, 0 for the base. None: all are the base's

@@ -72,12 +72,13 @@ def assemble(
     arenas = choose_arenas(device)
     pool = PagePool(config.adapter_bytes, arenas.page_bytes)
     tables = Tables(
-        LoraTable(config.adapter_slots, pool, dtype, arenas),
+        LoraTable(config.adapter_slots, pool, arenas),
         ExpertTable(config.adapter_slots, config.max_experts_per_adapter, pool, arenas),
     )
     residency = DeviceResidency(config.adapter_slots, pool, tables, arenas, TransferThread(), choose_copier(device))
     step = CurrentStep()
     site_ops: list[SiteOps] = [LoraOps(tables.lora, step)]
+    biased = frozenset(name.rpartition(".")[0] for name, _ in model.named_parameters() if name.endswith("bias"))
     probed = probe(model)  # before injection: the probe runs the model as Transformers made it
     injected = inject(Build(model, probed, step, site_ops, lambda *it: Stacks(*tables.experts.add_layer(*it))))
     model.to(device)
@@ -89,15 +90,19 @@ def assemble(
     most_slices = max((len(site.widths) for site in tables.lora.sites), default=1)
     blocks_of_one = min(cache.pool.num_blocks, cache.num_blocks(length))
     capacity = Capacity(limits.tokens_per_step, limits.max_running, blocks_of_one, most_slices)
-    # experts first: they cost a step of LoRA a row of the map a token; LoRA's launches would cost them one a site
-    shapes = chain([ShapeKey(experts=int(bool(injected.experts))), ShapeKey(rank=config.max_rank)])
+    # experts first: they cost a step of LoRA a row of the map a token; LoRA's launches would cost them one a site.
+    # LoRA inside experts last: it parts the activation from the product
+    has_experts = int(bool(injected.experts))
+    kinds = [ShapeKey(experts=has_experts), ShapeKey(rank=config.max_rank),
+             ShapeKey(expert_rank=config.max_rank * has_experts)]  # fmt: skip
+    shapes = chain(kinds)
     fields = [field for ops in site_ops for field in ops.token_fields]
     forward = choose_forward(Model(model, step), config, capacity, shapes, fields, dtype, device)
     if isinstance(forward, GraphedForward):
         warm_up(forward, config.block_size, on_progress)
     on_progress("Building the engine", 1, 1)
     info = EngineInfo(
-        base=_base_spec(model.config.model_type, injected),
+        base=_base_spec(model.config.model_type, injected, biased),
         model_type=model.config.model_type,
         num_parameters=num_parameters,
         device=str(device),
@@ -156,7 +161,8 @@ def choose_forward(
     return GraphedForward(by_kernels, logits, shapes, CudaCapture())
 
 
-def _base_spec(model_type: str, injected: Injected) -> BaseSpec:
+def _base_spec(model_type: str, injected: Injected, biased: frozenset[str]) -> BaseSpec:
     """What adapters are checked against."""
     linears = {target.name: target.shape for target in injected.targets}
-    return BaseSpec(model_type, linears, {it.layer: ExpertStack(*it.spec) for it in injected.experts})
+    experts = {it.spec.layer: ExpertStack(*it.spec) for it in injected.experts}
+    return BaseSpec(model_type, linears, experts, biased)

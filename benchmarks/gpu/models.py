@@ -57,7 +57,7 @@ def esft(bench: Bench) -> Iterator[Row]:
                       max_rank=0)  # fmt: skip
     yield serving.started
     rng = random.Random(1)
-    tuned = {it.layer: sorted(rng.sample(range(it.spec[0]), tuned_count)) for it in serving.experts}
+    tuned = {it.spec.layer: sorted(rng.sample(range(it.spec[0]), tuned_count)) for it in serving.experts}
     decodes, resident = Decodes(serving, bench, context), 0
     batches = (1, 8, 32, 128, 256) if not bench.scale.is_toy else (2,)
     for adapters in (0, 1, 4, ESFT_ADAPTERS) if not bench.scale.is_toy else (0, 2):

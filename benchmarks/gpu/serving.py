@@ -108,9 +108,9 @@ class Serving:
         """Adapters that tune these experts, by layer."""
         for _ in range(count):
             parts = [
-                _expert(module.layer, expert, *module.spec[1:3])
+                _expert(module.spec.layer, expert, *module.spec[1:3])
                 for module in self.experts
-                for expert in tuned[module.layer]
+                for expert in tuned[module.spec.layer]
             ]
             slot = self._make_resident("esft", tuple(parts))
             for module in self.experts:
@@ -135,7 +135,7 @@ class Serving:
             ]  # fmt: skip
             slot = self._make_resident("lora", tuple(parts))
             for adapters in self.assembly.tables.lora.sites.values():
-                for weights in adapters.by_entry.get(slot, []):
+                for weights in adapters.by_slot.get(slot, []):
                     if weights is not None:
                         weights.a.normal_(0, 0.02)
                         weights.b.normal_(0, 0.02)
@@ -252,7 +252,7 @@ class Serving:
         lora = sum(
             weights.a.nbytes + weights.b.nbytes
             for adapters in self.assembly.tables.lora.sites.values()
-            for slot in slots for weights in adapters.by_entry.get(slot, [])
+            for slot in slots for weights in adapters.by_slot.get(slot, [])
             if weights is not None
         )  # fmt: skip
         experts = picks.places * self.expert_bytes if self.experts else 0

@@ -73,9 +73,9 @@ def _register(serving: Serving, directory: Path, experts: int) -> AdapterRef:
     device = serving.experts[0].stacks.down.device
     tensors: dict[str, torch.Tensor] = {}
     for module in serving.experts:
-        _, hidden, inner, _ = module.spec
+        hidden, inner = module.spec.hidden_size, module.spec.intermediate_size
         for expert in range(experts):
-            prefix = f"model.layers.{module.layer}.mlp.experts.{expert}"
+            prefix = f"model.layers.{module.spec.layer}.mlp.experts.{expert}"
             for name, shape in (("gate", (inner, hidden)), ("up", (inner, hidden)), ("down", (hidden, inner))):
                 drawn = torch.randn(shape, dtype=torch.bfloat16, device=device) * 0.02
                 tensors[f"{prefix}.{name}_proj.weight"] = drawn.cpu()

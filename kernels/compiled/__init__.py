@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 # every op with a kernel, in the order of a layer
-OPS = ("expert_route", "grouped_gemm", "lora", "paged_attention", "store_kv", "rms_norm", "rope", "sampling")
+OPS = ("expert_route", "expert_tiles", "grouped_gemm", "lora", "paged_attention", "store_kv", "rms_norm", "rope", "sampling")
 
 _everywhere = ContextVar("everywhere", default=False)
 

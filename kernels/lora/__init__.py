@@ -18,8 +18,8 @@ rank 1, and weights for the first slice only: a [[1, 1]], b [[1], [0]], scale 2.
 
 Row 1: x @ a.T is 2, times b.T is [2, 0], times 2 is [4, 0]. With a gain of [2, 1] and no bias it would be [18, 5, 5].
 
-expert_lora is the same inside routed experts. Its rows are (token, choice) pairs, its tiles those that expert_route
-made, and what is a slot here is an expert place there.
+expert_lora is the same inside routed experts, with weights of its own for each expert. Its rows are (token, choice)
+pairs, and its tiles, from expert_tiles, say of them which adapter and which expert they are of.
 """
 
 from torch import Tensor
@@ -27,6 +27,7 @@ from torch import Tensor
 from kernels.adapter_rows import AdapterTiles
 from kernels.compiled import takes
 from kernels.expert_route import Routed
+from kernels.expert_tiles import ExpertTiles
 from kernels.lora import reference
 from kernels.lora.site import (
     NOTHING,
@@ -79,14 +80,16 @@ def expert_lora(
     site: LoraSite,
     adapters: SiteAdapters,
     routed: Routed,
+    tiles: ExpertTiles,
     gathers: bool,
     max_rank: int,
     counters: Tensor,
 ) -> None:
-    """See reference.py for shapes. counters [1 + most tiles * slices] int32: zero, and left zero; for the kernel."""
+    """See reference.py for shapes. counters int32: zero, and left zero; for the kernel, which takes two launches
+    where they are fewer than 1 + most tiles * slices."""
     if takes(y):
         from kernels.lora import kernel
 
-        kernel.expert_lora(y, x, site, adapters, routed, gathers, max_rank, counters)
+        kernel.expert_lora(y, x, site, adapters, routed, tiles, gathers, max_rank, counters)
     else:
-        reference.expert_lora(y, x, site, adapters, routed, gathers, max_rank, counters)
+        reference.expert_lora(y, x, site, adapters, routed, tiles, gathers, max_rank, counters)

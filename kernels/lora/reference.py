@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels.adapter_rows import AdapterTiles
 from kernels.expert_route import Routed
+from kernels.expert_tiles import ExpertTiles
 from kernels.lora.site import LoraSite, LoraWeights, SiteAdapters
 
 
@@ -33,25 +34,10 @@ def lora(
     """
     assert tiles.spans is not None, "the reference needs spans on the host"
     for start, end, slot in tiles.spans:
-        adapter = adapters.by_entry.get(slot)
+        adapter = adapters.by_slot.get(slot)
         if adapter is None:
             continue
         _add(y[start:end], x[start:end], site, adapter, bias)
-
-
-def _add(y: Tensor, x: Tensor, site: LoraSite, adapter: Sequence[LoraWeights | None], bias: Tensor | None) -> None:
-    """One adapter's products, to rows that are all its own."""
-    inputs = x.chunk(len(site.widths), -1) if site.own_inputs else [x] * len(site.widths)
-    column = 0
-    for rows, width, weights in zip(inputs, site.widths, adapter, strict=True):
-        if weights is not None:
-            out = y[:, column : column + width]
-            a, b = (weights.a, weights.b) if site.transposed else (weights.a.t(), weights.b.t())
-            out.addmm_(torch.mm(rows, a), b, alpha=weights.scale)
-            if weights.gain is not None:
-                part = 0 if bias is None else bias[column : column + width]
-                out.copy_((out - part) * weights.gain + part)
-        column += width
 
 
 def expert_lora(
@@ -60,25 +46,48 @@ def expert_lora(
     site: LoraSite,
     adapters: SiteAdapters,
     routed: Routed,
+    tiles: ExpertTiles,
     gathers: bool,
     max_rank: int,
     counters: Tensor | None,
 ) -> None:
-    """As lora, for the (token, choice) pairs of routed experts; P of them. `adapters` is indexed by expert place.
+    """As lora, for the (token, choice) pairs of routed experts; P of them.
 
+    tiles: those of `routed`, cut where the adapter changes (expert_tiles).
     gathers: what gate_up of grouped_gemm has computed. x [T, in] is by token, y [P, sum of widths] by position.
     Otherwise: what down has computed. x [P, in] is by position, y [P, sum of widths] by pair number.
-    max_rank: as of lora. counters: not read here.
-    A gain scales all that y holds, so the experts may have no bias. Rows of padding are left alone.
+    max_rank: as of lora. counters: not read here. Rows of padding are left alone.
     """
-    assert not site.own_inputs
-    for place, first, count in routed.tiles[: int(routed.num_tiles)].tolist():
-        adapter = adapters.by_entry.get(place)
+    assert site.experts and not site.own_inputs
+    for entry, first, count in tiles.tiles[: int(tiles.num_tiles)].tolist():
+        slot, expert = divmod(entry, site.experts)
+        adapter = adapters.by_slot.get(slot)
         if adapter is None:
             continue
+        own = [None if it is None else it.of_expert(expert) for it in adapter]
         pairs = routed.pairs[first : first + count]
-        rows = x[pairs // routed.places.shape[1]] if gathers else x[first : first + count]
-        out = y[first : first + count] if gathers else y[pairs]
-        _add(out, rows, site, adapter, None)
-        if not gathers:
-            y[pairs] = out
+        if gathers:
+            _add(y[first : first + count], x[pairs // routed.places.shape[1]], site, own, None)
+            continue
+        out = y[pairs]
+        _add(out, x[first : first + count], site, own, None)
+        y[pairs] = out
+
+
+def _add(y: Tensor, x: Tensor, site: LoraSite, adapter: Sequence[LoraWeights | None], bias: Tensor | None) -> None:
+    """One adapter's products, to rows that are all its own. Slices that share A share its product."""
+    inputs = x.chunk(len(site.widths), -1) if site.own_inputs else [x] * len(site.widths)
+    column, shrunk, shrunk_by = 0, x, 0
+    for rows, width, weights in zip(inputs, site.widths, adapter, strict=True):
+        if weights is not None:
+            out = y[:, column : column + width]
+            a, b = (weights.a, weights.b) if site.transposed else (weights.a.t(), weights.b.t())
+            if site.own_inputs or shrunk_by != a.data_ptr():
+                shrunk, shrunk_by = torch.mm(rows, a), a.data_ptr()
+            out.addmm_(shrunk, b, alpha=weights.scale)
+            if weights.gain is not None and bias is None:
+                out.mul_(weights.gain)
+            elif weights.gain is not None and bias is not None:
+                held = bias[column : column + width]
+                out.copy_((out - held) * weights.gain + held)
+        column += width

@@ -1,13 +1,14 @@
 """Routed experts over a stack with room for adapters' own."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 from kernels.expert_route import Routed, TokenBatch, expert_route
-from kernels.grouped_gemm import Act, Activation, Layout, combine, down, gate_up, tile_rows
+from kernels.grouped_gemm import Act, Activation, Layout, activate, combine, down, gate_up, tile_rows
 from server.model.families import Foreign, UnsupportedModelError
 from server.model.inputs import CurrentStep
 from server.model.routers import Router
@@ -32,30 +33,66 @@ class ExpertSpec(NamedTuple):
     num_experts: int
     hidden_size: int
     intermediate_size: int
-    layout: Literal["gated", "other"]
+    name: str
+    transposed: bool
+    interleaved: bool
+    biased: bool
+
+    @property
+    def layer(self) -> int:
+        """model.layers.3.mlp.experts -> 3"""
+        match = re.search(r"\.layers\.(\d+)\.", f".{self.name}")
+        assert match is not None, self.name
+        return int(match[1])
+
+
+class ExpertFinish(Protocol):
+    """What adapters of one kind do in the experts of a layer, for the step that is being computed."""
+
+    def gate_up(self, products: Tensor, x: Tensor) -> None:
+        """Changes products [P, 2I], by position: gate and up before the activation. x [T, H], by token."""
+
+    def down(self, rows: Tensor, h: Tensor) -> None:
+        """Changes rows [P, H], by pair number: before they are weighted and summed. h [P, I], by position."""
+
+
+class ExpertOp(Protocol):
+    """What one kind of part does beside the base's experts, rather than in place of them."""
+
+    def begin(self, routed: Routed) -> ExpertFinish | None:
+        """None: no adapter of the step that is being computed acts here."""
 
 
 class RoutedExperts(nn.Module):
     """Takes the place of a Transformers experts module: experts chosen from the router's logits, per adapter."""
 
-    def __init__(self, original: Foreign, router: Router, stacks: Stacks, layer: int, step: CurrentStep) -> None:
+    def __init__(
+        self, original: Foreign, spec: ExpertSpec, router: Router, stacks: Stacks, ops: Sequence[ExpertOp],
+        step: CurrentStep,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self._router, self.stacks, self._step = router, stacks, step
-        self.gate_up_bias: Tensor | None = original.gate_up_proj_bias if original.has_bias else None
-        self.down_bias: Tensor | None = original.down_proj_bias if original.has_bias else None
-        self._layout = Layout(original.is_transposed, not original.is_concatenated)
+        self.spec, self.stacks = spec, stacks
+        self._router, self._ops, self._step = router, tuple(ops), step
+        self.gate_up_bias: Tensor | None = original.gate_up_proj_bias if spec.biased else None
+        self.down_bias: Tensor | None = original.down_proj_bias if spec.biased else None
+        self._layout = Layout(spec.transposed, spec.interleaved)
         self._activation = _activation(original)
-        is_gated = original.has_gate and original.is_concatenated and not (original.has_bias or original.is_transposed)
-        num_experts, *matrix = original.down_proj.shape
-        hidden, intermediate = reversed(matrix) if original.is_transposed else matrix
-        self.spec = ExpertSpec(num_experts, hidden, intermediate, "gated" if is_gated else "other")
-        self.layer = layer
 
     def forward(self, hidden: Tensor, logits: Tensor, _: Tensor) -> Tensor:
         """hidden [T, H]; logits [T, M] float32 (see Router) -> [T, H]."""
         stacks, routed = self.stacks, self.route(logits)
-        gated = gate_up(hidden, stacks.gate_up, routed, self._activation, self._layout, self.gate_up_bias)
-        return combine(down(gated, stacks.down, routed, self._layout, self.down_bias), routed)
+        begun = [finish for op in self._ops if (finish := op.begin(routed)) is not None]
+        # what adapters add to gate and up comes before the activation, which then is a launch of its own
+        activation = None if begun else self._activation
+        gated = gate_up(hidden, stacks.gate_up, routed, activation, self._layout, self.gate_up_bias)
+        if begun:
+            for finish in begun:
+                finish.gate_up(gated, hidden)
+            gated = activate(gated, self._activation, self._layout.interleaved, routed)
+        rows = down(gated, stacks.down, routed, self._layout, self.down_bias)
+        for finish in begun:
+            finish.down(rows, gated)
+        return combine(rows, routed)
 
     def route(self, logits: Tensor) -> Routed:
         """Which expert places the tokens of this step go to."""
@@ -67,11 +104,12 @@ class RoutedExperts(nn.Module):
                             self._router.correction)  # fmt: skip
 
 
-def layer_of(name: str) -> int:
-    """model.layers.3.mlp.experts -> 3"""
-    match = re.search(r"\.layers\.(\d+)\.", f".{name}")
-    assert match is not None, name
-    return int(match[1])
+def spec_of(name: str, experts: Foreign) -> ExpertSpec:
+    """Of one of Transformers' modules that hold all experts of a layer in two tensors."""
+    num_experts, *matrix = experts.down_proj.shape
+    hidden, intermediate = reversed(matrix) if experts.is_transposed else matrix
+    return ExpertSpec(num_experts, hidden, intermediate, name, experts.is_transposed, not experts.is_concatenated,
+                      experts.has_bias)  # fmt: skip
 
 
 def _activation(experts: Foreign) -> Activation:

@@ -2,26 +2,19 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from kernels.adapter_rows import AdapterTiles
 from kernels.lora import LoraSite, SiteAdapters, Split, lora
+from server.model.expert_lora_op import ExpertLoraOp
+from server.model.experts import ExpertSpec
 from server.model.inputs import CurrentStep, TokenField
+from server.model.lora_sites import LoraSites
 from server.model.mla import AbsorbedProjection
 from server.model.product import Product
 from server.model.site_op import Finish
-
-
-class LoraSites(Protocol):
-    """The table of low-rank parts, as the model sees it (server/weights/tables/lora.py)."""
-
-    def open(self, site: LoraSite) -> SiteAdapters:
-        """A place where adapters may act; what they have for it is found there."""
-
-    def bind(self, module: str, sites: Sequence[tuple[LoraSite, Split]]) -> None:
-        """Say where the weights for one of the base's linears act."""
 
 
 class LoraOp:
@@ -35,7 +28,7 @@ class LoraOp:
     def begin(self, x: Tensor) -> Finish | None:
         rows = self._step.inputs.rows
         # what a captured batch holds is read from the device
-        if not rows.shape.rank or not (rows.at_all_sites or self._adapters.by_entry):
+        if not rows.shape.rank or not (rows.at_all_sites or self._adapters.by_slot):
             return None
         return partial(self._add, x, rows.sampled if self._is_lm_head else rows.tiles, rows.shape.rank)
 
@@ -54,16 +47,21 @@ class LoraOps:
     def at_linears(self, names: Sequence[str], product: Product, is_lm_head: bool) -> LoraOp:
         site = LoraSite(product.widths)
         for index, name in enumerate(names):
-            self._sites.bind(name, [(site, _slice(index))])
+            self._sites.bind(name, [(site, _slice(index))], product.dtype, partial(product.rows, index))
         return self._op(site, product, is_lm_head)
 
-    def at_absorbed(self, name: str, projection: AbsorbedProjection) -> tuple[LoraOp, LoraOp]:
+    def at_absorbed(self, name: str, projection: AbsorbedProjection) -> tuple[LoraOp, LoraOp, LoraOp]:
         it = projection
+        gains = LoraSite((it.key_dim,) * it.heads, own_inputs=True)
         # (B_h^T q) A, where a plain site has B (A x): the same two matrices, transposed and in the other order
         queries = LoraSite((it.latent,) * it.heads, own_inputs=True, transposed=True)
         values = LoraSite((it.value_dim,) * it.heads, own_inputs=True)
-        self._sites.bind(name, [(queries, it.split_for_queries), (values, it.split_for_values)])
-        return self._op(queries), self._op(values)
+        sites = [(gains, it.split_for_gains), (queries, it.split_for_queries), (values, it.split_for_values)]
+        self._sites.bind(name, sites, it.rows().dtype, it.rows)
+        return self._op(gains), self._op(queries), self._op(values)
+
+    def at_experts(self, spec: ExpertSpec, dtype: torch.dtype) -> ExpertLoraOp:
+        return ExpertLoraOp(spec, dtype, self._sites, self._step)
 
     def _op(self, site: LoraSite, product: Product | None = None, is_lm_head: bool = False) -> LoraOp:
         return LoraOp(site, self._sites.open(site), self._step, product, is_lm_head)

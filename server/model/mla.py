@@ -29,14 +29,12 @@ def latent_shape(attention: Foreign) -> KVShape:
     return KVShape(1, attention.kv_lora_rank + attention.qk_rope_head_dim, 0)
 
 
-class GainRefused(Exception):
-    """A gain cannot be expressed where the adapter's linear acts."""
-
-
 class AbsorbedProjection:
     """kv_b_proj [heads * (key_dim + value_dim), latent] of one layer, as queries and results pass through it.
 
-    Adapters of it act on both sides, and on every head with rows of its own: two sites with a slice a head.
+    Adapters of it act on both sides, and on every head with rows of its own: sites with a slice a head. A gain scales
+    rows of the projection. Where results leave, those are what comes out. Where queries enter, they are what goes in,
+    so there gains have a site of their own before.
     """
 
     def __init__(self, attention: Foreign) -> None:
@@ -50,9 +48,13 @@ class AbsorbedProjection:
     def out_features(self) -> int:
         return self.heads * (self.key_dim + self.value_dim)
 
-    def _weight(self) -> Tensor:
+    def rows(self) -> Tensor:
+        """[heads * (key_dim + value_dim), latent]"""
         weight: Tensor = self._attention.kv_b_proj.weight
-        return weight.view(self.heads, self.key_dim + self.value_dim, self.latent)
+        return weight
+
+    def _weight(self) -> Tensor:
+        return self.rows().view(self.heads, self.key_dim + self.value_dim, self.latent)
 
     def queries_in(self, query: Tensor) -> Tensor:
         """query [T, H, key_dim] -> [T, H, latent]."""
@@ -63,15 +65,16 @@ class AbsorbedProjection:
         up = self._weight()[:, self.key_dim :].transpose(1, 2)
         return torch.bmm(context.transpose(0, 1), up).transpose(0, 1)
 
-    def split_for_queries(self, weights: LoraWeights) -> list[tuple[int, LoraWeights]]:
-        """(head, weights) of an adapter's low-rank update of kv_b_proj, where queries enter.
+    def split_for_gains(self, weights: LoraWeights) -> list[tuple[int, LoraWeights]]:
+        """(head, weights) of an adapter's gain of kv_b_proj, before queries enter: nothing but the gain."""
+        if weights.gain is None:
+            return []
+        nothing = LoraWeights(weights.a.new_empty(0, self.key_dim), weights.b.new_empty(self.key_dim, 0), 1.0)
+        rows = enumerate(weights.gain.chunk(self.heads))
+        return [(head, nothing._replace(gain=gain[: self.key_dim])) for head, gain in rows]
 
-        Raises GainRefused for weights with a gain: it scales rows of the projection, through which queries go the other
-        way. It would have to scale them before the product, and an op of a site changes what comes out of it. A table
-        that makes gains refuses such adapters before they are installed.
-        """
-        if weights.gain is not None:
-            raise GainRefused("a gain of kv_b_proj cannot be carried to where queries enter the latent space")
+    def split_for_queries(self, weights: LoraWeights) -> list[tuple[int, LoraWeights]]:
+        """(head, weights) of its low-rank update, where queries enter."""
         return [
             (head, LoraWeights(rows[: self.key_dim], weights.a, weights.scale))
             for head, rows in enumerate(weights.b.chunk(self.heads))
@@ -91,10 +94,12 @@ class LatentLayer:
 
     def __init__(self, projection: AbsorbedProjection, shape: KVShape, step: CurrentStep) -> None:
         self.shape, self._projection, self._step = shape, projection, step
+        self._entering_ops: list[SiteOp] = []
         self._query_ops: list[SiteOp] = []
         self._value_ops: list[SiteOp] = []
 
-    def add_op(self, on_queries: SiteOp, on_values: SiteOp) -> None:
+    def add_op(self, on_entering: SiteOp, on_queries: SiteOp, on_values: SiteOp) -> None:
+        self._entering_ops.append(on_entering)
         self._query_ops.append(on_queries)
         self._value_ops.append(on_values)
 
@@ -109,11 +114,16 @@ class LatentLayer:
         clear(self._cache, inputs.fresh_blocks)
         store_latent(key[:, 0], value[:, 0], self._cache, inputs.slot_mapping)
         content, position = query.split([it.key_dim, query.shape[-1] - it.key_dim], dim=-1)
+        content = _adapted(_as_it_is, content, self._entering_ops)
         taken_in = _adapted(it.queries_in, content, self._query_ops)
         absorbed = torch.cat([taken_in, position], dim=-1)
         context = paged_attention(absorbed, self._cache, self._cache[..., : it.latent], inputs.attention, scale,
                                   None, softcap, sinks)  # fmt: skip
         return _adapted(it.values_out, context, self._value_ops)
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 def _adapted(product: Callable[[Tensor], Tensor], x: Tensor, ops: Sequence[SiteOp]) -> Tensor:

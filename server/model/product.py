@@ -15,6 +15,10 @@ class Product(Protocol):
     in_features: int
     bias: Tensor | None
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of x and y."""
+
     def __call__(self, x: Tensor) -> Tensor: ...
 
     def rows(self, index: int) -> Tensor:
@@ -34,6 +38,10 @@ class DenseProduct(nn.Module):
         else:
             self.weight = nn.Parameter(torch.cat([linear.weight.data for linear in linears]), requires_grad=False)
             self.bias = _joint_bias(linears)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)

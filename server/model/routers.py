@@ -2,11 +2,14 @@
 
 from collections.abc import Callable
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from kernels.expert_route import GroupScore, Routing, Score
 from server.model.families import Foreign, UnsupportedModelError
+from server.model.linears import AdaptedLinear
+from server.model.product import DenseProduct
 
 
 def _deepseek_v2(router: Foreign) -> Routing:
@@ -41,23 +44,33 @@ RULES: dict[str, Callable[[Foreign], Routing]] = {
 }
 
 
+def logits_product(original: Foreign) -> DenseProduct:
+    """The router's own product in float32: a choice hangs on the last digits of its logits."""
+    experts, hidden = original.weight.shape
+    bias = getattr(original, "bias", None)
+    linear = skip_init(nn.Linear, hidden, experts, bias=bias is not None, dtype=torch.float32)
+    linear.weight = nn.Parameter(original.weight.data.float(), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.data.float(), requires_grad=False)
+    return DenseProduct([linear])
+
+
 class Router(nn.Module):
     """Takes a router's place: hands its logits on, where the original would hand on weights and choices.
 
-    Choosing and rerouting are one op with what follows, in RoutedExperts.
+    Adapters act on the logits, before the choice. Choosing and rerouting are one op with what follows, in
+    RoutedExperts.
     """
 
-    def __init__(self, original: Foreign) -> None:
+    def __init__(self, original: Foreign, logits: AdaptedLinear) -> None:
         super().__init__()
         self.routing = RULES[type(original).__name__](original)
-        bias = getattr(original, "bias", None)
-        self.weight = nn.Parameter(original.weight.data.float(), requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias.data.float(), requires_grad=False)
+        self._logits = logits
         self.correction: Tensor | None
         correction = getattr(original, "e_score_correction_bias", None)
         self.register_buffer("correction", None if correction is None else correction.float())
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """hidden [.., H] -> logits [T, M] float32, thrice: a block passes on what it takes for weights and ids."""
-        logits = F.linear(hidden.reshape(-1, hidden.shape[-1]).float(), self.weight, self.bias)
+        logits = self._logits(hidden.reshape(-1, hidden.shape[-1]).float())
         return logits, logits, logits

@@ -3,11 +3,13 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
+import torch
 from torch import Tensor
 
 from server.model.inputs import TokenField
 
 if TYPE_CHECKING:
+    from server.model.experts import ExpertOp, ExpertSpec
     from server.model.mla import AbsorbedProjection
     from server.model.product import Product
 
@@ -33,8 +35,12 @@ class SiteOps(Protocol):
     def at_linears(self, names: Sequence[str], product: "Product", is_lm_head: bool) -> SiteOp:
         """Beside the product of the linears of these names. is_lm_head: its rows are those that are sampled."""
 
-    def at_absorbed(self, name: str, projection: "AbsorbedProjection") -> tuple[SiteOp, SiteOp]:
-        """Where queries enter the latent space through the linear `name`, and where results leave it."""
+    def at_absorbed(self, name: str, projection: "AbsorbedProjection") -> tuple[SiteOp, SiteOp, SiteOp]:
+        """Before queries enter the latent space through the linear `name` (there x is also what is changed), where they
+        do, and where results leave it."""
+
+    def at_experts(self, spec: "ExpertSpec", dtype: torch.dtype) -> "ExpertOp":
+        """In the routed experts of a layer, whose matrices are of this type."""
 
 
 def begin_all(ops: Sequence[SiteOp], x: Tensor) -> list[Finish]:

@@ -27,6 +27,8 @@ def warm_up(forward: GraphedForward, block_size: int, on_progress: OnProgress) -
     captures, largest = forward.keys(), forward.shapes[-1]
     # prefills with LoRA always: an adapter of a rank above all that is captured may come
     shapes = {shape._replace(rank=max(1, largest.rank)) for shape in forward.shapes}
+    if largest.experts:
+        shapes.add(ShapeKey(max(1, largest.rank), largest.experts, max(1, largest.expert_rank)))
     total = len(prefills) * len(shapes) + len(captures)
     done = 0
     for tokens in prefills:

@@ -4,7 +4,7 @@ Tensors of torch's meta device have shapes and no contents, so whatever depends 
 raises. They stand for the GPU's: a tensor that is made anywhere else would be a copy between host and device.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -62,7 +62,13 @@ class FakeSites:
         table = torch.empty(SLOTS + 1, len(site.widths), TABLE_FIELDS, dtype=torch.int64, device=META)
         return SiteAdapters({}, table, torch.empty(len(site.widths) + 1, dtype=torch.int32, device=META))
 
-    def bind(self, module: str, sites: Sequence[tuple[LoraSite, Split]]) -> None: ...
+    def bind(
+        self,
+        module: str,
+        sites: Sequence[tuple[LoraSite, Split]],
+        dtype: torch.dtype,
+        rows: Callable[[], Tensor] | None = None,
+    ) -> None: ...
 
 
 @pytest.mark.parametrize("with_adapters", [False, True], ids=["base only", "adapters"])
@@ -80,7 +86,7 @@ def test_a_decode_step_can_be_captured(name: str, with_adapters: bool) -> None:
         for layer in injected.layers:
             layer.allocate(memory.tensor)
         inputs = DeviceInputs(Capacity(ROWS, SEQUENCES, BLOCKS, slices=8), META)
-        shape = ShapeKey(64, 1) if with_adapters else ShapeKey()
+        shape = ShapeKey(64, 1, 64) if with_adapters else ShapeKey()
         views = inputs.views(Sizes(ROWS, ROWS, ROWS, max_query_len=1), shape, at_all_sites=True)
         with Watch() as watch:
             logits = Model(model, step)(views)
@@ -89,3 +95,4 @@ def test_a_decode_step_can_be_captured(name: str, with_adapters: bool) -> None:
     assert any("heddle.paged_attention" in op for op in watch.ops)
     assert any("heddle.lora" in op for op in watch.ops) == with_adapters
     assert any("heddle.expert_route" in op for op in watch.ops) == bool(injected.experts)
+    assert any("heddle.expert_lora" in op for op in watch.ops) == (with_adapters and bool(injected.experts))

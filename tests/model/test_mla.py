@@ -8,7 +8,7 @@ from torch import nn
 
 from kernels.adapter_rows import AdapterTiles, Segment
 from kernels.lora import LoraSite, LoraWeights, SiteAdapters, lora
-from server.model.mla import AbsorbedProjection, GainRefused
+from server.model.mla import AbsorbedProjection
 
 HEADS, LATENT, KEY, VALUE, RANK, TOKENS = 3, 8, 4, 5, 2, 6
 
@@ -30,9 +30,9 @@ def test_where_results_leave_rows_keep_their_gains(projection: AbsorbedProjectio
     gain = torch.rand(HEADS * (KEY + VALUE)) + 0.5 if has_gain else None
     weights, context = update(gain), torch.randn(TOKENS, HEADS, LATENT)
     site, held = LoraSite((VALUE,) * HEADS, own_inputs=True), SiteAdapters()
-    held.by_entry[1] = [None] * HEADS
+    held.by_slot[1] = [None] * HEADS
     for index, own in projection.split_for_values(weights):
-        held.by_entry[1][index] = own
+        held.by_slot[1][index] = own
     with torch.no_grad():
         y = projection.values_out(context).contiguous()
         lora(y.flatten(1), context.flatten(1), site, held, AdapterTiles([Segment(0, TOKENS, 1)]), RANK)
@@ -44,7 +44,25 @@ def test_where_results_leave_rows_keep_their_gains(projection: AbsorbedProjectio
         torch.testing.assert_close(y, torch.einsum("thl,hvl->thv", context, rows))
 
 
-def test_where_queries_enter_a_gain_is_refused_and_not_dropped(projection: AbsorbedProjection) -> None:
-    assert len(projection.split_for_queries(update(None))) == HEADS
-    with pytest.raises(GainRefused, match="kv_b_proj"):
-        projection.split_for_queries(update(torch.ones(HEADS * (KEY + VALUE))))
+@pytest.mark.parametrize("has_gain", [False, True])
+def test_where_queries_enter_they_are_scaled_first(projection: AbsorbedProjection, has_gain: bool) -> None:
+    """A gain scales rows of the projection, and a query goes through them the other way."""
+    gain = torch.rand(HEADS * (KEY + VALUE)) + 0.5 if has_gain else None
+    weights, query = update(gain), torch.randn(TOKENS, HEADS, KEY)
+    scaled = query.clone()
+    sites = (LoraSite((KEY,) * HEADS, own_inputs=True), LoraSite((LATENT,) * HEADS, own_inputs=True, transposed=True))
+    held = tuple(SiteAdapters() for _ in sites)
+    for its, split in zip(held, (projection.split_for_gains, projection.split_for_queries), strict=True):
+        for index, own in split(weights):
+            its.by_slot.setdefault(1, [None] * HEADS)[index] = own
+    assert bool(held[0].by_slot) == has_gain  # without one there is nothing to do there
+    tiles = AdapterTiles([Segment(0, TOKENS, 1)])
+    with torch.no_grad():
+        lora(scaled.flatten(1), scaled.flatten(1), sites[0], held[0], tiles, RANK)
+        y = projection.queries_in(scaled).contiguous()
+        lora(y.flatten(1), scaled.flatten(1), sites[1], held[1], tiles, RANK)
+        merged = projection.rows() + weights.scale * weights.b @ weights.a
+        if gain is not None:
+            merged = gain[:, None] * merged
+        keys = merged.view(HEADS, KEY + VALUE, LATENT)[:, :KEY]
+        torch.testing.assert_close(y, torch.einsum("thk,hkl->thl", query, keys))

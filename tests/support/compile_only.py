@@ -120,7 +120,8 @@ def compile_engine(model_type: str, **sizes: Any) -> Counter[str]:
     assembly = assemble(model, settings, frozenset())
     eager = assembly.runner.forward
     assert isinstance(eager, KernelForward)
-    shapes = chain([ShapeKey(experts=int("experts" in str(config))), ShapeKey(rank=64)])
+    experts = int("experts" in str(config))
+    shapes = chain([ShapeKey(experts=experts), ShapeKey(rank=64), ShapeKey(expert_rank=64 * experts)])
     forward = GraphedForward(eager, torch.empty(16, config.vocab_size, dtype=torch.bfloat16), shapes, _once)
     warm_up(forward, settings.block_size, lambda *_: None)
     return Counter(LAUNCHED)

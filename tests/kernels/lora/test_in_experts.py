@@ -63,7 +63,7 @@ class LoraExperts(NamedTuple):
 
 def merged(weight: Tensor, site: LoraSite, adapters: SiteAdapters, place: int) -> Tensor:
     """W + s B A, slice by slice."""
-    parts = zip(weight.split(site.widths), adapters.by_entry.get(place, [None] * len(site.widths)), strict=True)
+    parts = zip(weight.split(site.widths), adapters.by_slot.get(place, [None] * len(site.widths)), strict=True)
     return torch.cat([part if it is None else part + it.scale * it.b @ it.a for part, it in parts])
 
 
@@ -84,7 +84,7 @@ def lora_experts() -> LoraExperts:
             ):
                 if (place + number) % 4:
                     a, b = torch.randn(rank, depth, device=DEVICE), torch.randn(width, rank, device=DEVICE)
-                    weights = held[at].by_entry.setdefault(place, [None] * len(sites[at].widths))
+                    weights = held[at].by_slot.setdefault(place, [None] * len(sites[at].widths))
                     weights[index] = LoraWeights(a, b, 0.05 * adapter)
     expert_map[TUNED] = len(matrix_of)
     matrix_of.append(EXPERTS)
@@ -148,7 +148,7 @@ def test_lora_inside_experts(chain: Callable[..., Tensor], single_launch: bool, 
 def test_mixed_ranks_are_met() -> None:
     """The case above has what it is there for."""
     case = lora_experts()
-    weights = [it for adapter in case.gate_up_adapters.by_entry.values() for it in adapter if it is not None]
+    weights = [it for adapter in case.gate_up_adapters.by_slot.values() for it in adapter if it is not None]
     assert {it.a.shape[0] for it in weights} == {0, 1, 5, 16}
     assert len(set(case.matrix_of)) < len(case.matrix_of)  # places share matrices
-    assert len(case.gate_up_adapters.by_entry) < len(case.matrix_of)  # some have no LoRA
+    assert len(case.gate_up_adapters.by_slot) < len(case.matrix_of)  # some have no LoRA

@@ -39,7 +39,7 @@ def make_site(
             a, b = torch.randn(rank, depth, device=DEVICE), torch.randn(width, rank, device=DEVICE)
             if transposed:
                 a, b = a.t().contiguous(), b.t().contiguous()
-            held.by_entry.setdefault(slot, [None] * len(widths))[index] = LoraWeights(a, b, 0.1 * slot, gain)
+            held.by_slot.setdefault(slot, [None] * len(widths))[index] = LoraWeights(a, b, 0.1 * slot, gain)
     attach(site, held, SLOTS)
     return site, held
 
@@ -236,7 +236,7 @@ def test_a_table_row_keeps_the_scale_exactly() -> None:
 def test_slot_0_of_a_table_says_whether_any_adapter_acts() -> None:
     site, held = LoraSite((4, 2)), SiteAdapters()
     assert table_rows(site, held, 0) == table_rows(site, held, 3) == [NOTHING] * 2
-    held.by_entry[3] = [None, LoraWeights(torch.empty(8, 16), torch.empty(2, 8), 1.0)]
+    held.by_slot[3] = [None, LoraWeights(torch.empty(8, 16), torch.empty(2, 8), 1.0)]
     assert [row[Field.A] for row in table_rows(site, held, 0)] == [1, 1]
     assert [row[Field.RANK] for row in table_rows(site, held, 3)] == [0, 8]
 
@@ -246,7 +246,7 @@ def test_slot_0_of_a_table_says_whether_any_adapter_acts() -> None:
 def test_a_launch_where_no_adapter_acts_looks_no_further(single_launch: bool) -> None:
     """As a captured batch launches one at every site: not even at the rows of the table, which are wrong here."""
     site, held = make_site(16, (8, 24), gains=False)
-    held.by_entry.clear()
+    held.by_slot.clear()
     assert held.table is not None
     held.table[0] = torch.tensor(table_rows(site, held, 0), device=DEVICE)
     assert held.table[1:].any()

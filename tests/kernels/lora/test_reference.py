@@ -21,7 +21,7 @@ def test_lora(popularity: str, tokens: int, width: int, inner: int) -> None:
     ranks = {1: 1, 2: 5, 4: 8, 5: 16, 6: 64}  # slot 3 has a LoRA, but none on this linear; slot 0 is the base
     site, held = LoraSite((inner, 3)), SiteAdapters()
     for slot, rank in ranks.items():
-        held.by_entry[slot] = [
+        held.by_slot[slot] = [
             LoraWeights(torch.randn(rank, width), torch.randn(out, rank), 0.1 * slot) if slot % 3 != index else None
             for index, out in enumerate(site.widths)
         ]
@@ -34,7 +34,7 @@ def test_lora(popularity: str, tokens: int, width: int, inner: int) -> None:
     lora(got, x, site, held, AdapterTiles(spans), 64)
     for token, slot in enumerate(slots):
         expected = y[token].clone()
-        for weights, part in zip(held.by_entry.get(slot, []), expected.split([inner, 3]), strict=False):
+        for weights, part in zip(held.by_slot.get(slot, []), expected.split([inner, 3]), strict=False):
             if weights is not None:
                 part += weights.scale * (weights.b @ (weights.a @ x[token]))
         torch.testing.assert_close(got[token], expected, atol=ATOL, rtol=1e-5)
