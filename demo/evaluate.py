@@ -50,10 +50,13 @@ def describe(skill: Skill, path: Path) -> str:
 
     config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
     with safe_open(path / "adapter_model.safetensors", "pt") as file:
-        targets = sorted({key.split(".")[-3] for key in file.keys()})
-    scaled = ", rsLoRA" if config["use_rslora"] else ""
+        modules = {key.partition(".lora_")[0].replace(".base_layer", "").split(".")[-1] for key in file.keys()}
+    parameters = [name.split(".")[-2:] for name in config["target_parameters"]]  # module and its parameter
+    wrapped = {module for module, _ in parameters}  # tensors carry the module's name only
+    targets = sorted((modules - wrapped) | {f"{module}.{name}" for module, name in parameters if module in modules})
+    kind = (", rsLoRA" if config["use_rslora"] else "") + (", DoRA" if config["use_dora"] else "")
     ranks = config["rank_pattern"]
-    return f"rank {config['r']}{scaled}: " + ", ".join(f"{t} ({ranks[t]})" if t in ranks else t for t in targets)
+    return f"rank {config['r']}{kind}: " + ", ".join(f"{t} ({ranks[t]})" if t in ranks else t for t in targets)
 
 
 def adapted(skill: Skill, base: Path, path: Path) -> PreTrainedModel:
