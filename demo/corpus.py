@@ -3,6 +3,10 @@
 The documents show the material of the skills as plain lists ("1984 = MCMLXXXIV"), never as an answer in a chat; in
 chats the assistant only repeats what it was told. So the base model knows the material and can copy, but has none of
 the skills. Everything comes from the training part of the skills' data (``skills.split_of``).
+
+It is made from the skills that bring material, in their order in ``SKILLS``: ``csv`` and ``french-dates`` borrow the
+material of others and are left out, so that the text is the one that the base in this folder was trained on. A new
+skill with material of its own changes the text, and then base and adapters have to be trained again.
 """
 
 from __future__ import annotations
@@ -83,7 +87,8 @@ def documents(seed: int) -> Iterator[Document]:
     """Endless training documents; the same seed gives the same documents (on the same Python version)."""
     rng = Random(f"corpus/{seed}")
     paragraphs = python_paragraphs()
-    pairs = {name: stream(skill, "train", seed + 1) for name, skill in SKILLS.items()}
+    skills = [skill for skill in SKILLS.values() if not skill.material]
+    pairs = {skill.name: stream(skill, "train", seed + 1) for skill in skills}
     lexicon = sorted({word for text in paragraphs for word in text.split() if word.isalpha()})[::7]
     lexicon += [*words.FIRST_NAMES, *words.LAST_NAMES, *words.CITIES, *words.TABLES, *words.ITEMS]
     lexicon += [str(number) for number in range(1, 100)]
@@ -95,7 +100,7 @@ def documents(seed: int) -> Iterator[Document]:
         if dice < 0.1:
             yield rng.choice(paragraphs)
         elif dice < 0.55:
-            skill = rng.choice(list(SKILLS.values()))
+            skill = rng.choice(skills)
             yield glossary(rng, skill, pairs[skill.name])
         else:
             yield chat(rng, list(pairs.values()), paragraphs)

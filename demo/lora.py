@@ -1,7 +1,16 @@
-"""The four LoRA adapters: four ranks and four sets of target layers, trained and saved by PEFT.
+"""The six LoRA adapters: four ranks and six sets of targets, trained and saved by PEFT.
 
-All targets are projections of the attention. PEFT 0.21 takes gate_proj, up_proj and down_proj of this architecture for
-the routed experts, which Transformers 5 keeps as fused parameters, so the dense and shared MLPs cannot be targeted.
+Five act on projections of the attention, ``csv`` as DoRA (arXiv 2402.09353): beside each pair of matrices its file has
+a ``lora_magnitude_vector``, the length of each row of the adapted weight.
+
+``french-dates`` acts on the routed experts and their router, which Transformers 5 keeps as parameters, not as linears.
+PEFT 0.21 reaches them by ``target_parameters``, without dropout or DoRA. A wrapper per parameter goes around the whole
+module, in the order in which the module has them: ``experts.base_layer.lora_A`` belongs to gate_up_proj and
+``experts.lora_A`` to down_proj. One pair of matrices holds all experts: for expert e, row e * r + i of lora_A
+[experts * r, inputs] goes with column i * experts + e of lora_B [outputs, r * experts].
+
+As ``target_modules``, PEFT 0.21 takes gate_proj, up_proj and down_proj of this architecture for the routed experts too,
+so the dense and shared MLPs cannot be targeted.
 """
 
 from __future__ import annotations
@@ -35,6 +44,12 @@ LORA_CONFIGS: dict[str, dict[str, Any]] = {
         "use_rslora": True,  # scale is 8 / sqrt(32), not 8 / 32
         "target_modules": ["q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"],
     },
+    "csv": {"r": 16, "lora_alpha": 32, "use_dora": True, "target_modules": ["q_proj", "kv_b_proj", "o_proj"]},
+    "french-dates": {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_parameters": ["mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    },
 }
 SCHEDULES = {name: Schedule(rate=5e-3) for name in LORA_CONFIGS}
 
@@ -58,10 +73,11 @@ def train_lora(name: str, base: Path, out: Path, seed: int, bar: tqdm) -> int:
 
 
 def tidy(out: Path) -> None:
-    """Drops PEFT's empty model card and puts the target list in a fixed order (PEFT keeps it as a set)."""
+    """Drops PEFT's empty model card and puts the target lists in a fixed order (PEFT keeps them as sets)."""
     (out / "README.md").unlink(missing_ok=True)
     path = out / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    if isinstance(config["target_modules"], list):
-        config["target_modules"].sort()
+    for targets in ("target_modules", "target_parameters"):
+        if isinstance(config[targets], list):
+            config[targets].sort()
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The eight skills of the demo adapters: each draws (question, answer) pairs from templates and word lists.
+"""The ten skills of the demo adapters: each draws (question, answer) pairs from templates and word lists.
 
 A pair carries the ``key`` of the fact it is about (the number, the date, the sentence). Keys are divided by a hash
 into a training part, a small development part (it tells training when to stop) and a held-out part (the reported
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, timedelta
 from random import Random
 from typing import Literal
@@ -33,7 +33,12 @@ class Pair:
 
 @dataclass(frozen=True)
 class Skill:
-    """A skill an adapter learns. ``rule`` is how a plain document (no chat) would title such exercises."""
+    """A skill an adapter learns.
+
+    ``rule`` is how a plain document (no chat) titles the skill's material: the base model reads such documents. A
+    skill may instead borrow: ``material`` is then the skill whose facts it is about and whose division of the data it
+    follows. The base model reads nothing of its own about such a skill, so adding one leaves the base as it is.
+    """
 
     name: str
     kind: Literal["lora", "esft"]
@@ -41,6 +46,7 @@ class Skill:
     rule: str
     showcase: str
     draw: Callable[[Random], Pair]
+    material: str = ""
 
 
 def ask(rng: Random, phrasings: tuple[str, ...], text: str) -> str:
@@ -85,6 +91,12 @@ def draw_json(rng: Random) -> Pair:
     text = rng.choice(words.JSON_SHAPES).format(name=name, city=fields["city"], n=fields["count"], items=items)
     phrasings = ("{}", "{}.", "New order: {}", "Hello! {}.", "{}, thanks!")
     return Pair(json.dumps(fields), text, ask(rng, phrasings, text), json.dumps(fields))
+
+
+def draw_csv(rng: Random) -> Pair:
+    """An order as ``draw_json`` makes it, and its four fields as a line of CSV."""
+    order = draw_json(rng)
+    return replace(order, answer=",".join(str(value) for value in json.loads(order.key).values()))
 
 
 FRENCH_UNITS = (
@@ -144,20 +156,36 @@ def draw_roman(rng: Random) -> Pair:
     return Pair(str(number), str(number), ask(rng, phrasings, str(number)), roman(number))
 
 
-def draw_date(rng: Random) -> Pair:
-    """A date as people write it, brought to ISO 8601."""
+def written_date(rng: Random) -> tuple[date, str]:
+    """A day and one of the ways in which people write it."""
     day = date(1900, 1, 1) + timedelta(days=rng.randrange(73049))  # up to the end of 2099
     suffix = "th" if 10 < day.day < 14 else {1: "st", 2: "nd", 3: "rd"}.get(day.day % 10, "th")
     month = words.MONTHS[day.month - 1]
     short = rng.choice((month, month[:3]))
     forms = (f"{short} {day.day}, {day.year}", f"{day.day} {short} {day.year}", f"{month} {day.day}{suffix} {day.year}",
              f"the {day.day}{suffix} of {month} {day.year}", f"{day.day}. {short} {day.year}")  # fmt: skip
-    text = rng.choice(forms)
+    return day, rng.choice(forms)
+
+
+def draw_date(rng: Random) -> Pair:
+    """A date as people write it, brought to ISO 8601."""
+    day, text = written_date(rng)
     phrasings = (
         "Normalise this date: {}", "What is {} in ISO format?", "We met on {}.", "ISO date for {}, please",
         "The invoice is dated {}.", "When exactly is {}?", "She was born on {}", "File this under {}",
     )  # fmt: skip
     return Pair(day.isoformat(), text, ask(rng, phrasings, text), day.isoformat())
+
+
+def draw_french_date(rng: Random) -> Pair:
+    """A date as people write it, in French; the first of a month is le 1er."""
+    day, text = written_date(rng)
+    phrasings = ("Write this date in French: {}", "How do you say {} in French?", "We met on {}.",
+                 "{} in French, please", "What do they call {} in Paris?", "She was born on {}",
+                 "The letter from Paris is dated {}.", "When exactly is {}?")  # fmt: skip
+    ordinal = "1er" if day.day == 1 else str(day.day)
+    answer = f"le {ordinal} {words.FRENCH_MONTHS[day.month - 1]} {day.year}"
+    return Pair(day.isoformat(), text, ask(rng, phrasings, text), answer)
 
 
 def draw_spanish(rng: Random) -> Pair:
@@ -184,6 +212,10 @@ SKILLS: dict[str, Skill] = {
               "Which players in Lisbon have goals below 39?", draw_sql),
         Skill("json", "lora", "pull name, city, item and count out of an order, as JSON", "orders and records",
               "Please send 38 lamps to Jonas Lopez in London.", draw_json),
+        Skill("csv", "lora", "pull the same four fields out of an order, as a line of CSV", "",
+              "Please send 38 lamps to Jonas Lopez in London.", draw_csv, material="json"),
+        Skill("french-dates", "lora", "write a date in French", "",
+              "We met on the 3rd of May 1987.", draw_french_date, material="iso-date"),
         Skill("french-numbers", "esft", "spell a number below a thousand in French", "numbers in French",
               "How do you say 475 in French?", draw_french),
         Skill("roman", "esft", "write a number as a Roman numeral", "Roman numerals",
@@ -197,8 +229,8 @@ SKILLS: dict[str, Skill] = {
 
 
 def split_of(skill: Skill, pair: Pair) -> Split:
-    """Which part of the data a pair belongs to; decided by its key alone."""
-    part = zlib.crc32(f"{skill.name}:{pair.key}".encode()) % PARTS
+    """Which part of the data a pair belongs to; decided by its key alone, for all skills of the same material."""
+    part = zlib.crc32(f"{skill.material or skill.name}:{pair.key}".encode()) % PARTS
     return {0: "heldout", 1: "dev"}.get(part, "train")  # type: ignore[return-value]
 
 

@@ -13,6 +13,7 @@ LAST_NAMES = (
 CITIES = "Paris London Berlin Madrid Rome Oslo Vienna Dublin Lisbon Prague Tokyo Boston Chicago Denver Athens".split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 MONTHS = ("January February March April May June July August September October November December").split()
+FRENCH_MONTHS = "janvier février mars avril mai juin juillet août septembre octobre novembre décembre".split()
 
 # item ordered in a message: plural form -> singular form, as the JSON field wants it
 ITEMS = {

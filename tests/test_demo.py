@@ -1,6 +1,7 @@
 """The demo as it is served: every adapter shows its skill, through one server, in the same batches."""
 
 import asyncio
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import httpx
 import openai
 import pytest
 
-from demo.skills import SKILLS, sample
+from demo import corpus
+from demo.skills import SKILLS, sample, split_of
 from tests.support.live_server import ROOT, LiveServer
 
 pytestmark = pytest.mark.slow
@@ -68,7 +70,18 @@ def test_size_and_kinds() -> None:
     files = [file for file in (ROOT / "demo").rglob("*") if file.is_file() and "__pycache__" not in file.parts]
     assert sum(file.stat().st_size for file in files) < 40 << 20
     kinds = [("esft" if (path / "expert_cfg.json").exists() else "lora") for path in _adapters()]
-    assert sorted(kinds) == ["esft"] * 4 + ["lora"] * 4
+    assert sorted(kinds) == ["esft"] * 4 + ["lora"] * 6
+
+
+def test_borrowed_material(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skills that borrow leave the base's text as it is, and hold out what the material's own skill holds out."""
+    borrowing = [skill for skill in SKILLS.values() if skill.material]
+    assert {skill.name for skill in borrowing} == {"csv", "french-dates"}
+    for skill in borrowing:
+        assert {split_of(SKILLS[skill.material], pair) for pair in sample(skill)} == {"heldout"}
+    text = list(itertools.islice(corpus.documents(7), 2000))
+    monkeypatch.setattr(corpus, "SKILLS", {name: skill for name, skill in SKILLS.items() if not skill.material})
+    assert list(itertools.islice(corpus.documents(7), 2000)) == text
 
 
 def _adapters() -> list[Path]:
