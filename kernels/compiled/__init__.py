@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 # every op with a kernel, in the order of a layer
-OPS = ("expert_route", "expert_tiles", "grouped_gemm", "lora", "paged_attention", "store_kv", "rms_norm", "rope", "sampling")
+OPS = ("expert_route", "expert_tiles", "grouped_gemm", "lora", "paged_attention", "store_kv", "rms_norm", "rope",
+       "sampling")  # fmt: skip
 
 _everywhere = ContextVar("everywhere", default=False)
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from kernels.adapter_rows import AdapterTiles, Segment, cut
 from kernels.expert_route import Routed, Routing, TokenBatch, expert_route
+from kernels.expert_tiles import expert_tiles
 from kernels.grouped_gemm import combine
 from kernels.lora import LoraSite, LoraWeights, SiteAdapters, lora
 from kernels.paged_attention import AttentionBatch, paged_attention
@@ -40,6 +41,17 @@ def test_expert_route() -> None:
     torch.testing.assert_close(got.weights, torch.tensor([[0.6, 0.4], [0.7, 0.3]]))
     assert got.places.tolist() == [[7, 3], [3, 0]] and got.pairs.tolist() == [3, 1, 2, 0]
     assert got.tiles.tolist() == [[0, 0, 1], [3, 1, 1], [3, 2, 1], [7, 3, 1]] and got.num_tiles.tolist() == [4]
+
+
+def test_expert_tiles() -> None:
+    chosen = torch.tensor([[2, 1], [1, 2], [1, 2], [0, 1]])  # by each token, the best first
+    logits = torch.zeros(4, 4).scatter_(1, chosen, torch.tensor([2.0, 1.0]).expand(4, 2))
+    expert_map, slots = torch.stack([ints(0, 1, 2, 3), ints(0, 1, 2, 3), ints(5, 1, 2, 3)]), ints(0, 1, 1, 2)
+    routed = expert_route(logits, Routing(2), expert_map, 6, TokenBatch(slots), 4)
+    assert routed.pairs.tolist() == [1, 2, 4, 7, 0, 3, 5, 6]
+    assert routed.tiles.tolist() == [[1, 0, 4], [2, 4, 3], [5, 7, 1]]
+    cut = expert_tiles(routed, slots, 4)
+    assert sorted(cut.tiles.tolist()) == [[5, 1, 2], [6, 5, 2], [9, 3, 1]] and cut.num_tiles.tolist() == [3]
 
 
 def test_grouped_gemm() -> None:

@@ -1,5 +1,7 @@
 """Routing by kernel and reference at once, and maps to route by: for the tests of every op on routed experts."""
 
+from itertools import groupby
+
 import torch
 from torch import Tensor
 
@@ -41,3 +43,25 @@ def expert_maps(experts: int) -> Tensor:
     expert_map[1, [0, 4]] = torch.tensor([experts, experts + 1], dtype=torch.int32)
     expert_map[3, [2, 4, 5]] = torch.tensor([experts + 9, experts + 10, experts + 11], dtype=torch.int32)
     return expert_map.to(DEVICE)
+
+
+def with_garbage(routed: Routed) -> Routed:
+    """The same in another order of tiles, and with garbage behind them and behind the pairs of real tokens."""
+    count, real = int(routed.num_tiles), int((routed.places >= 0).sum())
+    pairs = routed.pairs.clone()
+    pairs[real:] = 10**6
+    behind = torch.full((3, 3), 10**6, dtype=torch.int32, device=pairs.device)
+    return routed._replace(pairs=pairs, tiles=torch.cat([routed.tiles[:count].flip(0), behind]))
+
+
+def cut_by_definition(routed: Routed, slots: Tensor, num_experts: int) -> list[list[int]]:
+    """What expert_tiles gives, row by row and sorted."""
+    pairs, top_k = routed.pairs.tolist(), routed.places.shape[1]
+    found = []
+    for place, first, count in routed.tiles[: int(routed.num_tiles)].tolist():
+        rows = range(first, first + count)
+        for slot, run in groupby(rows, key=lambda position: int(slots[pairs[position] // top_k])):
+            its = list(run)
+            if slot and place < num_experts:
+                found.append([slot * num_experts + place, its[0], len(its)])
+    return sorted(found)
