@@ -13,9 +13,9 @@ Adapters lie in memory at their true rank, and are walked in steps of 16 ranks, 
 of the batch. At prefill two plain launches do the same work, first the shrinks and then the expands. Tests check the
 two ways against the same reference.
 
-Inside routed experts the tiles are those that expert_route made: what they call a slot is an expert place, and so are
-the table's rows. Their rows are positions; where x or y is in another order, it is found through the pairs (CHOICES,
-SCATTERS).
+Inside routed experts the tiles are those that expert_tiles cut: in the place of a slot they have an entry, which says
+the slot and the expert (EXPERTS). Their rows are positions; where x or y is in another order, it is found through the
+pairs (CHOICES, SCATTERS).
 """
 
 from collections.abc import Iterator
@@ -29,6 +29,7 @@ from torch import Tensor
 from kernels.adapter_rows import FEW_TILE_ROWS, AdapterTiles
 from kernels.compiled.kernel import Configuration, Tiles, stages
 from kernels.expert_route import Routed
+from kernels.expert_tiles import ExpertTiles
 from kernels.lora.products.kernel import Table, expand, shrink
 from kernels.lora.site import LoraSite, SiteAdapters
 
@@ -40,9 +41,9 @@ _TRITON_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.f
 @triton.jit(do_not_specialize=["T", "max_rank", "column_blocks"])
 def lora_kernel(
     x, stride_x, y, stride_y, z, bias, table, tiles, counters, T, max_rank, column_blocks,
-    K: tl.constexpr, CHOICES: tl.constexpr, SCATTERS: tl.constexpr, OWN: tl.constexpr, TRANSPOSED: tl.constexpr,
-    ALIGNED: tl.constexpr, SL: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr, RB: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, HAS_BIAS: tl.constexpr, DT: tl.constexpr,
+    K: tl.constexpr, CHOICES: tl.constexpr, OWN: tl.constexpr, ALIGNED: tl.constexpr, BK: tl.constexpr,
+    SCATTERS: tl.constexpr, BN: tl.constexpr, HAS_BIAS: tl.constexpr, EXPERTS: tl.constexpr, TRANSPOSED: tl.constexpr,
+    SL: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr, RB: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
     """The single launch. counters: ticket, then arrivals of each (tile, slice)."""
     if tl.load(table.rows) == 0:  # no adapter acts at this site
@@ -56,7 +57,7 @@ def lora_kernel(
             part = work // SPLITS % SL
             tile = work // (SPLITS * SL)
             rank = shrink(x, stride_x, z, table, tiles, tile, part, work % SPLITS, T, max_rank,
-                          K, CHOICES, OWN, TRANSPOSED, ALIGNED, SL, SPLITS, TILE, RB, BK, DT)  # fmt: skip
+                          K, CHOICES, OWN, ALIGNED, BK, EXPERTS, TRANSPOSED, SL, SPLITS, TILE, RB, DT)  # fmt: skip
             if rank > 0:  # else nobody waits, and the arrival could land after the reset
                 tl.debug_barrier()  # all threads' stores before the one thread's release
                 tl.atomic_add(counters + 1 + tile * SL + part, 1, sem="release", scope="gpu")
@@ -64,7 +65,7 @@ def lora_kernel(
             left = work - shrinks
             expand(y, stride_y, z, bias, table, tiles, counters, left // (column_blocks * SL),
                    left // column_blocks % SL, left % column_blocks, T, max_rank,
-                   SCATTERS, TRANSPOSED, SL, SPLITS, TILE, RB, BN, HAS_BIAS, DT, True)  # fmt: skip
+                   SCATTERS, BN, HAS_BIAS, True, EXPERTS, TRANSPOSED, SL, SPLITS, TILE, RB, DT)  # fmt: skip
         work = tl.atomic_add(counters, 1, sem="relaxed")
     # every program takes exactly one ticket beyond the work, after all its waits: the last of them resets
     if work == total + tl.num_programs(0) - 1:
@@ -76,22 +77,23 @@ def lora_kernel(
 @triton.jit(do_not_specialize=["T", "max_rank"])
 def shrink_kernel(
     x, stride_x, z, table, tiles, T, max_rank,
-    K: tl.constexpr, CHOICES: tl.constexpr, OWN: tl.constexpr, TRANSPOSED: tl.constexpr, ALIGNED: tl.constexpr,
-    SL: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr, RB: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr,
+    K: tl.constexpr, CHOICES: tl.constexpr, OWN: tl.constexpr, ALIGNED: tl.constexpr, BK: tl.constexpr,
+    EXPERTS: tl.constexpr, TRANSPOSED: tl.constexpr, SL: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr,
+    RB: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
     """The first of two launches."""
     if tl.load(table.rows) == 0:
         return
     for work in range(tl.program_id(0), tl.load(tiles.num_tiles) * SL * SPLITS, tl.num_programs(0)):
         shrink(x, stride_x, z, table, tiles, work // (SPLITS * SL), work // SPLITS % SL, work % SPLITS, T, max_rank,
-               K, CHOICES, OWN, TRANSPOSED, ALIGNED, SL, SPLITS, TILE, RB, BK, DT)  # fmt: skip
+               K, CHOICES, OWN, ALIGNED, BK, EXPERTS, TRANSPOSED, SL, SPLITS, TILE, RB, DT)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T", "max_rank", "column_blocks"])
 def expand_kernel(
     y, stride_y, z, bias, table, tiles, T, max_rank, column_blocks,
-    SCATTERS: tl.constexpr, TRANSPOSED: tl.constexpr, SL: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr,
-    RB: tl.constexpr, BN: tl.constexpr, HAS_BIAS: tl.constexpr, DT: tl.constexpr,
+    SCATTERS: tl.constexpr, BN: tl.constexpr, HAS_BIAS: tl.constexpr, EXPERTS: tl.constexpr, TRANSPOSED: tl.constexpr,
+    SL: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr, RB: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
     """The second of two launches."""
     if tl.load(table.rows) == 0:
@@ -99,35 +101,40 @@ def expand_kernel(
     for work in range(tl.program_id(0), tl.load(tiles.num_tiles) * SL * column_blocks, tl.num_programs(0)):
         expand(y, stride_y, z, bias, table, tiles, tiles.num_tiles, work // (column_blocks * SL),
                work // column_blocks % SL, work % column_blocks, T, max_rank,
-               SCATTERS, TRANSPOSED, SL, SPLITS, TILE, RB, BN, HAS_BIAS, DT, False)  # fmt: skip
+               SCATTERS, BN, HAS_BIAS, False, EXPERTS, TRANSPOSED, SL, SPLITS, TILE, RB, DT)  # fmt: skip
 
 
 class Kind(NamedTuple):
     """What of a site, and of the order of its rows, a kernel is compiled for.
 
-    choices: of routed experts, where x is by token: how many pairs a token has; else 0. scatters: of routed experts,
-    where x is by position: y is by pair number.
+    experts: of a site of routed experts, how many there are, else 0. Their x is by token, of which each has `choices`
+    pairs; or by position, where choices is 0, and y by pair number.
     """
 
     depth: int  # columns of x that a slice reads
     slices: int
     own_inputs: bool = False
     transposed: bool = False
+    experts: int = 0
     choices: int = 0
-    scatters: bool = False
 
     @property
-    def in_experts(self) -> bool:
-        return self.choices > 0 or self.scatters
+    def scatters(self) -> bool:
+        return self.experts > 0 and self.choices == 0
+
+    def is_aligned(self, itemsize: int) -> bool:
+        """Whether every matrix of a site begins at a multiple of 16 bytes. The first of an adapter's does."""
+        return not self.own_inputs and (self.experts == 0 or self.depth * itemsize % 16 == 0)
 
 
 def _constants(
     kind: Kind, tile: int, dtype: torch.dtype, has_bias: bool, columns: int, block_depth: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Of shrinks and of expands; the single launch takes both. columns, block_depth: from `_blocks`."""
-    both = dict(TRANSPOSED=kind.transposed, SL=kind.slices, SPLITS=_splits(kind.depth, tile, kind.in_experts),
-                TILE=tile, RB=_RANKS, DT=_TRITON_TYPES[dtype])  # fmt: skip
-    shrinking = dict(K=kind.depth, CHOICES=kind.choices, OWN=kind.own_inputs, ALIGNED=not kind.own_inputs,
+    both = dict(EXPERTS=kind.experts, TRANSPOSED=kind.transposed, SL=kind.slices,
+                SPLITS=_splits(kind.depth, tile, kind.experts > 0), TILE=tile, RB=_RANKS,
+                DT=_TRITON_TYPES[dtype])  # fmt: skip
+    shrinking = dict(K=kind.depth, CHOICES=kind.choices, OWN=kind.own_inputs, ALIGNED=kind.is_aligned(dtype.itemsize),
                      BK=block_depth, **both)  # fmt: skip
     return shrinking, dict(SCATTERS=kind.scatters, BN=columns, HAS_BIAS=has_bias, **both)
 
@@ -153,10 +160,11 @@ def _(*_: object) -> None:
 @torch.library.custom_op("heddle::expert_lora", mutates_args=("y", "counters"))
 def _expert_lora(
     y: Tensor, x: Tensor, table: Tensor, offsets: Tensor, pairs: Tensor, tiles: Tensor, num_tiles: Tensor,
-    counters: Tensor, widest: int, tile_rows: int, max_rank: int, choices: int, transposed: bool, single_launch: bool,
+    counters: Tensor, widest: int, tile_rows: int, max_rank: int, experts: int, choices: int, transposed: bool,
+    single_launch: bool,
 ) -> None:  # fmt: skip
-    """choices: how many pairs a token has, if x is by token; 0 if x is by position, and y by pair number."""
-    kind = Kind(x.shape[1], table.shape[1], False, transposed, choices, scatters=choices == 0)
+    """experts, choices: as in Kind."""
+    kind = Kind(x.shape[1], table.shape[1], False, transposed, experts, choices)
     _launch(y, x, Table(table, table.stride(0), offsets), None, Tiles(tiles, num_tiles, pairs), counters, kind, widest,
             tile_rows, max_rank, single_launch)  # fmt: skip
 
@@ -219,18 +227,22 @@ def expert_lora(
     site: LoraSite,
     adapters: SiteAdapters,
     routed: Routed,
+    tiles: ExpertTiles,
     gathers: bool,
     max_rank: int,
     counters: Tensor,
     single_launch: bool | None = None,
 ) -> None:
-    """As in reference.py. counters: [1 + most tiles * slices] int32, zero; left zero. single_launch as in lora."""
-    assert adapters.table is not None and adapters.offsets is not None and not site.own_inputs
-    assert counters.numel() > routed.tiles.shape[0] * len(site.widths)
+    """As in reference.py. counters: zero, and left zero. single_launch as in lora, and only if there are enough of them
+    to count the arrivals of each (tile, slice)."""
+    assert adapters.table is not None and adapters.offsets is not None
+    assert site.experts and not site.own_inputs
+    enough = counters.numel() > len(tiles.tiles) * len(site.widths)
     if single_launch is None:
-        single_launch = routed.tile_rows <= FEW_TILE_ROWS
-    _expert_lora(y, x, adapters.table, adapters.offsets, routed.pairs, routed.tiles, routed.num_tiles, counters,
-                 max(site.widths), routed.tile_rows, max_rank, routed.places.shape[1] if gathers else 0,
+        single_launch = tiles.tile_rows <= FEW_TILE_ROWS and enough
+    assert enough or not single_launch
+    _expert_lora(y, x, adapters.table, adapters.offsets, routed.pairs, tiles.tiles, tiles.num_tiles, counters,
+                 max(site.widths), tiles.tile_rows, max_rank, site.experts, routed.places.shape[1] if gathers else 0,
                  site.transposed, single_launch)  # fmt: skip
 
 
@@ -252,7 +264,7 @@ def _multiprocessors(x: Tensor) -> int:
 
 
 def configurations() -> Iterator[Configuration]:
-    """Sites of Llama-3.1-8B, of DeepSeek-V2-Lite's absorbed attention and of its experts.
+    """Sites of Llama-3.1-8B, of DeepSeek-V2-Lite's absorbed attention and experts, and of gpt-oss's experts.
 
     Decode (one launch) and prefill (two); the experts' tiles have one more size.
     """
@@ -260,14 +272,17 @@ def configurations() -> Iterator[Configuration]:
         for dtype in (torch.bfloat16, torch.float32) if name == "qkv" else (torch.bfloat16,):
             yield from _configurations(f"{name} {_TRITON_TYPES[dtype]}", Kind(depth, slices), dtype)
     yield from _configurations("v2-lite absorbed query", Kind(128, 16, True, True), torch.bfloat16)
-    yield from _configurations("v2-lite expert gate_up", Kind(2048, 2, choices=6), torch.bfloat16)
-    yield from _configurations("v2-lite expert down", Kind(1408, 1, scatters=True), torch.bfloat16)
+    for name, experts, choices, hidden, inner, slices in (("v2-lite", 64, 6, 2048, 1408, 2),
+                                                          ("gpt-oss", 128, 4, 2880, 2880, 1)):  # fmt: skip
+        up, down = Kind(hidden, slices, experts=experts, choices=choices), Kind(inner, 1, experts=experts)
+        yield from _configurations(f"{name} expert gate_up", up, torch.bfloat16)
+        yield from _configurations(f"{name} expert down", down, torch.bfloat16)
 
 
 def _configurations(name: str, kind: Kind, dtype: torch.dtype) -> Iterator[Configuration]:
     pointer = "*bf16:16" if dtype == torch.bfloat16 else "*fp32:16"
-    # a step counts the tiles of linears among its other integers, expert_route in a tensor of its own
-    num_tiles = "*i32:16" if kind.in_experts else "*i32"
+    # a step counts the tiles of linears among its other integers, expert_tiles in a tensor of its own
+    num_tiles = "*i32:16" if kind.experts else "*i32"
     types = dict(x=pointer, y=pointer, z="*fp32:16", bias=pointer, stride_x="i32:16", stride_y="i32:16",
                  table=Table("*i64:16", "i32", "*i32:16"), tiles=Tiles("*i32:16", num_tiles, "*i32:16"),
                  counters="*i32:16", T="i32", max_rank="i32", column_blocks="i32")  # fmt: skip
@@ -276,6 +291,6 @@ def _configurations(name: str, kind: Kind, dtype: torch.dtype) -> Iterator[Confi
         shrinking, expanding = _constants(kind, tile, dtype, False, columns, block_depth)
         if tile == 16:
             yield Configuration(f"{name} {phase}", lora_kernel, types, shrinking | expanding)
-        elif tile == 64 or kind.in_experts:
+        elif tile == 64 or kind.experts:
             yield Configuration(f"{name} {phase} shrink", shrink_kernel, types, shrinking)
             yield Configuration(f"{name} {phase} expand", expand_kernel, types, expanding, expand_warps)

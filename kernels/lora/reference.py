@@ -77,13 +77,14 @@ def expert_lora(
 def _add(y: Tensor, x: Tensor, site: LoraSite, adapter: Sequence[LoraWeights | None], bias: Tensor | None) -> None:
     """One adapter's products, to rows that are all its own. Slices that share A share its product."""
     inputs = x.chunk(len(site.widths), -1) if site.own_inputs else [x] * len(site.widths)
-    column, shrunk, shrunk_by = 0, x, 0
+    column, shrunk, shrunk_by = 0, x, None
     for rows, width, weights in zip(inputs, site.widths, adapter, strict=True):
         if weights is not None:
             out = y[:, column : column + width]
             a, b = (weights.a, weights.b) if site.transposed else (weights.a.t(), weights.b.t())
-            if site.own_inputs or shrunk_by != a.data_ptr():
-                shrunk, shrunk_by = torch.mm(rows, a), a.data_ptr()
+            shared = a.data_ptr(), a.shape  # both: all matrices without elements lie at 0
+            if site.own_inputs or shrunk_by != shared:
+                shrunk, shrunk_by = torch.mm(rows, a), shared
             out.addmm_(shrunk, b, alpha=weights.scale)
             if weights.gain is not None and bias is None:
                 out.mul_(weights.gain)

@@ -12,9 +12,9 @@ from torch import Tensor
 class LoraWeights(NamedTuple):
     """One adapter's for one slice: a [rank, in], b [out, rank]; y += scale * b @ (a @ x).
 
-    In routed experts a [M, rank, in] and b [M, out, rank]: a matrix an expert, which lies in one piece. Between those of
-    two experts there may be any distance, none where all share one.
-    a begins at a multiple of 16 bytes, since kernels read it in vectors.
+    In routed experts a [M, rank, in] and b [M, out, rank]: a matrix an expert, which lies in one piece. Between those
+    of two experts there may be any distance, none where all share one.
+    a begins at a multiple of 16 bytes, since kernels read it in vectors; so does each expert's if x has such rows.
     gain [out] float32 (DoRA, arXiv 2402.09353): y = gain * (base + delta) + bias, where base is without the bias. Not
     in experts.
     """
@@ -107,5 +107,11 @@ def table_rows(site: LoraSite, adapters: SiteAdapters, slot: int) -> list[tuple[
     if slot == 0:
         return [_ACTS if adapters.by_slot else NOTHING] * len(site.widths)
     held = adapters.by_slot.get(slot, [None] * len(site.widths))
-    assert site.own_inputs or all(it is None or it.a.data_ptr() % 16 == 0 for it in held)
+    assert site.own_inputs or all(it is None or _is_aligned(site, it.a) for it in held)
     return [NOTHING if weights is None else table_row(weights, site.transposed) for weights in held]
+
+
+def _is_aligned(site: LoraSite, a: Tensor) -> bool:
+    """What is promised of a LoraWeights' a."""
+    depth = a.shape[-2 if site.transposed else -1] * a.itemsize
+    return a.data_ptr() % 16 == 0 and (a.dim() < 3 or depth % 16 > 0 or a.stride(0) * a.itemsize % 16 == 0)

@@ -2,7 +2,8 @@
 
 Names of constants: K is the depth, the columns of x that a slice reads; SL the number of slices; SPLITS that of parts
 of the depth; TILE the rows of a tile; BK, RB and BN are columns of x, ranks and columns of y at a time; DT is the type
-of the weights.
+of the weights. EXPERTS: how many routed experts a slot has matrices for, whose tiles have entries (slot * EXPERTS +
+expert) in the place of slots; 0 outside routed experts.
 """
 
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from kernels.lora.site import TABLE_FIELDS, Field
 _FIELDS = tl.constexpr(TABLE_FIELDS)
 _A, _B, _GAIN = tl.constexpr(int(Field.A)), tl.constexpr(int(Field.B)), tl.constexpr(int(Field.GAIN))
 _RANK, _SCALE = tl.constexpr(int(Field.RANK)), tl.constexpr(int(Field.SCALE))
+_A_STRIDE, _B_STRIDE = tl.constexpr(int(Field.A_STRIDE)), tl.constexpr(int(Field.B_STRIDE))
 
 
 class Table(NamedTuple):
@@ -27,12 +29,22 @@ class Table(NamedTuple):
 
 
 @triton.jit
-def _entry(table, slot, part):
-    """a, b, gain (addresses), rank and scale of an adapter's slice."""
+def _entry(table, entry, part, EXPERTS: tl.constexpr, DT: tl.constexpr):
+    """Of an adapter's slice, and in experts of one of its experts: a and b (pointers), gain's address, rank, scale."""
+    slot = entry // EXPERTS if EXPERTS > 0 else entry
     row = table.rows + slot.to(tl.int64) * table.stride + part * _FIELDS
     rank = tl.load(row + _RANK).to(tl.int32)
     scale = tl.load(row + _SCALE).to(tl.int32).to(tl.float32, bitcast=True)
-    return tl.load(row + _A), tl.load(row + _B), tl.load(row + _GAIN), rank, scale
+    a = tl.load(row + _A).to(tl.pointer_type(DT))
+    b = tl.load(row + _B).to(tl.pointer_type(DT))
+    if EXPERTS > 0:
+        expert = (entry % EXPERTS).to(tl.int64)  # all experts' matrices together may pass 2^31 elements
+        a += expert * tl.load(row + _A_STRIDE)
+        b += expert * tl.load(row + _B_STRIDE)
+        gain = tl.cast(0, tl.int64)
+    else:
+        gain = tl.load(row + _GAIN)
+    return a, b, gain, rank, scale
 
 
 @triton.jit
@@ -44,20 +56,21 @@ def _shrunk_at(z, split, part, rows, ranks, T, max_rank, SL: tl.constexpr):
 @triton.jit
 def shrink(
     x, stride_x, z, table, tiles, tile, part, split, T, max_rank,
-    K: tl.constexpr, CHOICES: tl.constexpr, OWN: tl.constexpr, TRANSPOSED: tl.constexpr, ALIGNED: tl.constexpr,
-    SL: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr, RB: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr,
+    K: tl.constexpr, CHOICES: tl.constexpr, OWN: tl.constexpr, ALIGNED: tl.constexpr, BK: tl.constexpr,
+    EXPERTS: tl.constexpr, TRANSPOSED: tl.constexpr, SL: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr,
+    RB: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
     """z[split, part, rows, :rank] = x[rows] @ a^T over this split of the depth K.
 
-    CHOICES above 0: x is read at pairs[rows] // CHOICES. OWN: a slice reads its own K columns of x.
+    CHOICES above 0: x is read at pairs[rows] // CHOICES. OWN: a slice reads its own K columns of x. ALIGNED: every a
+    begins at a multiple of 16 bytes.
     """
     if OWN:
         x += part * K
-    slot, start, count = open_tile(tiles, tile)
+    entry, start, count = open_tile(tiles, tile)
     m = tl.arange(0, TILE)
     row_mask = m < count
-    a_address, _, _, rank, _ = _entry(table, slot, part)
-    a = a_address.to(tl.pointer_type(DT))
+    a, _, _, rank, _ = _entry(table, entry, part, EXPERTS, DT)
     if ALIGNED:  # an address out of a table says nothing of itself, and would be read an element at a time
         a = tl.multiple_of(a, 16)
     rows = (start + m).to(tl.int64)
@@ -86,8 +99,9 @@ def shrink(
 @triton.jit
 def expand(
     y, stride_y, z, bias, table, tiles, counters, tile, part, column_block, T, max_rank,
-    SCATTERS: tl.constexpr, TRANSPOSED: tl.constexpr, SL: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr,
-    RB: tl.constexpr, BN: tl.constexpr, HAS_BIAS: tl.constexpr, DT: tl.constexpr, WAITS: tl.constexpr,
+    SCATTERS: tl.constexpr, BN: tl.constexpr, HAS_BIAS: tl.constexpr, WAITS: tl.constexpr, EXPERTS: tl.constexpr,
+    TRANSPOSED: tl.constexpr, SL: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr, RB: tl.constexpr,
+    DT: tl.constexpr,
 ):  # fmt: skip
     """y[rows, columns] += scale * z @ b^T, with z summed over the splits; then the gain, if there is one.
 
@@ -97,12 +111,11 @@ def expand(
     begin = tl.load(table.offsets + part)
     width = tl.load(table.offsets + part + 1) - begin
     if column_block * BN < width:
-        slot, start, count = open_tile(tiles, tile)
+        entry, start, count = open_tile(tiles, tile)
         m = tl.arange(0, TILE)
         row_mask = m < count
-        _, b_address, gain_address, rank, scale = _entry(table, slot, part)
+        _, b, gain_address, rank, scale = _entry(table, entry, part, EXPERTS, DT)
         if (rank > 0) | (gain_address != 0):
-            b = b_address.to(tl.pointer_type(DT))
             rows = (start + m).to(tl.int64)
             n = column_block * BN + tl.arange(0, BN)
             column_mask = n < width

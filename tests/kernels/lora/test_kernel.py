@@ -2,6 +2,7 @@
 
 import math
 import random
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,12 +11,15 @@ from torch import Tensor
 from kernels.adapter_rows import AdapterTiles, Segment, cut
 from kernels.expert_route import Routed, Routing, TokenBatch
 from kernels.expert_route.reference import expert_route
+from kernels.expert_tiles import ExpertTiles
+from kernels.expert_tiles.reference import expert_tiles
 from kernels.lora import NOTHING, TABLE_FIELDS, Field, LoraSite, LoraWeights, SiteAdapters, table_row, table_rows
 from kernels.lora import kernel as lora_kernel
 from kernels.lora import reference as lora_reference
 from tests.support.kernel_device import DEVICE
 from tests.support.lora_tables import attach
 from tests.support.popularity import POPULARITIES, pick
+from tests.support.routed import with_garbage
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("poisoned_memory")]
 
@@ -159,65 +163,135 @@ def test_the_op_is_registered_rightly(small_blocks: None) -> None:
 
 # -- inside routed experts ---
 
-EXPERT_MAP = [[0, 3, 2], [1, 2, 4], [5, 6, 3], [4, 0, 6]]  # of four adapters, to expert places: the slots above
+EXPERTS = 5
 CHOICES = 2
 
 
-def route(popularity: str, tokens: int, num_tokens: int, tile: int = 4) -> Routed:
+def make_expert_site(depth: int, widths: tuple[int, ...], transposed: bool = False) -> tuple[LoraSite, SiteAdapters]:
+    """As make_site, with matrices for each expert: each adapter's lie otherwise."""
+    torch.manual_seed(0)
+    site, held = LoraSite(widths, transposed=transposed, experts=EXPERTS), SiteAdapters()
+    for slot, rank in RANKS.items():
+        shared = matrices(rank, depth, transposed)
+        for index, width in enumerate(widths):
+            if len(widths) > 1 and index == slot % len(widths) and slot != 4:
+                continue
+            a, b = matrices(rank, depth, transposed), matrices(width, rank, transposed)
+            match slot:
+                case 1:  # all experts share one
+                    a = a[:1].expand_as(a)
+                case 2:  # with other things between them
+                    a = matrices(rank, depth, transposed, between=2)
+                    b = matrices(width, rank, transposed, between=1)
+                case 4:  # the slices share theirs
+                    a = shared
+                case 5:
+                    b = b[:1].expand_as(b)
+            held.by_slot.setdefault(slot, [None] * len(widths))[index] = LoraWeights(a, b, 0.1 * slot)
+    attach(site, held, SLOTS)
+    return site, held
+
+
+def matrices(rows: int, columns: int, transposed: bool, between: int = 0) -> Tensor:
+    """[EXPERTS, rows, columns], or transposed, of a larger tensor that has `between` more after each."""
+    shape = (columns, rows) if transposed else (rows, columns)
+    whole = torch.randn(EXPERTS, (1 + between) * shape[0], shape[1], device=DEVICE)
+    return whole[:, : shape[0]]
+
+
+def cut_batch(popularity: str, tokens: int, num_tokens: int, tile: int = 4) -> tuple[Routed, ExpertTiles]:
     """Tiles in an order that nobody promised, garbage behind them and behind the pairs of real tokens."""
-    adapters = torch.tensor(pick(popularity, tokens, 4, random.Random(3)), dtype=torch.int32, device=DEVICE)
-    expert_map = torch.tensor(EXPERT_MAP, dtype=torch.int32, device=DEVICE)
+    slots = torch.tensor(batch(popularity, tokens), dtype=torch.int32, device=DEVICE)
+    expert_map = torch.arange(EXPERTS, dtype=torch.int32, device=DEVICE).repeat(SLOTS, 1)
+    expert_map[4, 1] = EXPERTS + 1  # an expert of its own, where its LoRA does not act
     real = torch.tensor([num_tokens], dtype=torch.int32, device=DEVICE)
-    logits = torch.randn(tokens, len(EXPERT_MAP[0]), device=DEVICE)
-    routed = expert_route(logits, Routing(CHOICES), expert_map, SLOTS, TokenBatch(adapters, real), tile)
-    routed.pairs[num_tokens * CHOICES :] = 10**6
+    logits = torch.randn(tokens, EXPERTS, device=DEVICE)
+    routed = expert_route(logits, Routing(CHOICES), expert_map, EXPERTS + 2, TokenBatch(slots, real), tile)
+    routed = with_garbage(routed)
+    cut = expert_tiles(routed, slots, EXPERTS)
     garbage = torch.full((3, 3), 10**6, dtype=torch.int32, device=DEVICE)
-    return routed._replace(tiles=torch.cat([routed.tiles.flip(0), garbage]))
+    return routed, cut._replace(tiles=torch.cat([cut.tiles.flip(0), garbage]))
 
 
-@pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("single_launch", [True, False], ids=["one launch", "two launches"])
-@pytest.mark.parametrize("gathers", [True, False])
-@pytest.mark.parametrize(("popularity", "tokens", "num_tokens"), [
-    *((popularity, 6, 6) for popularity in POPULARITIES), ("uniform", 7, 5), ("uniform", 1, 1), ("uniform", 3, 0),
-])  # fmt: skip
-def test_expert_lora(single_launch: bool, gathers: bool, popularity: str, tokens: int, num_tokens: int) -> None:
-    depth, widths = (40, (17, 20)) if gathers else (33, (33,))
-    site, held = make_site(depth, widths, gains=False)
-    routed = route(popularity, tokens, num_tokens)
-    counters = torch.zeros(1 + len(routed.tiles) * len(widths), dtype=torch.int32, device=DEVICE)
+def check_experts(depth: int, widths: tuple[int, ...], gathers: bool, popularity: str, tokens: int, num_tokens: int,
+                  single_launch: bool | None, transposed: bool = False) -> None:  # fmt: skip
+    site, held = make_expert_site(depth, widths, transposed)
+    routed, tiles = cut_batch(popularity, tokens, num_tokens)
+    counters = torch.zeros(1 + len(tiles.tiles) * len(widths), dtype=torch.int32, device=DEVICE)
     for _ in range(2):  # the second launch finds the counters zero
         x = torch.randn(tokens * (1 if gathers else CHOICES), depth, device=DEVICE)
         x[num_tokens * (1 if gathers else CHOICES) :] = math.nan
         y = torch.randn(tokens * CHOICES, sum(widths), device=DEVICE)
         want, got = y.clone(), y.clone()
-        lora_reference.expert_lora(want, x, site, held, routed, gathers, MAX_RANK, None)
-        lora_kernel.expert_lora(got, x, site, held, routed, gathers, MAX_RANK, counters, single_launch)
+        lora_reference.expert_lora(want, x, site, held, routed, tiles, gathers, MAX_RANK, None)
+        lora_kernel.expert_lora(got, x, site, held, routed, tiles, gathers, MAX_RANK, counters, single_launch)
         torch.testing.assert_close(got, want, atol=ATOL, rtol=1e-5)
         assert torch.equal(got[num_tokens * CHOICES :], y[num_tokens * CHOICES :])
         assert not counters.any()
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_expert_lora_with_gains() -> None:
-    site, held = make_site(24, (10, 18), gains=True)
-    routed = route("uniform", 5, 5)
-    counters = torch.zeros(1 + len(routed.tiles) * 2, dtype=torch.int32, device=DEVICE)
-    x, y = torch.randn(10, 24, device=DEVICE), torch.randn(10, 28, device=DEVICE)
+@pytest.mark.parametrize("single_launch", [True, False], ids=["one launch", "two launches"])
+@pytest.mark.parametrize("gathers", [True, False])
+@pytest.mark.parametrize(("popularity", "tokens", "num_tokens"), [
+    *((popularity, 9, 9) for popularity in POPULARITIES), ("uniform", 7, 5), ("identical", 1, 1), ("uniform", 3, 0),
+])  # fmt: skip
+def test_expert_lora(single_launch: bool, gathers: bool, popularity: str, tokens: int, num_tokens: int) -> None:
+    depth, widths = (40, (17, 20)) if gathers else (33, (33,))
+    check_experts(depth, widths, gathers, popularity, tokens, num_tokens, single_launch)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("single_launch", [True, False], ids=["one launch", "two launches"])
+def test_transposed_matrices_of_experts(single_launch: bool) -> None:
+    check_experts(20, (36,), True, "distinct", 8, 7, single_launch, transposed=True)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_with_too_few_counters_there_are_two_launches() -> None:
+    """They are left alone: here they are not even zero."""
+    site, held = make_expert_site(16, (8, 12))
+    routed, tiles = cut_batch("uniform", 6, 6)
+    x, y = torch.randn(6, 16, device=DEVICE), torch.randn(12, 20, device=DEVICE)
     want = y.clone()
-    lora_reference.expert_lora(want, x, site, held, routed, False, MAX_RANK, None)
-    lora_kernel.expert_lora(y, x, site, held, routed, False, MAX_RANK, counters)
+    lora_reference.expert_lora(want, x, site, held, routed, tiles, True, MAX_RANK, None)
+    counters = torch.full((2 * len(tiles.tiles),), 7, dtype=torch.int32, device=DEVICE)
+    lora_kernel.expert_lora(y, x, site, held, routed, tiles, True, MAX_RANK, counters)
+    torch.testing.assert_close(y, want, atol=ATOL, rtol=1e-5)
+    assert bool((counters == 7).all())
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_matrices_of_experts_may_lie_far_apart() -> None:
+    """Further than 32 bits count elements. Only the last expert's are in memory that there is."""
+    site, held = make_expert_site(16, (8,))
+    assert held.table is not None
+    apart, last = 1 << 33, EXPERTS - 1
+    weights = held.by_slot[6][0]
+    assert weights is not None
+    for field, stride, it in ((Field.A, Field.A_STRIDE, weights.a), (Field.B, Field.B_STRIDE, weights.b)):
+        held.table[6, 0, field] = it[last].data_ptr() - last * apart * it.itemsize
+        held.table[6, 0, stride] = apart
+    routed, tiles = cut_batch("uniform", 3, 3)
+    routed.pairs[:6] = torch.randperm(6, device=DEVICE).int()
+    tiles.tiles[0] = torch.tensor([6 * EXPERTS + last, 1, 4])
+    tiles.num_tiles.fill_(1)
+    x, y = torch.randn(6, 16, device=DEVICE), torch.randn(6, 8, device=DEVICE)
+    want = y.clone()
+    lora_reference.expert_lora(want, x, site, held, routed, tiles, False, MAX_RANK, None)
+    counters = torch.zeros(1 + len(tiles.tiles), dtype=torch.int32, device=DEVICE)
+    lora_kernel.expert_lora(y, x, site, held, routed, tiles, False, MAX_RANK, counters)
     torch.testing.assert_close(y, want, atol=ATOL, rtol=1e-5)
 
 
 @pytest.mark.parametrize("choices", [0, CHOICES])
 def test_the_op_for_experts_is_registered_rightly(small_blocks: None, choices: int) -> None:
-    _, held = make_site(16, (8,), gains=False)
-    routed = route("uniform", 2, 2)
-    counters = torch.zeros(1 + len(routed.tiles), dtype=torch.int32, device=DEVICE)
+    _, held = make_expert_site(16, (8,))
+    routed, tiles = cut_batch("uniform", 2, 2)
+    counters = torch.zeros(1 + len(tiles.tiles), dtype=torch.int32, device=DEVICE)
     y, x = torch.randn(4, 8, device=DEVICE), torch.randn(2 if choices else 4, 16, device=DEVICE)
-    arguments = (y, x, held.table, held.offsets, routed.pairs, routed.tiles, routed.num_tiles, counters, 8, 4,
-                 MAX_RANK, choices, False, True)  # fmt: skip
+    arguments = (y, x, held.table, held.offsets, routed.pairs, tiles.tiles, tiles.num_tiles, counters, 8, 4,
+                 MAX_RANK, EXPERTS, choices, False, True)  # fmt: skip
     torch.library.opcheck(
         torch.ops.heddle.expert_lora.default, arguments, test_utils=("test_schema", "test_faketensor")
     )
@@ -231,6 +305,33 @@ def test_a_table_row_keeps_the_scale_exactly() -> None:
     row = table_row(weights)
     assert len(row) == TABLE_FIELDS and row[Field.RANK] == 8 and row[Field.NEXT] == 0
     assert torch.tensor(row)[Field.SCALE].int().view(torch.float32).item() == torch.tensor(-0.1).item()
+
+
+def test_a_table_row_has_the_strides_of_experts() -> None:
+    shared, apart = torch.empty(1, 8, 16).expand(3, 8, 16), torch.empty(3, 5, 8)[:, :4]
+    row = table_row(LoraWeights(shared, apart, 1.0))
+    assert (row[Field.RANK], row[Field.A_STRIDE], row[Field.B_STRIDE]) == (8, 0, 40)
+    row = table_row(LoraWeights(shared[0], apart[0], 1.0))
+    assert (row[Field.RANK], row[Field.A_STRIDE], row[Field.B_STRIDE]) == (8, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("depth", "itemsize", "aligned"), [(40, 2, True), (36, 2, False), (36, 4, True), (33, 4, False)]
+)
+def test_matrices_of_experts_are_read_in_vectors_where_their_rows_allow_it(
+    depth: int, itemsize: int, aligned: bool
+) -> None:
+    assert lora_kernel.Kind(depth, 1, experts=4).is_aligned(itemsize) == aligned
+    assert lora_kernel.Kind(depth, 1).is_aligned(itemsize)  # an adapter's only matrix begins at 16 bytes
+    assert not lora_kernel.Kind(depth, 1, own_inputs=True).is_aligned(itemsize)
+
+
+@pytest.mark.parametrize(("depth", "gap", "is_refused"), [(8, 0, False), (8, 4, False), (8, 3, True), (7, 3, False)])
+def test_what_lies_between_experts_keeps_them_aligned(depth: int, gap: int, is_refused: bool) -> None:
+    a = torch.empty(3, 2 * depth + gap)[:, : 2 * depth].view(3, 2, depth)
+    held = SiteAdapters({1: [LoraWeights(a, torch.empty(3, 6, 2), 1.0)]})
+    with pytest.raises(AssertionError) if is_refused else nullcontext():
+        table_rows(LoraSite((6,), experts=3), held, 1)
 
 
 def test_slot_0_of_a_table_says_whether_any_adapter_acts() -> None:

@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from kernels.adapter_rows import AdapterTiles, Segment
-from kernels.lora import LoraSite, LoraWeights, SiteAdapters, lora
+from kernels.expert_route import Routing, TokenBatch, expert_route
+from kernels.expert_tiles import expert_tiles
+from kernels.lora import LoraSite, LoraWeights, SiteAdapters, expert_lora, lora
 from tests.support.popularity import POPULARITIES, pick
+from tests.support.routed import expert_maps
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -61,3 +64,37 @@ def test_gains(own_inputs: bool, has_bias: bool) -> None:
     merged = torch.einsum("hwd,thd->thw", base + scale * b @ a, x)
     torch.testing.assert_close(y[2:], (gains * merged + bias).flatten(1)[2:], atol=ATOL, rtol=1e-5)
     assert torch.equal(y[:2], (products + bias).flatten(1)[:2])
+
+
+@pytest.mark.parametrize("gathers", [True, False])
+@pytest.mark.parametrize("popularity", POPULARITIES)
+@pytest.mark.parametrize(("tokens", "num_tokens", "tile"), [(1, 1, 4), (9, 7, 2), (30, 30, 1 << 30)])
+def test_expert_lora(popularity: str, tokens: int, num_tokens: int, tile: int, gathers: bool) -> None:
+    """Three slices: slot 1 has all, slot 2 (rank 0) and slot 3 leave one out; 1 and 3 also replace experts."""
+    experts, depth, top_k, ranks = 8, 6, 2, {1: 3, 2: 0, 3: 5}
+    site, held = LoraSite((4, 4, 3), experts=experts), SiteAdapters()
+    for slot, rank in ranks.items():
+        a = torch.randn(experts, rank, depth)  # of the first two slices
+        weights = [
+            LoraWeights(it, torch.randn(experts, width, rank), 0.1 * slot)
+            for it, width in zip((a, a, torch.randn(1, rank, depth).expand_as(a)), site.widths, strict=True)
+        ]
+        held.by_slot[slot] = [None if index == slot - 1 > 0 else it for index, it in enumerate(weights)]
+    slots = torch.tensor(sorted(pick(popularity, tokens, 4, random.Random(3))), dtype=torch.int32)
+    batch = TokenBatch(slots, torch.tensor([num_tokens], dtype=torch.int32))
+    routed = expert_route(torch.randn(tokens, experts), Routing(top_k), expert_maps(experts).cpu(), 24, batch, tile)
+    x, y = torch.randn(tokens if gathers else tokens * top_k, depth), torch.randn(tokens * top_k, 11)
+    got = y.clone()
+    tiles = expert_tiles(routed, slots, experts)
+    expert_lora(got, x, site, held, routed, tiles, gathers, 5, torch.empty(0, dtype=torch.int32))
+    for position, pair in enumerate(routed.pairs[: num_tokens * top_k].tolist()):
+        slot, place = int(slots[pair // top_k]), int(routed.places.flatten()[pair])
+        row = position if gathers else pair
+        expected = y[row].clone()
+        for weights, part in zip(held.by_slot.get(slot, []), expected.split(site.widths), strict=False):
+            if weights is not None and place < experts:
+                part += weights.scale * weights.b[place] @ weights.a[place] @ x[pair // top_k if gathers else position]
+        torch.testing.assert_close(got[row], expected, atol=ATOL, rtol=1e-5)
+    padding = routed.places.flatten() < 0
+    rows = torch.arange(len(y)) >= num_tokens * top_k if gathers else padding
+    assert torch.equal(got[rows], y[rows])
