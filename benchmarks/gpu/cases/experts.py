@@ -10,6 +10,7 @@ from torch import Tensor
 
 from benchmarks.gpu.cases.case import Case, Draw
 from kernels.expert_route import Routed, Routing, TokenBatch
+from kernels.expert_tiles import ExpertTiles
 
 ADAPTERS = 20
 
@@ -35,7 +36,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Mixed:
-    """A batch with an adapter or none for each token: what routing reads."""
+    """A batch with an adapter or none for each token, in order of slot as a step has them: what routing reads."""
 
     logits: Tensor
     routing: Routing
@@ -57,7 +58,7 @@ def mixed_batch(draw: Draw, tokens: int) -> Mixed:
         chosen = sorted(draw.rng.sample(range(layer.experts), layer.tuned))
         first = layer.experts + (slot - 1) * layer.room
         expert_map[slot, chosen] = torch.arange(layer.tuned, dtype=torch.int32) + first
-    adapters = draw.ints([draw.rng.randrange(ADAPTERS + 1) for _ in range(tokens)])
+    adapters = draw.ints(sorted(draw.rng.randrange(ADAPTERS + 1) for _ in range(tokens)))
     logits = torch.randn(tokens, layer.experts, device=draw.device)
     return Mixed(logits, Routing(layer.top_k), expert_map.to(draw.device), layer.places,
                  TokenBatch(adapters, None, draw.zeros(2)), tile_rows(tokens * layer.top_k, layer.experts))  # fmt: skip
@@ -90,6 +91,30 @@ def _by_place(routed: Routed) -> tuple[Tensor, ...]:
         (routed.pairs // top_k).sort().values,
         routed.num_tiles,
     )
+
+
+def expert_tiles(draw: Draw) -> Iterator[Case]:
+    from kernels.expert_route import kernel as route
+    from kernels.expert_tiles import kernel, reference
+
+    experts = Layer.of(draw).experts
+    for tokens in draw.token_counts:
+        batch = mixed_batch(draw, tokens)
+        routed, slots = batch.route(route.expert_route), batch.tokens.slots
+        assert slots is not None
+        cut = len(reference.expert_tiles(routed, slots, experts).tiles)
+        yield Case(
+            "expert_tiles", f"{tokens} tokens, {int(routed.num_tiles)} tiles cut into {cut}", draw.dtype,
+            lambda routed=routed, slots=slots: _in_order(kernel.expert_tiles(routed, slots, experts)),
+            lambda routed=routed, slots=slots: _in_order(reference.expert_tiles(routed, slots, experts)),
+            [lambda routed=routed, slots=slots: kernel.expert_tiles(routed, slots, experts)],
+            num_bytes=4 * (routed.pairs.numel() + tokens + 3 * (int(routed.num_tiles) + cut)), exact=True,
+        )  # fmt: skip
+
+
+def _in_order(cut: ExpertTiles) -> Tensor:
+    tiles = cut.tiles[: int(cut.num_tiles)]
+    return tiles[tiles[:, 1].argsort()]
 
 
 def grouped_gemm(draw: Draw) -> Iterator[Case]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -56,9 +57,11 @@ def linear_case(
 
 
 def _adapters(draw: Draw, site: LoraSite, depth: int, ranks: Sequence[int]) -> SiteAdapters:
-    """ranks: of the adapters in slots 1, 2, .. (or expert places); 0 where there is none."""
+    """ranks: of the adapters in slots 1, 2, ..."""
+    stacks = (site.experts,) if site.experts else ()
     held = SiteAdapters({
-        slot: [LoraWeights(draw.randn(rank, depth), draw.randn(width, rank), 0.01) for width in site.widths]
+        slot: [LoraWeights(draw.randn(*stacks, rank, depth), draw.randn(*stacks, width, rank), 0.01)
+               for width in site.widths]
         for slot, rank in enumerate(ranks, start=1)
     })  # fmt: skip
     rows = [table_rows(site, held, slot) for slot in range(len(ranks) + 1)]
@@ -76,57 +79,60 @@ def _tiles(draw: Draw, tokens: int, adapters: int, slices: int) -> AdapterTiles:
 
 
 def _expert_lora(draw: Draw) -> Iterator[Case]:
-    """Eight adapters and the base in one batch, each adapter with a LoRA in every expert."""
+    """Eight adapters and the base in one batch, each adapter with a LoRA of its own in every expert."""
     layer, size = Layer.of(draw), draw.scale.size
-    adapters, rank = size(8, 2), size(16, 4)
-    ranks = [0] * (layer.experts - 1) + [
-        max(1, rank // (1 + it % 3)) for it in range(adapters * layer.experts)
-    ]  # mixed
-    sites = {True: LoraSite((layer.inner, layer.inner)), False: LoraSite((layer.hidden,))}
+    rank = size(16, 4)
+    ranks = [max(1, rank // (1 + index % 3)) for index in range(size(8, 2))]  # mixed
+    sites = {True: LoraSite((layer.inner, layer.inner), experts=layer.experts),
+             False: LoraSite((layer.hidden,), experts=layer.experts)}  # fmt: skip
     held = {True: _adapters(draw, sites[True], layer.hidden, ranks),
             False: _adapters(draw, sites[False], layer.inner, ranks)}  # fmt: skip
-    for tokens in (3,) if draw.scale.is_toy else (1, 32, 512):
-        routed = _route_all(draw, tokens, layer, adapters)
+    for tokens in (3,) if draw.scale.is_toy else (1, 32, 512, 2048):
+        slots = draw.ints(sorted(draw.rng.randrange(len(ranks) + 1) for _ in range(tokens - 1)) + [len(ranks)])
+        routed = _route(draw, layer, slots)
         for gathers, site in sites.items():
-            yield _expert_case(draw, tokens, layer, site, held[gathers], routed, gathers, ranks, rank)
+            yield _expert_case(draw, layer, site, held[gathers], slots, routed, gathers, ranks)
 
 
-def _route_all(draw: Draw, tokens: int, layer: Layer, adapters: int) -> Routed:
-    """Every expert of every adapter in a place of its own."""
+def _route(draw: Draw, layer: Layer, slots: Tensor) -> Routed:
+    """None replaces an expert."""
     from kernels.expert_route import kernel as route
     from kernels.grouped_gemm.kernel import tile_rows as rows_for
 
-    places = (adapters + 1) * layer.experts
-    expert_map = torch.arange(places, dtype=torch.int32, device=draw.device).view(adapters + 1, layer.experts)
-    chosen = draw.ints([draw.rng.randrange(adapters + 1) for _ in range(tokens)])
-    logits = torch.randn(tokens, layer.experts, device=draw.device)
-    batch = TokenBatch(chosen, None, draw.zeros(2))
-    rows = rows_for(tokens * layer.top_k, layer.experts)
-    return route.expert_route(logits, Routing(layer.top_k), expert_map, places, batch, rows)
+    tokens, experts = len(slots), layer.experts
+    expert_map = torch.arange(experts, dtype=torch.int32, device=draw.device).repeat(int(slots.max()) + 1, 1)
+    batch, rows = TokenBatch(slots, None, draw.zeros(2)), rows_for(tokens * layer.top_k, experts)
+    logits = torch.randn(tokens, experts, device=draw.device)
+    return route.expert_route(logits, Routing(layer.top_k), expert_map, experts, batch, rows)
 
 
 def _expert_case(
-    draw: Draw, tokens: int, layer: Layer, site: LoraSite, held: SiteAdapters, routed: Routed, gathers: bool,
-    ranks: Sequence[int], rank: int,
+    draw: Draw, layer: Layer, site: LoraSite, held: SiteAdapters, slots: Tensor, routed: Routed, gathers: bool,
+    ranks: Sequence[int],
 ) -> Case:  # fmt: skip
+    """Tiles are cut anew in what is compared: their order may differ, the result may not."""
+    from kernels.expert_tiles import kernel as cut_kernel
+    from kernels.expert_tiles import reference as cut_reference
     from kernels.lora import kernel, reference
 
-    pairs, used = tokens * layer.top_k, routed.places.unique().tolist()
+    tokens, pairs = len(slots), routed.pairs.numel()
     depth, out = (layer.hidden, 2 * layer.inner) if gathers else (layer.inner, layer.hidden)
     x, y = draw.randn(tokens if gathers else pairs, depth), draw.randn(pairs, out)
+    tiles = cut_kernel.expert_tiles(routed, slots, layer.experts)
+    entries = tiles.tiles[: int(tiles.num_tiles), 0].unique().tolist()
     width = depth * len(site.widths) + out
-    weights = sum(ranks[place - 1] for place in used if place > 0) * width * x.itemsize
-    counters = draw.zeros(1 + 2 * len(routed.tiles))
+    weights = sum(ranks[entry // layer.experts - 1] for entry in entries) * width * x.itemsize
+    counters = draw.zeros(1 + len(site.widths) * len(tiles.tiles))
 
-    def added(launch: Callable[..., object]) -> Tensor:
+    def added(cut: ModuleType, launch: Callable[..., object]) -> Tensor:
         to = y.clone()
-        launch(to, x, site, held, routed, gathers, rank, counters)
+        launch(to, x, site, held, routed, cut.expert_tiles(routed, slots, layer.experts), gathers, max(ranks), counters)
         return to
 
     return Case(
         "lora", f"expert {'gate_up' if gathers else 'down'} {tokens} tokens, tile {routed.tile_rows}", draw.dtype,
-        lambda: added(kernel.expert_lora), lambda: added(reference.expert_lora),
-        [lambda: kernel.expert_lora(y, x, site, held, routed, gathers, rank, counters)],
+        lambda: added(cut_kernel, kernel.expert_lora), lambda: added(cut_reference, reference.expert_lora),
+        [lambda: kernel.expert_lora(y, x, site, held, routed, tiles, gathers, max(ranks), counters)],
         weights + x.nbytes + 2 * y.nbytes,
         counters=(counters,),
     )  # fmt: skip
