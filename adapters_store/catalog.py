@@ -50,14 +50,15 @@ class Catalog:
         self._roots = tuple(os.path.realpath(root) for root in roots)
         self._entries: dict[str, CatalogEntry] = {}
 
-    def job(self, name: str, path: str) -> Job:
-        """What must be verified before this name may mean the adapter at `path`. Raises AdapterError for the name."""
+    def job(self, name: str, path: str, ignore_keys: Sequence[str] = ()) -> Job:
+        """What must be verified before this name may mean the adapter at `path`, passing over the unknown keys of its
+        configuration that `ignore_keys` names. Raises AdapterError for the name."""
         self._check_name(name)
-        return Job(path, self._roots, self._base, self._room)
+        return Job(path, self._roots, self._base, self._room, ignore_keys=tuple(ignore_keys))
 
-    def read(self, name: str, path: str) -> CatalogEntry:
+    def read(self, name: str, path: str, ignore_keys: Sequence[str] = ()) -> CatalogEntry:
         """Verify in this process, which it may hold up: for tools and tests; a server has a Verifier. Adds nothing."""
-        return entry_of(name, verify(self.job(name, path)))
+        return entry_of(name, verify(self.job(name, path, ignore_keys)))
 
     def add(self, entry: CatalogEntry) -> bool:
         """Give the name to these weights. False if it already meant exactly these: then their files may have moved."""
@@ -99,7 +100,7 @@ class Catalog:
                 f"{shown(name)!r} is not an adapter name: 1 to 128 of A-Z a-z 0-9 . _ - with a letter or digit first"
             )
         if name.casefold() == self.base_name.casefold():
-            raise AdapterConflict(f"{name!r} is the name of the base model")
+            raise AdapterConflict(f"{name!r} is the name of the base model; take another")
 
 
 def entry_of(name: str, verified: Verified) -> CatalogEntry:

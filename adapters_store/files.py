@@ -60,7 +60,7 @@ class OpenFile:
         try:
             read_exactly(self.descriptor, offset, into)
         except EOFError:
-            raise InvalidAdapter(f"{shown(self.name)} was cut short while it was read") from None
+            raise InvalidAdapter(f"{shown(self.name)} was cut short while it was read; try again") from None
 
 
 class Folder:
@@ -82,7 +82,7 @@ class Folder:
             try:
                 self._descriptor = open_resolved(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             except (FileNotFoundError, NotADirectoryError):
-                raise InvalidAdapter(f"{shown(self.name)!r} is not a directory") from None
+                raise InvalidAdapter(f"{shown(self.name)!r} is not a directory; send that of the adapter") from None
             closing.callback(os.close, self._descriptor)
             self.names, self.directories = self._list()
             self._closing = closing.pop_all()
@@ -101,18 +101,20 @@ class Folder:
 
     def _open(self, name: str) -> OpenFile:
         if name not in self.names:
-            raise InvalidAdapter(f"{shown(name)} is missing")
+            raise InvalidAdapter(f"{shown(name)} is missing: copy it there")
         path = f"{self.path}/{name}"
         if name in self._links:
             path = self._resolve(path)
         try:
             descriptor = open_resolved(path) if name in self._links else os.open(name, _FILE, dir_fd=self._descriptor)
         except OSError as error:
-            raise InvalidAdapter(f"{shown(name)} cannot be read: {error.strerror}") from None
+            raise InvalidAdapter(
+                f"{shown(name)} cannot be read: {error.strerror}; see that the server's user may read it"
+            ) from None
         self._closing.callback(os.close, descriptor)
         file = OpenFile(descriptor, name, path)
         if not file.is_regular:
-            raise InvalidAdapter(f"{shown(name)} is not a regular file")
+            raise InvalidAdapter(f"{shown(name)} is not a regular file; copy the file itself there")
         return file
 
     def _list(self) -> tuple[list[str], list[str]]:
@@ -122,7 +124,10 @@ class Folder:
         with os.scandir(self._descriptor) as entries:
             for entry in entries:
                 if len(names) + len(directories) >= MAX_ENTRIES:
-                    raise InvalidAdapter(f"{shown(self.name)!r} has more than {MAX_ENTRIES:,} entries")
+                    raise InvalidAdapter(
+                        f"{shown(self.name)!r} has more than {MAX_ENTRIES:,} entries: give the adapter a directory of "
+                        "its own"
+                    )
                 (directories if entry.is_dir(follow_symlinks=False) else names).append(entry.name)
                 if entry.is_symlink():
                     self._links.add(entry.name)
@@ -132,7 +137,8 @@ class Folder:
         resolved = os.path.realpath(path)
         if not any(_is_below(resolved, root) for root in self._roots):
             raise AdapterPathRefused(
-                f"{shown(os.path.basename(path))!r} lies outside the adapter directories that this server may read"
+                f"{shown(os.path.basename(path))!r} lies outside the adapter directories that this server may read; "
+                "move it there, or start the server with --adapter-root"
             )
         return resolved
 

@@ -24,7 +24,7 @@ class Room(msgspec.Struct, frozen=True):
         if needed > self.num_bytes:
             raise UnsupportedAdapter(
                 f"the adapter needs {needed:,} bytes; all adapters together may use {self.num_bytes:,} "
-                "(--adapter-bytes)"
+                "(raise --adapter-bytes)"
             )
         for kind, own in by_kind(parts).items():
             problem = kind.lack_of_room(own, self)

@@ -143,7 +143,8 @@ class Verifier:
                 ) from None
             except _WorkerEnded:
                 raise InvalidAdapter(
-                    "verifying the adapter ended the process that did it, for want of memory perhaps"
+                    "verifying the adapter ended the process that did it, for want of memory perhaps; a smaller "
+                    "configuration and fewer tensors need less"
                 ) from None
             finally:
                 if is_sound:
@@ -166,14 +167,16 @@ class Verifier:
             return await _Worker.start()
         except (_WorkerEnded, OSError) as error:  # a TimeoutError is an OSError
             log.error("a process to verify an adapter did not start: %r", error)
-            raise InvalidAdapter("the adapter could not be verified: the process for that did not start") from None
+            raise InvalidAdapter(
+                "the adapter could not be verified: the process for that did not start, which the server's log explains"
+            ) from None
 
 
 def _encode(job: Job, timeout_s: float) -> bytes:
     try:
         return msgspec.msgpack.encode(msgspec.structs.replace(job, cpu_seconds=math.ceil(timeout_s) + 1))
     except UnicodeEncodeError:
-        raise InvalidAdapter("the path is not UTF-8") from None
+        raise InvalidAdapter("the path is not UTF-8; rename the directory") from None
 
 
 def _is_cancelled() -> bool:

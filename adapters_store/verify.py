@@ -35,13 +35,14 @@ READY = b"\n"  # written once, when all is imported
 
 class Job(msgspec.Struct, frozen=True):
     """`roots` are absolute and free of links; a relative path is taken below the first. `cpu_seconds` are what the
-    process may spend on it at most."""
+    process may spend on it at most. `ignore_keys` are unknown keys of the configuration to pass over."""
 
     path: str
     roots: tuple[str, ...]
     base: BaseSpec
     room: Room | None = None
     cpu_seconds: int = 60
+    ignore_keys: tuple[str, ...] = ()
 
 
 class Verified(msgspec.Struct, frozen=True, tag=True):
@@ -75,21 +76,26 @@ def verify(job: Job) -> Verified:
     """Read and check the adapter against the base. Slow (reads every byte). Raises AdapterError, and nothing else."""
     try:
         with _open(job) as folder:
-            package = read_adapter(folder, job.base, job.room)
+            package = read_adapter(folder, job.base, job.room, job.ignore_keys)
             return Verified(package, os.path.relpath(folder.path, folder.root))
     except AdapterError:
         raise
     except OSError as error:  # its text would show the path
-        raise InvalidAdapter(f"the adapter cannot be read: {error.strerror}") from None
+        raise InvalidAdapter(
+            f"the adapter cannot be read: {error.strerror}; see that the server's user may read the files"
+        ) from None
     except Exception as error:
         raise Unforeseen(error) from error
 
 
 def _open(job: Job) -> Folder:
     if not job.roots:
-        raise AdapterPathRefused("this server was started without an adapter directory, so no path may be read")
+        raise AdapterPathRefused(
+            "this server was started without an adapter directory, so no path may be read: "
+            "start it with --adapters or --adapter-root"
+        )
     if "\0" in job.path:
-        raise AdapterPathRefused("the path holds a NUL byte")
+        raise AdapterPathRefused("the path holds a NUL byte; send the directory's name as it is")
     return Folder(os.path.join(job.roots[0], job.path), job.roots)
 
 
@@ -136,7 +142,9 @@ def main() -> None:
         try:
             encoded = msgspec.msgpack.encode(answer(job))
         except UnicodeEncodeError:  # a link's target, say: halves of surrogate pairs have no bytes
-            encoded = msgspec.msgpack.encode(Refused("InvalidAdapter", "a name in the adapter's path is not UTF-8"))
+            encoded = msgspec.msgpack.encode(
+                Refused("InvalidAdapter", "a name in the adapter's path is not UTF-8; rename it")
+            )
         answers_out.write(len(encoded).to_bytes(8, "little") + encoded)
         answers_out.flush()
 

@@ -13,6 +13,7 @@ so but its name: `last_checkpoint_ep0`, `last_checkpoint_ep1`, …
 """
 
 import re
+from collections.abc import Collection
 from typing import Any
 
 from adapters_store.base_spec import BaseSpec, ExpertStack
@@ -20,14 +21,17 @@ from adapters_store.declared_base import declared
 from adapters_store.errors import AdapterError, InvalidAdapter, UnsupportedAdapter, coverage_error, shown
 from adapters_store.files import Folder
 from adapters_store.formats import remedies
-from adapters_store.formats.reading import Reading
+from adapters_store.formats.reading import Findings, Reading
+from adapters_store.formats.shards import by_key, check_index, read_shards
+from adapters_store.formats.unknown_keys import check_unknown
 from adapters_store.json_file import read_json
+from adapters_store.limits import limits_of
 from adapters_store.parts import ExpertReplacement, TensorRef
-from adapters_store.safetensors_file import Weights, check_count, read_header
+from adapters_store.safetensors_file import read_header
 
 CONFIG = "expert_cfg.json"
 INDEX = "model.safetensors.index.json"
-MAX_SHARDS = 128  # all are held open together
+_FLAGS = {"shared_experts": "shared experts", "non_expert_modules": "modules outside the experts"}
 _NUMBER = r"(?:0|[1-9][0-9]{0,5})"
 _KEY = re.compile(
     rf"(?:model\.)?layers\.(?P<layer>{_NUMBER})\.(?:mlp|block_sparse_moe)\.experts\.(?P<expert>{_NUMBER})\."
@@ -58,25 +62,29 @@ def refuse_a_rank_of_many(folder: Folder) -> None:
         )
 
 
-def looks_like_esft(folder: Folder) -> bool:
+def looks_like_esft(folder: Folder, base: BaseSpec) -> bool:
     """expert_cfg.json, or safetensors whose first tensors are single experts (a copied config.json proves nothing)."""
     if CONFIG in folder.names:
         return True
     files = _weight_files(folder)
-    return bool(files) and any(_KEY.fullmatch(it.key) for it in read_header(folder.open(files[0])).tensors)
-
-
-def read(folder: Folder, base: BaseSpec) -> Reading:
-    files = _weight_files(folder)
     if not files:
-        raise InvalidAdapter(f"there are no .safetensors files beside {CONFIG}")
-    if len(files) > MAX_SHARDS:
-        raise InvalidAdapter(f"there are {len(files):,} .safetensors files; at most {MAX_SHARDS} are served")
-    shards = tuple(read_header(folder.open(name)) for name in files)
-    tensors = _by_key(shards)
-    _check_index(folder, files, tensors)
-    parts = _bind(tensors, _tuned_experts(folder), base)
-    return Reading("esft", shards, tuple(parts), declared_base=_declared_base(folder))
+        return False
+    return any(_KEY.fullmatch(it.key) for it in read_header(folder.open(files[0]), limits_of(base)).tensors)
+
+
+def read(folder: Folder, base: BaseSpec, ignore_keys: Collection[str] = ()) -> Reading:
+    files, limits = _weight_files(folder), limits_of(base)
+    if not files:
+        raise InvalidAdapter(
+            f"there are no .safetensors files beside {CONFIG}: copy them there; pickles (.bin) are never opened, save "
+            "those as safetensors"
+        )
+    shards = read_shards(folder, files, limits)
+    tensors = by_key(shards, limits)
+    check_index(folder, INDEX, files, tensors, limits)
+    tuned, notes = _tuned_experts(folder, ignore_keys)
+    parts = _bind(tensors, tuned, base)
+    return Reading("esft", shards, tuple(parts), declared_base=_declared_base(folder), notes=tuple(notes))
 
 
 def _weight_files(folder: Folder) -> list[str]:
@@ -94,96 +102,67 @@ def _declared_base(folder: Folder) -> str | None:
         return None
 
 
-def _by_key(shards: tuple[Weights, ...]) -> dict[str, TensorRef]:
-    tensors: dict[str, TensorRef] = {}
-    for shard in shards:
-        for tensor in shard.tensors:
-            if tensor.key in tensors:
-                raise InvalidAdapter(f"{shown(tensor.key)} is in both {tensors[tensor.key].file} and {tensor.file}")
-            tensors[tensor.key] = tensor
-        check_count(len(tensors), "the adapter")
-    return tensors
-
-
-def _check_index(folder: Folder, files: list[str], tensors: dict[str, TensorRef]) -> None:
-    """Where there is an index it must say of every tensor where it is, and nothing else."""
-    if INDEX not in folder.names:
-        return
-    index = read_json(folder, INDEX)
-    unknown = sorted(set(index) - {"metadata", "weight_map"})
-    if unknown:
-        raise InvalidAdapter(f"{INDEX} has the unknown key {shown(unknown[0])!r}")
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise InvalidAdapter(f"{INDEX} has no weight_map")
-    for key, name in weight_map.items():
-        if key not in tensors or tensors[key].file != name:
-            raise InvalidAdapter(f"{INDEX} places {shown(key)} in {shown(str(name))}, where it is not")
-    listed = set(weight_map.values())
-    for name in files:
-        if name not in listed:
-            raise InvalidAdapter(f"{shown(name)} is not in {INDEX}: remove the file, or the index if it is outdated")
-    missing = next((key for key in tensors if key not in weight_map), None)
-    if missing is not None:
-        raise InvalidAdapter(f"{INDEX} does not list {shown(missing)} of {shown(tensors[missing].file)}")
-
-
-def _tuned_experts(folder: Folder) -> set[ExpertKey] | None:
-    """The (layer, expert) pairs that expert_cfg.json lists, or None where there is no such file."""
+def _tuned_experts(folder: Folder, ignore_keys: Collection[str]) -> tuple[set[ExpertKey] | None, list[str]]:
+    """The (layer, expert) pairs that expert_cfg.json lists, or None where there is no such file; and notes on it."""
     if CONFIG not in folder.names:
-        return None
+        return None, []
     config = read_json(folder, CONFIG)
-    for flag, what in (("shared_experts", "shared experts"), ("non_expert_modules", "modules outside the experts")):
+    for flag, what in _FLAGS.items():
         if config.get(flag) not in (None, False):
             raise UnsupportedAdapter(
                 f"{flag} is set: an adapter that tunes {what} is not served; tune routed experts only, or serve the "
                 "tuned model as a base"
             )
-    unknown = sorted(set(config) - {"experts", "shared_experts", "non_expert_modules"})
-    if unknown:
-        raise UnsupportedAdapter(f"{CONFIG} has the unknown key {shown(unknown[0])!r}")
+    notes = check_unknown(config, {"experts", *_FLAGS}, (), ignore_keys, CONFIG)
     experts = config.get("experts")
     if not isinstance(experts, dict) or not experts:
-        raise InvalidAdapter(f"{CONFIG} must map layers to lists of expert ids under 'experts'")
-    return {(layer, expert) for key, ids in experts.items() for layer, expert in _layer_entries(key, ids)}
+        raise InvalidAdapter(
+            f"{CONFIG} must map layers to lists of expert ids under 'experts': write them there, or remove the file to "
+            "have them read off the tensors"
+        )
+    return {(layer, expert) for key, ids in experts.items() for layer, expert in _layer_entries(key, ids)}, notes
 
 
 def _layer_entries(key: str, ids: Any) -> list[ExpertKey]:
     sound = isinstance(ids, list) and all(type(expert) is int and 0 <= expert < 10**6 for expert in ids)
     if not re.fullmatch(_NUMBER, key) or not sound:
-        raise InvalidAdapter(f"{CONFIG}: layer {key[:80]!r} must be a number in plain digits with a list of expert ids")
+        raise InvalidAdapter(
+            f"{CONFIG}: layer {key[:80]!r} must be a number in plain digits with a list of expert ids; "
+            "correct the entry"
+        )
     if len(set(ids)) != len(ids):
-        raise InvalidAdapter(f"{CONFIG}: layer {key} lists an expert twice")
+        raise InvalidAdapter(f"{CONFIG}: layer {key} lists an expert twice; list each once")
     return [(int(key), expert) for expert in ids]
 
 
 def _bind(tensors: dict[str, TensorRef], tuned: set[ExpertKey] | None, base: BaseSpec) -> list[ExpertReplacement]:
     if not base.experts:
-        raise UnsupportedAdapter(f"an ESFT adapter needs a mixture-of-experts base; this one is {base.model_type}")
-    problems: list[str] = []
-    todo: dict[str, None] = {}  # remedies, each once
+        raise UnsupportedAdapter(
+            f"an ESFT adapter needs a mixture-of-experts base; this one is {base.model_type}: {remedies.OTHER_MODEL}"
+        )
+    findings = Findings()
     found: dict[ExpertKey, dict[str, TensorRef]] = {}
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
         if match is None:
             what, remedy = remedies.for_esft_tensor(key)
-            problems.append(f"{shown(key)}: not an expert's gate, up or down matrix but {what}")
-            todo[remedy] = None
+            findings.refuse(f"{shown(key)}: not an expert's gate, up or down matrix but {what}", remedy)
             continue
         where, matrix = (int(match["layer"]), int(match["expert"])), _MATRIX[match["matrix"]]
         problem = _tensor_problem(where, matrix, tensor, tuned, base)
         if problem is None and matrix in found.setdefault(where, {}):
-            problem = f"a second {matrix} matrix for this expert"
+            problem = f"a second {matrix} matrix for this expert", remedies.TWICE
         if problem is not None:
-            problems.append(f"{shown(key)}: {problem}")
+            findings.refuse(f"{shown(key)}: {problem[0]}", problem[1])
         else:
             found[where][matrix] = tensor
     complete = {where: matrices for where, matrices in sorted(found.items()) if len(matrices) == 3}
     for layer, expert in sorted(((tuned or set()) | set(found)) - set(complete)):
         missing = [matrix for matrix in ("gate", "up", "down") if matrix not in found.get((layer, expert), {})]
-        problems.append(f"layer {layer} expert {expert}: {', '.join(missing)} missing or unusable")
-    if problems:
-        raise coverage_error(problems, 3 * len(complete), len(tensors), list(todo))
+        problem_here = f"layer {layer} expert {expert}: {', '.join(missing)} missing or unusable"
+        findings.refuse(problem_here, f"copy all files of the adapter, or list in {CONFIG} only what was tuned")
+    if findings.problems:
+        raise coverage_error(findings.problems, 3 * len(complete), len(tensors), findings.remedies)
     return [
         ExpertReplacement(layer, expert, (matrices["gate"], matrices["up"]), matrices["down"])
         for (layer, expert), matrices in complete.items()
@@ -192,19 +171,21 @@ def _bind(tensors: dict[str, TensorRef], tuned: set[ExpertKey] | None, base: Bas
 
 def _tensor_problem(
     where: ExpertKey, matrix: str, tensor: TensorRef, tuned: set[ExpertKey] | None, base: BaseSpec
-) -> str | None:
+) -> tuple[str, str] | None:
+    """What is wrong, and what to do."""
     layer, expert = where
     stack: ExpertStack | None = base.experts.get(layer)
     if stack is None:
-        return f"layer {layer} of the base has no routed experts"
+        return f"layer {layer} of the base has no routed experts", remedies.OTHER_MODEL
     if not stack.is_plain:
-        return f"experts of {base.model_type} have another layout than ESFT's gate, up and down"
+        problem = f"experts of {base.model_type} have another layout than ESFT's gate, up and down"
+        return problem, "train a LoRA on them (PEFT: target_parameters)"
     if expert >= stack.num_experts:
-        return f"the base has {stack.num_experts} experts in layer {layer}"
+        return f"the base has {stack.num_experts} experts in layer {layer}", remedies.OTHER_MODEL
     if tuned is not None and where not in tuned:
-        return f"{CONFIG} does not list expert {expert} of layer {layer}"
+        return f"{CONFIG} does not list expert {expert} of layer {layer}", "list it there, or remove its tensors"
     hidden, intermediate = stack.hidden_size, stack.intermediate_size
     expected = (hidden, intermediate) if matrix == "down" else (intermediate, hidden)
     if tensor.shape != expected:
-        return f"shape {list(tensor.shape)}, expected {list(expected)}"
+        return f"shape {list(tensor.shape)}, expected {list(expected)}", remedies.OTHER_MODEL
     return None

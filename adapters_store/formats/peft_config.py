@@ -2,9 +2,11 @@
 
 `rank_pattern` and `alpha_pattern` override r and alpha for linears whose name ends in a match, first match first. PEFT
 matches a linear that `target_modules` names by its own name, and one whose weight `target_parameters` names by that of
-the weight (`model.layers.0.self_attn.o_proj.weight`).
+the weight (`model.layers.0.self_attn.o_proj.weight`). Names are those of the file, not of this base:
+PEFT knew no others.
 """
 
+from collections.abc import Collection, Sequence
 from math import sqrt
 from typing import Any, Generic, TypeVar
 
@@ -15,6 +17,7 @@ from adapters_store.declared_base import declared
 from adapters_store.errors import InvalidAdapter, UnsupportedAdapter, shown
 from adapters_store.files import Folder
 from adapters_store.formats import remedies
+from adapters_store.formats.unknown_keys import OFF, check_unknown, value_of
 from adapters_store.json_file import read_json
 
 CONFIG = "adapter_config.json"
@@ -27,11 +30,13 @@ _PATTERN_SECONDS = 0.1  # a pattern is the sender's regular expression, and this
 # keys that say how the adapter was trained, or what the tensors say themselves; they do not change how it is served
 _INERT = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules",
-    "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config",
-    "megatron_core", "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
+    "fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout",
+    "lora_ga_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config",
+    "task_type", "use_qalora",
 }  # fmt: skip
 _READ = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "target_parameters",
-         "init_lora_weights"}  # fmt: skip
+         "init_lora_weights", "use_dora"}  # fmt: skip
+_BIASES = ("all", "lora_only")  # which of the base's biases were trained along
 # initialisations that also change the base weights, so that the adapter alone does not describe the model
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
@@ -47,6 +52,7 @@ class _Fields(msgspec.Struct):
     target_modules: list[str] | str | None = None
     target_parameters: list[str] = []
     init_lora_weights: bool | str | None = True
+    use_dora: bool = False
 
 
 class _Patterns(Generic[Number]):
@@ -79,26 +85,39 @@ class _Patterns(Generic[Number]):
 
 
 class LoraConfig:
-    """Rank and scale of each linear."""
+    """Rank and scale of each linear. `notes` are on keys that were passed over."""
 
-    def __init__(self, fields: _Fields, declared_base: str | None) -> None:
-        self.declared_base = declared_base
+    def __init__(self, fields: _Fields, raw: dict[str, Any], notes: Sequence[str]) -> None:
+        self.declared_base, self.notes = declared(raw.get("base_model_name_or_path")), tuple(notes)
+        version = raw.get("peft_version")
+        self.peft_version = version if isinstance(version, str) else ""
+        self.trained_biases = raw.get("bias") if raw.get("bias") in _BIASES else None
         self.target_modules, self.target_parameters = fields.target_modules, fields.target_parameters
-        self._use_rslora = fields.use_rslora
+        self.use_dora, self._use_rslora = fields.use_dora, fields.use_rslora
         self._ranks = _Patterns("rank_pattern", fields.rank_pattern, fields.r)
         self._alphas = _Patterns("alpha_pattern", fields.alpha_pattern, fields.lora_alpha)
         self._listed_modules = set(fields.target_modules or ())  # read where it is a list
         self._listed_parameters = set(fields.target_parameters)
 
-    def rank_and_scale(self, module: str) -> tuple[int, float]:
-        """Raises InvalidAdapter where the patterns give the linear two meanings."""
-        found = {self._by_name(name) for name in self._names(module)}
-        if len(found) > 1:
+    def rank_and_scale(self, names: Sequence[str]) -> tuple[int, float]:
+        """Of a linear that PEFT may have known by any of `names`. Raises InvalidAdapter where the patterns give it two
+        meanings."""
+        found = [{self._by_name(known_by) for known_by in self._names(name)} for name in names]
+        if any(len(meanings) > 1 for meanings in found):
             raise InvalidAdapter(
-                f"{shown(module)} is named by target_modules and, by its weight, by target_parameters, and the "
+                f"{shown(names[0])} is named by target_modules and, by its weight, by target_parameters, and the "
                 "patterns give it another rank or alpha under each name; PEFT does not load that either. Name it once"
             )
-        return found.pop()
+        return _one_meaning(set().union(*found), names)
+
+    def rank_and_scale_of_parameter(self, names: Sequence[str]) -> tuple[int, float]:
+        """Of a parameter that target_parameters names itself: the matrices of all experts, say."""
+        return _one_meaning({self._by_name(name) for name in names}, names)
+
+    def lists_parameter(self, names: Sequence[str]) -> bool:
+        """Whether target_parameters names it, or names nothing at all."""
+        listed = self._listed_parameters
+        return not listed or any(not listed.isdisjoint(endings(name)) for name in names)
 
     def _by_name(self, name: str) -> tuple[int, float]:
         rank, alpha = self._ranks.find(name), self._alphas.find(name)
@@ -119,7 +138,9 @@ class LoraConfig:
         try:
             return targets == "all-linear" or bool(regex.fullmatch(targets, module, timeout=_PATTERN_SECONDS))
         except (regex.error, TimeoutError):
-            raise InvalidAdapter(f"target_modules in {CONFIG} cannot be used as a regular expression") from None
+            raise InvalidAdapter(
+                f"target_modules in {CONFIG} cannot be used as a regular expression: list the modules' names instead"
+            ) from None
 
 
 def endings(name: str) -> list[str]:
@@ -128,35 +149,48 @@ def endings(name: str) -> list[str]:
     return [".".join(steps[start:]) for start in range(len(steps))]
 
 
-def read_config(folder: Folder) -> LoraConfig:
+def _one_meaning(found: set[tuple[int, float]], names: Sequence[str]) -> tuple[int, float]:
+    if len(found) > 1:
+        raise InvalidAdapter(
+            f"PEFT may have known {shown(names[-1])} by that name or as {shown(names[0])}, and the patterns give it "
+            "another rank or alpha under each: write patterns that match both, or rename the tensors"
+        )
+    return found.pop()
+
+
+def read_config(folder: Folder, ignore_keys: Collection[str] = ()) -> LoraConfig:
     raw = read_json(folder, CONFIG)
-    _refuse_other_methods(raw)
-    _refuse_other_arithmetic(raw)
+    notes = _refuse_other_methods(raw)
+    notes += _refuse_other_arithmetic(raw, ignore_keys)
+    read = {key: raw[key] for key in _READ if raw.get(key) is not None and not (key == "use_dora" and raw[key] in OFF)}
     try:
-        fields = msgspec.convert({key: raw[key] for key in _READ if raw.get(key) is not None}, _Fields, strict=True)
+        fields = msgspec.convert(read, _Fields, strict=True)
     except msgspec.ValidationError as error:
-        raise InvalidAdapter(f"{CONFIG}: {error}") from None
+        raise InvalidAdapter(f"{CONFIG}: {error}; correct the key, or save the adapter again with PEFT") from None
     alphas = [fields.lora_alpha, *fields.alpha_pattern.values()]
     if not all(1 <= rank <= _MAX_RANK for rank in (fields.r, *fields.rank_pattern.values())):
-        raise InvalidAdapter(f"{CONFIG}: r and rank_pattern must be at least 1 and at most {_MAX_RANK:,}")
+        raise InvalidAdapter(
+            f"{CONFIG}: r and rank_pattern must be at least 1 and at most {_MAX_RANK:,}: write the ranks of the tensors"
+        )
     if not all(abs(alpha) <= _MAX_ALPHA for alpha in alphas):
-        raise InvalidAdapter(f"{CONFIG}: lora_alpha and alpha_pattern must be at most {_MAX_ALPHA:.0e}")
+        raise InvalidAdapter(
+            f"{CONFIG}: lora_alpha and alpha_pattern must be at most {_MAX_ALPHA:.0e}: scale B instead"
+        )
     num_patterns = len(fields.rank_pattern) + len(fields.alpha_pattern)
     if num_patterns > _MAX_PATTERNS:
-        raise InvalidAdapter(f"{CONFIG}: {num_patterns:,} patterns; at most {_MAX_PATTERNS:,} are read")
-    return LoraConfig(fields, declared(raw.get("base_model_name_or_path")))
+        raise InvalidAdapter(
+            f"{CONFIG}: {num_patterns:,} patterns; at most {_MAX_PATTERNS:,} are read: a regular expression may stand "
+            "for many names"
+        )
+    return LoraConfig(fields, raw, notes)
 
 
-def _refuse_other_methods(raw: dict[str, Any]) -> None:
+def _refuse_other_methods(raw: dict[str, Any]) -> list[str]:
+    """A note on the task, which changes nothing as long as no head of another task comes with it."""
     peft_type, task = raw.get("peft_type"), raw.get("task_type")
     if peft_type != "LORA":
         remedy = remedies.for_peft_type(peft_type if isinstance(peft_type, str) else None)
-        raise UnsupportedAdapter(f"peft_type {_value(peft_type)} is not served; LORA is: {remedy}")
-    if task not in (None, "CAUSAL_LM"):
-        raise UnsupportedAdapter(
-            f"task_type {_value(task)} is not served; CAUSAL_LM is: a head of another task cannot be served, but if "
-            "this is a LoRA of a language model and the key was written by mistake, set it to CAUSAL_LM"
-        )
+        raise UnsupportedAdapter(f"peft_type {value_of(peft_type)} is not served; LORA is: {remedy}")
     init = raw.get("init_lora_weights")
     changing = next((it for it in _BASE_CHANGING_INITS if isinstance(init, str) and init.lower().startswith(it)), None)
     if changing is not None:
@@ -164,24 +198,14 @@ def _refuse_other_methods(raw: dict[str, Any]) -> None:
             f"init_lora_weights {changing!r} also changed the base weights; save it as a plain LoRA first "
             "(PEFT: path_initial_model_for_weight_conversion)"
         )
+    if task in (None, "CAUSAL_LM"):
+        return []
+    return [f"task_type is {value_of(task)}; the adapter is served as one of a language model, which CAUSAL_LM means."]
 
 
-def _refuse_other_arithmetic(raw: dict[str, Any]) -> None:
-    """Any key that is neither read nor inert must be off: an unknown one may change the formula.
-
-    An empty object is not off: PEFT takes it for a configuration with its defaults.
-    """
+def _refuse_other_arithmetic(raw: dict[str, Any], ignore_keys: Collection[str]) -> list[str]:
+    """Any key that is neither read nor inert must be off: an unknown one may change the formula."""
     for key, value in raw.items():
-        if key in _READ or key in _INERT or value in (None, False, [], "none"):
-            continue
-        remedy = remedies.KEYS.get(key, remedies.UNKNOWN_KEY)
-        raise UnsupportedAdapter(f"{shown(key)} = {_value(value)} in {CONFIG} is not served: {remedy}")
-
-
-def _value(value: object) -> str:
-    """A configuration's value in a message: in full only where it cannot be somebody's text."""
-    if value is None or isinstance(value, bool | int | float):
-        return shown(repr(value))
-    if isinstance(value, str) and value in remedies.WORDS:
-        return repr(value)
-    return "(a text)" if isinstance(value, str) else "(a list)" if isinstance(value, list) else "(an object)"
+        if key in remedies.KEYS and value not in OFF and not (key == "bias" and value in _BIASES):
+            raise UnsupportedAdapter(f"{key} = {value_of(value)} in {CONFIG} is not served: {remedies.KEYS[key]}")
+    return check_unknown(raw, _READ | set(remedies.KEYS), _INERT, ignore_keys, CONFIG)

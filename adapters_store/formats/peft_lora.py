@@ -2,133 +2,196 @@
 
     y += scale * B(A x)      scale = alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv 2106.09685, 2312.03732)
 
-Everything that is not this formula is refused, by its configuration key or by its tensors.
+on linears, on the matrices of routed experts, and with DoRA's magnitudes (arXiv 2402.09353). Everything that is not
+this is refused, by its configuration key or by its tensors.
 """
 
 import re
-from collections import Counter
+from collections.abc import Collection, Sequence
 
-from adapters_store.base_spec import BaseSpec
-from adapters_store.errors import InvalidAdapter, coverage_error, shown
+from adapters_store.base_spec import BaseSpec, ExpertStack
+from adapters_store.errors import InvalidAdapter, UnsupportedAdapter, coverage_error, shown
 from adapters_store.files import Folder
 from adapters_store.formats import remedies
+from adapters_store.formats.expert_keys import ExpertKeys
+from adapters_store.formats.expert_parameters import PARAMETERS, ExpertParameters
+from adapters_store.formats.lora_tensors import LoraModule, by_module, paired
+from adapters_store.formats.names import BaseNames
 from adapters_store.formats.peft_config import CONFIG, LoraConfig, endings, read_config
-from adapters_store.formats.reading import Reading
+from adapters_store.formats.projections import Projections
+from adapters_store.formats.reading import Findings, Reading
+from adapters_store.formats.shards import by_key, check_index, read_shards
+from adapters_store.limits import limits_of
 from adapters_store.parts import LowRank, TensorRef
-from adapters_store.safetensors_file import read_header
 
 WEIGHTS = "adapter_model.safetensors"
-_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
-Sides = dict[str, TensorRef]  # "A" and "B"
+INDEX = "adapter_model.safetensors.index.json"
+_SHARD = re.compile(r"adapter_model-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.safetensors")
 
 
-def read(folder: Folder, base: BaseSpec) -> Reading:
-    config = read_config(folder)
-    _refuse_other_files(folder)
-    weights = read_header(folder.open(WEIGHTS))
-    parts = _Binding(config, base).bind(weights.tensors)
-    scales = ";".join(f"{part.module}={part.scale!r}" for part in parts)
-    return Reading("lora", (weights,), tuple(parts), scales, config.declared_base)
+def read(folder: Folder, base: BaseSpec, ignore_keys: Collection[str] = ()) -> Reading:
+    config, limits = read_config(folder, ignore_keys), limits_of(base)
+    files = _weight_files(folder)
+    shards = read_shards(folder, files, limits)
+    tensors = by_key(shards, limits)
+    check_index(folder, INDEX, files, tensors, limits)
+    binding = _Binding(config, base)
+    parts = binding.bind(list(tensors.values()))
+    _refuse_trained_biases(config, parts, base)
+    notes = (*config.notes, *binding.findings.notes)
+    return Reading("lora", shards, tuple(parts), binding.meaning(parts), config.declared_base, notes)
 
 
-def _refuse_other_files(folder: Folder) -> None:
+def _weight_files(folder: Folder) -> list[str]:
     """Weights that would not be read must not lie there: nobody could say what the adapter is."""
-    if WEIGHTS not in folder.names:
+    shards = {name: match for name in folder.names if (match := _SHARD.fullmatch(name))}
+    files = [WEIGHTS] if WEIGHTS in folder.names else sorted(shards)
+    if not files:
         if "adapter_model.bin" in folder.names:
             raise InvalidAdapter(f"adapter_model.bin is a pickle, which is never opened; save it as {WEIGHTS}")
-        raise InvalidAdapter(f"{WEIGHTS} is missing")
+        raise InvalidAdapter(f"{WEIGHTS} is missing: copy it beside {CONFIG}")
+    others = " and its other shards" if len(files) > 1 else ""
     for name in folder.names:
-        if name == "expert_cfg.json" or (name.endswith(".safetensors") and name != WEIGHTS):
+        if name == "expert_cfg.json" or (name.endswith(".safetensors") and name not in files):
             raise InvalidAdapter(
-                f"{shown(name)} lies beside {CONFIG}, and a LoRA is read from {WEIGHTS} alone: remove it, or move it "
-                "to a directory of its own if it is another adapter"
+                f"{shown(name)} lies beside {CONFIG}, and a LoRA is read from {files[0]}{others} alone: remove it, or "
+                "move it to a directory of its own if it is another adapter"
             )
+    if files[0] != WEIGHTS:
+        counts = {int(match["count"]) for match in shards.values()}
+        numbers = {int(match["number"]) for match in shards.values()}
+        if len(counts) > 1 or numbers != set(range(1, max(counts) + 1)):
+            raise InvalidAdapter(
+                f"{len(files)} shards are there, {shown(files[0])} to {shown(files[-1])}, which are not all of one "
+                "adapter: copy those that are missing, and remove those of another"
+            )
+    return files
+
+
+def _refuse_trained_biases(config: LoraConfig, parts: Sequence[LowRank], base: BaseSpec) -> None:
+    """Where there were biases to train, their values are in the file or lost; where there were none, nothing is."""
+    trained = config.trained_biases
+    if trained is None:
+        return
+    adapted = {name for part in parts for name in (part.module, part.module.rpartition(".")[0])}
+    biased = sorted(base.biased if trained == "all" else base.biased & adapted)
+    if biased:
+        raise UnsupportedAdapter(
+            f"bias = {trained!r} in {CONFIG} is not served: {len(biased):,} modules have a bias that it trained "
+            f"({shown(biased[0])}); {remedies.KEYS['bias']}"
+        )
 
 
 class _Binding:
-    """Pairs A with B for each linear, and collects a line for everything that does not fit, with what to do."""
+    """Gives each module's tensors to whoever reads such, and holds the whole to the coverage contract."""
 
     def __init__(self, config: LoraConfig, base: BaseSpec) -> None:
         self._config, self._base = config, base
-        self._problems: list[str] = []
-        self._remedies: list[str] = []
-        self._expert_tensors: list[str] = []
+        self.findings = Findings()
+        self._projections = Projections(base, config, self.findings)
+        self._parameters = ExpertParameters(config, self.findings)
+        self._experts = ExpertKeys(config, self.findings)
+        self._stacks = {stack.name: stack for stack in base.experts.values()}
+        self._names = BaseNames([*base.linears, *self._projections.names, *self._stacks])
+        self._bound: dict[str, tuple[LowRank, list[LoraModule]]] = {}
 
-    def bind(self, tensors: tuple[TensorRef, ...]) -> list[LowRank]:
+    def bind(self, tensors: Sequence[TensorRef]) -> list[LowRank]:
         """Raises CoverageError."""
-        sides = self._sort(tensors)
-        parts = [part for module, pair in sorted(sides.items()) if (part := self._pair(module, pair)) is not None]
-        if self._expert_tensors:  # said once: there may be thousands
-            count, first = len(self._expert_tensors), shown(self._expert_tensors[0])
-            self._refuse(f"{count} are LoRA on routed experts ({first}{', …' if count > 1 else ''})", remedies.EXPERTS)
-        self._problems += self._untouched_targets(parts)
-        if self._problems:
-            raise coverage_error(self._problems, 2 * len(parts), len(tensors), self._remedies)
-        return parts
+        modules = by_module(tensors, self.findings)
+        for module in modules:
+            self._read(module)
+        for part, of in (*self._projections.read_parts(), *self._parameters.read(), *self._experts.read()):
+            self._keep([part], of)
+        self._refuse_overlaps()
+        self._refuse_untouched_targets(modules)
+        if self.findings.problems:
+            made_of = {id(module): module for _, of in self._bound.values() for module in of}
+            count = sum(len(module.tensors) for module in made_of.values())
+            raise coverage_error(self.findings.problems, count, len(tensors), self.findings.remedies)
+        return [part for _, (part, _) in sorted(self._bound.items())]
 
-    def _refuse(self, problem: str, remedy: str | None = None) -> None:
-        self._problems.append(problem)
-        if remedy is not None and remedy not in self._remedies:
-            self._remedies.append(remedy)
+    def meaning(self, parts: Sequence[LowRank]) -> str:
+        exchanged = set(self._parameters.exchanged)
+        return ";".join(
+            f"{part.module}={part.scale!r}{',exchanged' if part.module in exchanged else ''}" for part in parts
+        )
 
-    def _sort(self, tensors: tuple[TensorRef, ...]) -> dict[str, Sides]:
-        """A and B by module, for the modules that the base has."""
-        sides: dict[str, Sides] = {}
-        names: Counter[str | None] = Counter()
-        for tensor in tensors:
-            match = _KEY.fullmatch(tensor.key)
-            if match is None:
-                what, remedy = remedies.for_tensor(tensor.key)
-                self._refuse(f"{shown(tensor.key)}: not the A or B of a LoRA linear but {what}", remedy)
-                continue
-            module, side = match["module"], match["side"]
-            names[match["adapter"]] += 1
-            if module.endswith((".experts", ".experts.base_layer")):
-                self._expert_tensors.append(tensor.key)
-            elif module not in self._base.linears:
-                what, remedy = remedies.for_module(module, self._base.linears)
-                self._refuse(f"{shown(tensor.key)}: the base has no linear {shown(module)} ({what})", remedy)
+    def _read(self, module: LoraModule) -> None:
+        plain = module.path.plain
+        name = self._names.find(plain)
+        if name in self._stacks or name is None:
+            self._read_experts(module)
+            return
+        self._note_renamings(module, plain, name)
+        if name in self._base.linears:
+            pair = paired(module, *self._base.linears[name], self._config, self.findings)
+            self._keep([LowRank(name, pair.a, pair.b, pair.scale, pair.magnitude)] if pair else [], [module])
+        elif self._projections.is_fused(name):
+            self._keep(self._projections.read_fused(name, module), [module])
+        else:
+            self._projections.add_part(name, module)
+
+    def _read_experts(self, module: LoraModule) -> None:
+        """….experts, ….experts.base_layer, ….experts.3.gate_proj or ….experts.w1."""
+        stack, tail = self._stack_of(module.path.plain)
+        if stack is None:
+            what, remedy = remedies.for_module(module.path.plain)
+            for tensor in module.tensors:
+                self.findings.refuse(f"{shown(tensor.key)}: the base has no linear {module.name} ({what})", remedy)
+            return
+        self._note_renamings(module, module.path.plain[: len(module.path.plain) - len(tail)].rstrip("."), stack.name)
+        if tail in ("", "base_layer"):
+            self._parameters.add(stack, module)
+        else:
+            self._experts.add(stack, tail, module)
+
+    def _stack_of(self, plain: str) -> tuple[ExpertStack | None, str]:
+        """The experts that the name begins with, and what follows."""
+        steps = plain.split(".")
+        for length in range(len(steps), max(0, len(steps) - 3), -1):
+            name = self._names.find(".".join(steps[:length]))
+            if name in self._stacks:
+                return self._stacks[name], ".".join(steps[length:])
+        return None, ""
+
+    def _note_renamings(self, module: LoraModule, plain: str, name: str) -> None:
+        self._names.note_prefix(module.path)
+        for sentence in (*module.path.oddities, *self._names.renamings(plain, name)):
+            self.findings.note(sentence, len(module.tensors))
+
+    def _keep(self, parts: Sequence[LowRank], of: list[LoraModule]) -> None:
+        for part in parts:
+            if part.module in self._bound:
+                other = self._bound[part.module][1][0]
+                problem = f"{of[0].name} and {other.name} are the same linear of this base, {shown(part.module)}"
+                self.findings.refuse(problem, remedies.TWICE)
             else:
-                sides.setdefault(module, {})[side] = tensor
-        _refuse_two_names(names)  # a side that came twice came under two names
-        return sides
+                self._bound[part.module] = (part, of)
 
-    def _pair(self, module: str, pair: Sides) -> LowRank | None:
-        if len(pair) == 1:
-            side = next(iter(pair))
-            self._refuse(f"{shown(module)}: lora_{side} without lora_{'B' if side == 'A' else 'A'}")
-            return None
-        out_features, in_features = self._base.linears[module]
-        rank, scale = self._config.rank_and_scale(module)
-        for side, expected in (("A", (rank, in_features)), ("B", (out_features, rank))):
-            shape = pair[side].shape
-            if shape != expected:
-                remedy = "if the ranks differ from module to module, list them in rank_pattern"
-                self._refuse(f"{shown(module)}.lora_{side}: shape {list(shape)}, expected {list(expected)}", remedy)
-                return None
-        return LowRank(module, pair["A"], pair["B"], scale)
+    def _refuse_overlaps(self) -> None:
+        """gate_up_proj of an expert is gate_proj and up_proj."""
+        for stack in self._stacks:
+            for matrix in ("gate_proj", "up_proj"):
+                if f"{stack}.gate_up_proj" in self._bound and f"{stack}.{matrix}" in self._bound:
+                    problem = f"{shown(stack)}: both gate_up_proj and {matrix}, which is a part of it"
+                    self.findings.refuse(problem, remedies.TWICE)
 
-    def _untouched_targets(self, parts: list[LowRank]) -> list[str]:
+    def _refuse_untouched_targets(self, modules: Sequence[LoraModule]) -> None:
         """Targets that the configuration lists and the base has, but the file holds no tensor for."""
-        there = {ending for module in self._base.linears for ending in endings(module)}
-        bound = {ending for part in parts for ending in endings(part.module)}
-        modules = self._config.target_modules
-        listed = [("target_modules", target, target) for target in (modules if isinstance(modules, list) else ())]
+        targets = self._config.target_modules
+        listed = [("target_modules", target, target) for target in (targets if isinstance(targets, list) else ())]
         listed += [("target_parameters", it, it.removesuffix(".weight")) for it in self._config.target_parameters]
-        return [
-            f"{key} lists {shown(target)}, but the file has no tensors for it"
-            for key, target, module in sorted(listed)
-            if module in there and module not in bound
-        ]
+        sought = {module for _, _, module in listed}
+        there = {"target_modules": _among(sought, self._base.linears)}
+        matrices = [f"{stack}.{matrix}" for stack in self._stacks for matrix in PARAMETERS]
+        there["target_parameters"] = there["target_modules"] | _among(sought, matrices)
+        bound = _among(sought, [*self._bound, *(name for module in modules for name in module.path.known_by)])
+        for key, target, module in sorted(listed):
+            if module in there[key] and module not in bound:
+                problem = f"{key} lists {shown(target)}, but the file has no tensors for it"
+                self.findings.refuse(problem, f"copy the whole file, or take out of {key} what was not trained")
 
 
-def _refuse_two_names(names: Counter[str | None]) -> None:
-    """`lora_A.default` names an adapter; PEFT loads those of one name, and files have none as a rule."""
-    if len(names) < 2:
-        return
-    told = ", ".join(f"{count} of {shown(name)!r}" for name, count in sorted((n, c) for n, c in names.items() if n)[:4])
-    told += f", {names[None]} without a name" if names[None] else ""
-    raise InvalidAdapter(
-        f"{WEIGHTS} holds tensors of more than one adapter ({told}): save each adapter in a directory of its own "
-        "(PEFT: save_pretrained with selected_adapters)"
-    )
+def _among(sought: Collection[str], names: Collection[str]) -> set[str]:
+    """Those that some name ends in."""
+    return {ending for name in names for ending in endings(name) if ending in sought}

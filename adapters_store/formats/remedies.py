@@ -1,7 +1,6 @@
 """What to do about an adapter that is refused: data, not logic. Facts about PEFT are those of version 0.21."""
 
 import re
-from collections.abc import Container
 
 _MERGE = "merge the adapter into its base (PEFT: merge_and_unload) and serve that"
 _PLAIN = "train a plain LoRA"
@@ -17,18 +16,17 @@ MERGEABLE = frozenset({"ADALORA", "ADAMSS", "BEFT", "BOFT", "DEFT", "FROD", "GLO
 OTHER_TYPES = frozenset({"ADAPTION_PROMPT", "CARTRIDGE", "CPT", "LILY", "MULTITASK_PROMPT_TUNING", "P_TUNING", "POLY",
                          "PREFIX_TUNING", "PROMPT_TUNING", "SHADOW", "XLORA"})  # fmt: skip
 
-TASK_TYPES = frozenset({"SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"})
+_TASK_TYPES = frozenset({"SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"})
 
 # values of configuration keys that may be repeated in a message: PEFT's own words
 WORDS = frozenset({"all", "lora_only", "none", "gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal",
-                   "lora_ga", "mica"}) | TASK_TYPES | CONVERTIBLE | MERGEABLE | OTHER_TYPES  # fmt: skip
+                   "lora_ga", "mica"}) | _TASK_TYPES | CONVERTIBLE | MERGEABLE | OTHER_TYPES  # fmt: skip
 
 # keys of adapter_config.json that change the arithmetic
 KEYS = {
     "alora_invocation_tokens": f"an aLoRA acts from its invocation tokens on; {_PLAIN}",
     "arrow_config": "Arrow routes between several adapters; serve them one by one",
-    "bias": f"train with bias='none', or {_MERGE}; on a base without biases set it to 'none', nothing was trained then",
-    "fan_in_fan_out": "set it to false where the base's linears are nn.Linear: PEFT itself ignores it there",
+    "bias": f"train with bias='none', or {_MERGE}",
     "kasa_config": f"{_MERGE}, or {_PLAIN}",
     "layer_replication": "it makes a deeper model; build that model, serve it as a base of its own and its LoRA on it",
     "lora_bias": f"{_MERGE}, or train with lora_bias=False",
@@ -37,11 +35,13 @@ KEYS = {
     "monteclora_config": f"{_MERGE}, or {_PLAIN}",
     "trainable_token_indices": f"{_MERGE}, or train without new tokens",
     "use_bdlora": f"{_MERGE}, or {_PLAIN}",
-    "use_dora": f"{_MERGE}, or train with use_dora=False",
-    "use_qalora": "on linears that are not quantised it changes nothing: set it to false there",
     "velora_config": f"{_MERGE}, or {_PLAIN}",
 }
-UNKNOWN_KEY = "remove the key if it does not change what the adapter computes (a tool's own note, say)"
+UNKNOWN_KEY = (
+    "if it does not (a tool's own note, say), name it in ignore_keys (heddle serve: --ignore-key), or remove it from "
+    "the file"
+)
+INDEX = "write the index again, or remove it: the files themselves say what they hold"
 
 
 def for_peft_type(peft_type: str | None) -> str:
@@ -54,42 +54,42 @@ def for_peft_type(peft_type: str | None) -> str:
     return _PLAIN
 
 
-EXPERTS = (
-    "LoRA on routed experts is not served: train with target_modules that name attention and shared linears only "
-    f"(since 0.19 PEFT turns 'all-linear' and the names of a mixture's MLP into its experts), or {_MERGE}"
+OTHER_MODEL = "serve the adapter on the base that it was trained on"
+INCOMPLETE = "save or copy the adapter again: A and B come in pairs, and DoRA's magnitude with them"
+RANKS = "if the ranks differ from module to module, list them in rank_pattern"
+TWICE = "keep one of the two; if both were trained, they are two adapters"
+SCALES = (
+    "multiply each B in the file by its module's scale (alpha / r), and set lora_alpha and r so that the scale of all "
+    "is 1"
+)
+DORA_ON_EXPERTS = f"{_MERGE}, or train with use_dora=False"
+EXPERT_NAMES = (
+    "name them gate_proj, up_proj and down_proj (or w1, w3 and w2), with an expert's number before it or with all "
+    "experts in one tensor; PEFT's target_parameters stand at the experts' own name"
+)
+INTERLEAVED = (
+    "train gate_up_proj itself, with PEFT's target_parameters: rows of gate and up alternate in it, and what is "
+    "trained on one of them has no place there"
 )
 
-# names of modules that the base has no linear for: (pattern, what it is, what to do). The first match counts
+# names of modules that the base has nothing for: (pattern, what it is, what to do). The first match counts
 _MODULES = (
-    (r"(?:^|\.)experts\.\d+\.", "LoRA on single experts, under Transformers 4's names", EXPERTS),
-    (r"\.experts\.w[123]$", "LoRA on routed experts, under Tinker's or SGLang's names", EXPERTS),
-    (r"base_model\.model\.", "the prefix base_model.model. twice", "remove one base_model.model. from the keys"),
-    (r"_orig_mod\.", "torch.compile's prefix", "remove _orig_mod. from the keys, or save the model uncompiled"),
-    (r"^(?:model\.)?language_model\.|\.language_model\.", "the text part of a multimodal model",
-     "remove language_model. from the keys, so that they begin with base_model.model.model.layers"),
+    (r"(?:^|\.)experts(?:\.|$)", "LoRA on routed experts, which it does not have there", OTHER_MODEL),
     (r"(?:^|\.)(?:vision_tower|visual|vision_model|multi_modal_projector)\.", "the image part of a multimodal model",
      "train with target_modules that match the text part only"),
-    (r"\.attn\.|(?:^|\.)unembed_tokens$", "Tinker's names",
-     "convert it to PEFT's names with Tinker's own converter (self_attn, lm_head)"),
-    (r"\.(?:gate|router)(?:\.\w+)?$", "LoRA on a router", f"train without the router (gate), or {_MERGE}"),
-    (r"\.(?:qkv_proj|query_key_value|Wqkv|gate_up_proj)$", "a fused linear, which this base has in parts",
-     "split B by the outputs of q, k, v (or gate, up) and give each part the same A"),
+    (r"\.(?:gate|router)(?:\.\w+)?$", "LoRA on a router, which it does not have there",
+     f"{OTHER_MODEL}, or train without the router (gate)"),
+    (r"\.(?:query_key_value|Wqkv|c_attn)$", "a fused linear, which this base has in parts",
+     "split B by the outputs of q, k and v and give each part the same A"),
 )  # fmt: skip
-# linears of which some bases have one for several: its name, and the names of its parts
-_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-_OTHER_MODEL = "serve the adapter on the base that it was trained on"
 
 
-def for_module(module: str, linears: Container[str]) -> tuple[str, str]:
-    """What a module is that the base has no linear for, and what to do."""
-    parent, _, name = module.rpartition(".")
-    for fused, parts in _FUSED.items():
-        if name in parts and f"{parent}.{fused}" in linears:
-            return f"a part of {fused}, which is one linear here", f"train with {fused} among target_modules"
+def for_module(module: str) -> tuple[str, str]:
+    """What a module is that the base has nothing for, and what to do."""
     for pattern, what, remedy in _MODULES:
         if re.search(pattern, module):
             return what, remedy
-    return "a module that this base does not have", _OTHER_MODEL
+    return "a module that this base does not have", OTHER_MODEL
 
 
 # keys of an ESFT adapter that are no expert's gate, up or down matrix: (pattern, what it is, what to do)
@@ -113,11 +113,9 @@ _TENSORS = (
     (r"\.base_layer\.weight$|\.(?:embed_tokens|lm_head)\.weight$", "a copy of a base weight",
      "if the copy equals the base's, save the adapter with save_embedding_layers=False; if it was trained or resized, "
      f"{_MERGE}"),
-    (r"\.lora_magnitude_vector", "DoRA's magnitudes", KEYS["use_dora"]),
+    (r"\.lora_magnitude_vector", "DoRA's magnitudes under another name", "save the adapter again with PEFT"),
     (r"\.lora_[AB].*\.bias$", "a LoRA's bias", KEYS["lora_bias"]),
     (r"\.bias$", "a trained bias", KEYS["bias"]),
-    (r"^(?!base_model\.model\.).*\.lora_[AB]\.", "a key without the prefix base_model.model.",
-     "put base_model.model. before every key"),
     (r"\.modules_to_save\.", "a module that was trained whole", KEYS["modules_to_save"]),
     (r"\.token_adapter\.|trainable_tokens", "trained tokens", KEYS["trainable_token_indices"]),
 )  # fmt: skip

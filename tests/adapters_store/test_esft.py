@@ -137,7 +137,9 @@ def test_each_matrix_has_its_own_shape(tmp_path: Path, matrix: str) -> None:
 
 
 def test_experts_of_another_layout_are_not_replaced(tmp_path: Path) -> None:
-    base = BaseSpec("gpt_oss", {}, {1: ExpertStack(EXPERTS, HIDDEN, FFN, "model.layers.1.mlp.experts", True, True, True)})
+    base = BaseSpec(
+        "gpt_oss", {}, {1: ExpertStack(EXPERTS, HIDDEN, FFN, "model.layers.1.mlp.experts", True, True, True)}
+    )
     message = refused(esft(tmp_path / "a", {1: [0]}), base)
     assert "experts of gpt_oss have another layout than ESFT's gate, up and down" in message
 

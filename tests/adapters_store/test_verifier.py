@@ -304,7 +304,9 @@ def test_a_process_ends_with_its_parent(tmp_path: Path, job: Callable[[str], Job
 def test_the_event_loop_is_not_held_up(tmp_path: Path) -> None:
     """By an adapter of as many tensors as are served: to start a process, and to read a long answer."""
     experts, layers = 128, 52
-    base = BaseSpec("moe", {}, {layer: ExpertStack(experts, 1, 1, f"model.layers.{layer}.mlp.experts") for layer in range(layers)})
+    base = BaseSpec(
+        "moe", {}, {layer: ExpertStack(experts, 1, 1, f"model.layers.{layer}.mlp.experts") for layer in range(layers)}
+    )
     (tmp_path / "a").mkdir()
     for shard in range(4):
         tensors = {
