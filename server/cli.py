@@ -62,6 +62,9 @@ def _parser() -> argparse.ArgumentParser:
                         help="what the base is known as beside its directory's name and its configuration's: adapters "
                         "that say they were trained on another get a warning (repeatable)")  # fmt: skip
     served.add_argument("--strict-base", action="store_true", help="refuse those adapters")
+    served.add_argument("--ignore-key", metavar="KEY", action="append", default=[],
+                        help="an unknown key of configurations below --adapters that may be passed over "
+                        "(repeatable)")  # fmt: skip
     served.add_argument("--verify-timeout-s", type=float, default=60.0, metavar="S",
                         help="seconds that verifying one adapter may take, with reading every byte")  # fmt: skip
     http = serve.add_argument_group("where")
@@ -125,6 +128,7 @@ def _config(options: argparse.Namespace) -> ServerConfig:
         model_name=name,
         base_names=tuple(options.base_name),
         strict_base=options.strict_base,
+        ignore_keys=tuple(options.ignore_key),
         verify_timeout_s=options.verify_timeout_s,
         host=options.host,
         port=options.port,

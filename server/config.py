@@ -58,6 +58,7 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model_name: str | None = None  # what requests call the base; default: the directory's name
     base_names: tuple[str, ...] = ()  # what the base is known as beside that, compared with what adapters say
     strict_base: bool = False  # refuse adapters that say they were trained on another base
+    ignore_keys: tuple[str, ...] = ()  # unknown keys of configurations below adapters_dir to pass over
     verify_timeout_s: float = 60.0  # for one adapter, every byte of which is read
     host: str = "127.0.0.1"
     port: int = 8000

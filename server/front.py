@@ -111,7 +111,7 @@ async def _register_directory(service: Service, reports: Reports) -> None:
             continue
         outcome: CatalogEntry | AdapterError
         try:
-            outcome = await verified(name, path, service)
+            outcome = await verified(name, path, service, service.config.ignore_keys)
             register(outcome, service)
         except AdapterError as refusal:
             outcome = refusal

@@ -94,6 +94,7 @@ class _Binding:
         self._stacks = {stack.name: stack for stack in base.experts.values()}
         self._names = BaseNames([*base.linears, *self._projections.names, *self._stacks])
         self._bound: dict[str, tuple[LowRank, list[LoraModule]]] = {}
+        self._no_experts: list[str] = []  # keys of those that the base does not have
 
     def bind(self, tensors: Sequence[TensorRef]) -> list[LowRank]:
         """Raises CoverageError."""
@@ -102,6 +103,9 @@ class _Binding:
             self._read(module)
         for part, of in (*self._projections.read_parts(), *self._parameters.read(), *self._experts.read()):
             self._keep([part], of)
+        if self._no_experts:  # said once: there may be thousands
+            first = f"{shown(self._no_experts[0])}{', …' if len(self._no_experts) > 1 else ''}"
+            self.findings.refuse(f"{len(self._no_experts)} are {remedies.NO_EXPERTS} ({first})", remedies.OTHER_MODEL)
         self._refuse_overlaps()
         self._refuse_untouched_targets(modules)
         if self.findings.problems:
@@ -136,6 +140,9 @@ class _Binding:
         stack, tail = self._stack_of(module.path.plain)
         if stack is None:
             what, remedy = remedies.for_module(module.path.plain)
+            if what == remedies.NO_EXPERTS:
+                self._no_experts += [tensor.key for tensor in module.tensors]
+                return
             for tensor in module.tensors:
                 self.findings.refuse(f"{shown(tensor.key)}: the base has no linear {module.name} ({what})", remedy)
             return

@@ -72,9 +72,10 @@ INTERLEAVED = (
     "trained on one of them has no place there"
 )
 
+NO_EXPERTS = "LoRA on routed experts, which the base does not have there"
 # names of modules that the base has nothing for: (pattern, what it is, what to do). The first match counts
 _MODULES = (
-    (r"(?:^|\.)experts(?:\.|$)", "LoRA on routed experts, which it does not have there", OTHER_MODEL),
+    (r"(?:^|\.)experts(?:\.|$)", NO_EXPERTS, OTHER_MODEL),
     (r"(?:^|\.)(?:vision_tower|visual|vision_model|multi_modal_projector)\.", "the image part of a multimodal model",
      "train with target_modules that match the text part only"),
     (r"\.(?:gate|router)(?:\.\w+)?$", "LoRA on a router, which it does not have there",

@@ -6,7 +6,7 @@ from adapters_store.errors import InvalidAdapter, shown
 from adapters_store.files import Folder
 from adapters_store.formats import remedies
 from adapters_store.json_file import read_json
-from adapters_store.limits import Limits
+from adapters_store.limits import MAX_HEADER_BYTES, Limits
 from adapters_store.parts import TensorRef
 from adapters_store.safetensors_file import Weights, read_header
 
@@ -14,17 +14,16 @@ MAX_SHARDS = 128  # all are held open together
 
 
 def read_shards(folder: Folder, files: Sequence[str], limits: Limits) -> tuple[Weights, ...]:
-    """The headers of all files, which together are held to the limits of one."""
+    """The headers of all files, which together may have no more bytes than any base's adapter in one."""
     if len(files) > MAX_SHARDS:
         raise InvalidAdapter(
             f"there are {len(files):,} .safetensors files; at most {MAX_SHARDS} are served: save the adapter in fewer"
         )
     shards: list[Weights] = []
-    left = limits
+    left = MAX_HEADER_BYTES
     for name in files:
-        shard = read_header(folder.open(name), left)
-        shards.append(shard)
-        left = Limits(max(0, left.header_bytes - len(shard.raw_header)), limits.tensors)
+        shards.append(read_header(folder.open(name), Limits(min(limits.header_bytes, left), limits.tensors)))
+        left -= len(shards[-1].raw_header)
     return tuple(shards)
 
 

@@ -1,7 +1,7 @@
 """Adapters while others decode: POST, GET and DELETE /v1/adapters."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from fastapi import APIRouter, Request, Response
 
@@ -30,11 +30,12 @@ async def add(request: Request) -> Response:
     Its weights travel to the device when a request first asks for it.
     """
     service, body = service_of(request), await read_body(request, AdapterBody)
-    entry = await unless_client_leaves(request, verified(body.name, body.path, service))
+    entry = await unless_client_leaves(request, verified(body.name, body.path, service, body.ignore_keys))
     is_new = register(entry, service)
     declared = entry.package.declared_base or "a base that it does not name"
     log.info("adapter %s: %s, trained on %s", entry.ref.name, entry.ref.kind, declared)
-    return respond(201 if is_new else 200, _adapter(entry, service, _on_device(service)))
+    told = _adapter(entry, service, _on_device(service)) | {"notes": list(entry.package.notes)}
+    return respond(201 if is_new else 200, told)
 
 
 @router.get("/v1/adapters")
@@ -62,10 +63,10 @@ async def delete(name: str, request: Request) -> Response:
     return respond(200, {"id": name, "object": "adapter", "deleted": True})
 
 
-async def verified(name: str, path: str, service: Service) -> CatalogEntry:
+async def verified(name: str, path: str, service: Service, ignore_keys: Sequence[str] = ()) -> CatalogEntry:
     """The adapter at `path`, fit to be registered under this name. Raises AdapterError, Overloaded, ShuttingDown."""
     try:
-        entry = entry_of(name, await service.verifier.verify(service.catalog.job(name, path)))
+        entry = entry_of(name, await service.verifier.verify(service.catalog.job(name, path, ignore_keys)))
     except VerifierBusy:
         raise Overloaded("as many adapters wait to be verified as may; try again later") from None
     except VerifierClosed:
@@ -78,6 +79,8 @@ def register(entry: CatalogEntry, service: Service) -> bool:
     """Whether the name did not yet mean these weights."""
     is_new = service.catalog.add(entry)
     service.client.add_adapter(entry.ref, entry.package)  # known or not: its files may be elsewhere now
+    for note in entry.package.notes if is_new else ():
+        log.info("adapter %s: %s", entry.ref.name, note)
     for warning in warnings_for(entry, service):
         log.warning("adapter %s: %s", entry.ref.name, warning)
     return is_new

@@ -254,7 +254,9 @@ class ChatBody(GenerationBody):
 
 
 class AdapterBody(Body):
-    """`path` is a directory on the server, below one of its adapter roots; relative ones are taken below the first."""
+    """`path` is a directory on the server, below one of its adapter roots; relative ones are taken below the first.
+    `ignore_keys` are unknown keys of the adapter's configuration that may be passed over."""
 
     name: str
     path: Annotated[str, Field(min_length=1, max_length=4096)]
+    ignore_keys: Annotated[list[Annotated[str, Field(max_length=200)]], Field(max_length=64, fail_fast=True)] = []

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from adapters_store.base_spec import BaseSpec, ExpertStack
 from adapters_store.errors import AdapterError, CoverageError, InvalidAdapter, UnsupportedAdapter
-from adapters_store.formats import esft as reader
+from adapters_store.formats import shards as reader
 from adapters_store.parts import ExpertReplacement
 from tests.support.adapter_files import BASE, EXPERTS, FFN, HIDDEN, edit_weights, esft, read_adapter
 
@@ -60,19 +60,25 @@ def test_the_last_expert_of_a_layer_is_one_and_the_next_is_none(tmp_path: Path) 
 @pytest.mark.parametrize("ids", [0, "0", {"0": 1}, None, [True], [0.0], ["0"], [-1], [10**6], [[0]]])
 def test_what_is_no_list_of_expert_ids_is_refused(tmp_path: Path, ids: Any) -> None:
     message = refused(esft(tmp_path / "a", {1: [0]}, experts={"1": ids}))
-    assert message == "expert_cfg.json: layer '1' must be a number in plain digits with a list of expert ids"
+    assert (
+        message
+        == "expert_cfg.json: layer '1' must be a number in plain digits with a list of expert ids; correct the entry"
+    )
 
 
 def test_the_largest_id_that_is_read_is_then_missing(tmp_path: Path) -> None:
     message = refused(esft(tmp_path / "a", {1: [0]}, experts={"1": [0, 999_999]}))
     assert "all 3 tensors of the adapter fit this base" in message
-    assert message.endswith("layer 1 expert 999999: gate, up, down missing or unusable")
+    assert "layer 1 expert 999999: gate, up, down missing or unusable. To do: copy all files of the adapter" in message
 
 
 @pytest.mark.parametrize("experts", [{}, [], [[0]], None, "1", 5, False])
 def test_what_maps_no_layers_is_refused(tmp_path: Path, experts: Any) -> None:
     message = refused(esft(tmp_path / "a", {1: [0]}, experts=experts))
-    assert message == "expert_cfg.json must map layers to lists of expert ids under 'experts'"
+    assert message == (
+        "expert_cfg.json must map layers to lists of expert ids under 'experts': write them there, or remove the file "
+        "to have them read off the tensors"
+    )
 
 
 def test_a_layer_may_list_nothing(tmp_path: Path) -> None:
@@ -124,7 +130,12 @@ def test_everything_that_is_wrong_is_listed(tmp_path: Path) -> None:
         "layer 2 expert 3: down missing or unusable",
     ):
         assert says in message
-    assert message.count("To do: ") == 1
+    for remedy in (
+        "tune routed experts only",
+        "serve the adapter on the base that it was trained on",
+        "copy all files of the adapter, or list in expert_cfg.json only what was tuned",
+    ):
+        assert message.count(f"To do: {remedy}") == 1
 
 
 @pytest.mark.parametrize("matrix", SHAPES)
@@ -142,11 +153,15 @@ def test_experts_of_another_layout_are_not_replaced(tmp_path: Path) -> None:
     )
     message = refused(esft(tmp_path / "a", {1: [0]}), base)
     assert "experts of gpt_oss have another layout than ESFT's gate, up and down" in message
+    assert "To do: train a LoRA on them (PEFT: target_parameters)" in message
 
 
 def test_the_base_that_needs_experts_is_named(tmp_path: Path) -> None:
     message = refused(esft(tmp_path / "a", {1: [0]}), BaseSpec("llama", {}, {}))
-    assert message == "an ESFT adapter needs a mixture-of-experts base; this one is llama"
+    assert message == (
+        "an ESFT adapter needs a mixture-of-experts base; this one is llama: serve the adapter on "
+        "the base that it was trained on"
+    )
 
 
 # -- files ---
@@ -169,19 +184,24 @@ def test_an_adapter_may_lie_in_many_files_and_no_more_than_are_held_open(
     monkeypatch.setattr(reader, "MAX_SHARDS", 6)
     assert len(read_adapter(shards(tmp_path / "six", 6), BASE).parts) == 2
     message = refused(shards(tmp_path / "seven", 7))
-    assert message == "there are 7 .safetensors files; at most 6 are served"
+    assert message == "there are 7 .safetensors files; at most 6 are served: save the adapter in fewer"
 
 
 def test_a_tensor_in_two_files_is_refused_with_both(tmp_path: Path) -> None:
     directory = esft(tmp_path / "a", {1: [0]})
     save_file({key(1, 0, "up"): torch.ones(SHAPES["up"])}, directory / "more.safetensors")
-    assert refused(directory) == f"{key(1, 0, 'up')} is in both model-00001-of-000001.safetensors and more.safetensors"
+    assert refused(directory) == (
+        f"{key(1, 0, 'up')} is in both model-00001-of-000001.safetensors and more.safetensors: remove the file that "
+        "does not belong to the adapter"
+    )
 
 
 def test_a_configuration_alone_is_no_adapter(tmp_path: Path) -> None:
     directory = esft(tmp_path / "a", {1: [0]})
     (directory / "model-00001-of-000001.safetensors").unlink()
-    with pytest.raises(InvalidAdapter, match=r"^there are no \.safetensors files beside expert_cfg\.json$"):
+    with pytest.raises(
+        InvalidAdapter, match=r"^there are no \.safetensors files beside expert_cfg\.json: copy them there; pickles"
+    ):
         read_adapter(directory, BASE)
 
 
@@ -189,13 +209,16 @@ def test_a_configuration_alone_is_no_adapter(tmp_path: Path) -> None:
 def test_an_index_without_its_map_is_refused(tmp_path: Path, index: dict[str, Any]) -> None:
     directory = esft(tmp_path / "a", {1: [0]})
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert refused(directory) == "model.safetensors.index.json has no weight_map"
+    assert refused(directory) == (
+        "model.safetensors.index.json has no weight_map; write the index again, or remove it: the files themselves say "
+        "what they hold"
+    )
 
 
 def test_too_many_tensors_are_counted_over_all_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("adapters_store.safetensors_file.MAX_TENSORS", 6)
+    monkeypatch.setattr("adapters_store.limits.MAX_TENSORS", 6)
     assert len(read_adapter(shards(tmp_path / "six", 6), BASE).parts) == 2
-    assert refused(shards(tmp_path / "seven", 7)) == "the adapter holds 7 tensors; 1 to 6 are served"
+    assert refused(shards(tmp_path / "seven", 7)).startswith("the adapter holds 7 tensors; 1 to 6 are served: ")
 
 
 @pytest.mark.parametrize("name", ["run_ep3", "_ep0", "a\n_ep1"])

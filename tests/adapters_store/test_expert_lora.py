@@ -1,4 +1,4 @@
-"""LoRA on routed experts, layout by layout: dense changes made of the parts against those made of the stored tensors."""
+"""LoRA on routed experts, layout by layout: dense changes made of the parts against those made of what is stored."""
 
 from pathlib import Path
 from typing import Any
@@ -144,7 +144,7 @@ def test_patterns_match_the_parameters_name(tmp_path: Path) -> None:
     gate_up, down = parameter(H, 2 * I, rank=4), parameter(I, H)
     tensors = at(f"{EXPERTS}.base_layer", gate_up) | at(EXPERTS, down)
     patterns = {"rank_pattern": {r".*\.gate_up_proj": 4, "experts": 9},
-                "alpha_pattern": {r".*\.gate_up_proj": 12, "mlp.experts.down_proj": 8, "experts.base_layer": 99}}  # fmt: skip
+                "alpha_pattern": {r".*\.gate_up_proj": 12, "experts.down_proj": 8, "base_layer": 99}}  # fmt: skip
     package = read_adapter(save_peft(tmp_path / "a", tensors, **patterns), BASE)
     torch.testing.assert_close(delta(package, f"{EXPERTS}.gate_up_proj"), change(gate_up, 3).mT)
     torch.testing.assert_close(delta(package, f"{EXPERTS}.down_proj"), change(down, 4).mT)
@@ -163,10 +163,10 @@ def test_gpt_oss_has_its_parameters_the_other_way_round(tmp_path: Path) -> None:
     [
         (parameter(H + 1, 2 * I), {}, "A [8, 11] and B [12, 8] are no LoRA on 4 experts' gate_up_proj [12, 10] or",
          "serve the adapter on the base that it was trained on"),
-        ({**parameter(H, 2 * I), "lora_A.weight": torch.ones(7, H)}, {}, "are no LoRA on 4 experts'", "serve the adapter"),
+        ({**parameter(H, 2 * I), "lora_A.weight": torch.ones(7, H)}, {}, "are no LoRA on 4", "serve the adapter"),
         ({"lora_A.weight": torch.ones(8, H)}, {}, "lora_A without lora_B", "save or copy the adapter again"),
         (parameter(H, 2 * I, rank=3), {}, "rank 3 of model.layers.1.mlp.experts.gate_up_proj, which the configuration "
-         "gives 2", "if the ranks differ from one parameter to another, list them in rank_pattern by the parameter's name"),
+         "gives 2", "if the ranks differ from one parameter to another, list them in rank_pattern"),
         (parameter(H, 2 * I), {"target_parameters": ["experts.down_proj"]}, "its shape is that of gate_up_proj, which "
          "target_parameters does not list", "list the parameter in target_parameters"),
         (parameter(H, 2 * I), {"use_dora": True}, "DoRA on routed experts", "merge the adapter into its base"),
@@ -248,20 +248,20 @@ def test_mixtrals_names_under_transformers_4(tmp_path: Path) -> None:
     [
         (expert(0, "gate_proj") | expert(1, "gate_proj"), {"alpha_pattern": {"1.gate_proj": 8}},
          "its experts have different scales (3 and 4, …)", "multiply each B in the file by its module's scale"),
-        (expert(0, "gate_proj") | expert(0, "w1", 2, "gate_proj"), {}, "expert 0 has model.layers.1.mlp.experts.0.gate_proj"
-         " too, the same matrix", "keep one of the two"),
+        (expert(0, "gate_proj") | expert(0, "w1", 2, "gate_proj"), {}, "expert 0 has model.layers.1.mlp.experts.0."
+         "gate_proj too, the same matrix", "keep one of the two"),
         (expert(M, "gate_proj"), {}, "the base has 4 experts there", "serve the adapter on the base"),
-        (expert(0, "gate_proj", rank=3), {}, "experts.0.gate_proj.lora_A: shape [3, 10], expected [2, 10]", "if the ranks"),
+        (expert(0, "gate_proj", rank=3), {}, "gate_proj.lora_A: shape [3, 10], expected [2, 10]", "if the ranks"),
         (expert(0, "up_proj", 2, "down_proj"), {}, "expected [2, 10]", "serve the adapter on the base"),
         ({**expert(0, "gate_proj"), f"{EXPERTS}.0.gate_proj.lora_magnitude_vector": torch.ones(I)}, {"use_dora": True},
          "experts.0.gate_proj: DoRA on routed experts", "merge the adapter"),
         ({f"{EXPERTS}.{name}.lora_{side}.weight": torch.ones(2, 2) for name in ("0.w4",) for side in "AB"}, {},
          "no matrix of routed experts is called 0.w4", "name them gate_proj, up_proj and down_proj"),
-        ({f"{EXPERTS}.01.w1.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}, {}, "is called 01.w1", "name them"),
-        (expert(0, "gate_proj") | at(EXPERTS, parameter(H, 2 * I)), {}, "both gate_up_proj and gate_proj, which is a part"
-         " of it", "keep one of the two"),
-        (at(f"{EXPERTS}.base_layer", parameter(H, 2 * I)) | at(EXPERTS, parameter(H, 2 * I)), {}, "are the same linear of "
-         "this base, model.layers.1.mlp.experts.gate_up_proj", "keep one of the two"),
+        ({f"{EXPERTS}.01.w1.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}, {}, "called 01.w1", "name"),
+        (expert(0, "gate_proj") | at(EXPERTS, parameter(H, 2 * I)), {}, "both gate_up_proj and gate_proj, which is a"
+         " part of it", "keep one of the two"),
+        (at(f"{EXPERTS}.base_layer", parameter(H, 2 * I)) | at(EXPERTS, parameter(H, 2 * I)), {}, "are the same linear "
+         "of this base, model.layers.1.mlp.experts.gate_up_proj", "keep one of the two"),
     ],
 )  # fmt: skip
 def test_experts_that_do_not_fit(
@@ -336,6 +336,6 @@ def test_experts_and_routers_of_another_base_are_told_as_such(tmp_path: Path) ->
     dense = BaseSpec("dense", {"model.layers.0.self_attn.q_proj": (H, H)}, {})
     tensors = expert(0, "gate_proj") | {f"{ROUTER}.lora_A.weight": torch.ones(2, H)}
     message = refused(save_peft(tmp_path / "a", tensors), dense)
-    assert "LoRA on routed experts, which it does not have there" in message
+    assert "2 are LoRA on routed experts, which the base does not have there" in message
     assert "LoRA on a router, which it does not have there" in message
     assert "serve the adapter on the base that it was trained on" in message

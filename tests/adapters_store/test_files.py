@@ -116,7 +116,7 @@ def test_an_adapters_directory_exchanged_after_it_was_judged_is_not_followed(
         return found
 
     monkeypatch.setattr(os.path, "realpath", resolve_then_exchange)
-    with pytest.raises(InvalidAdapter, match="^'a' is not a directory$"):
+    with pytest.raises(InvalidAdapter, match="^'a' is not a directory; send that of the adapter$"):
         read(root)
 
 
@@ -195,7 +195,7 @@ def test_a_directory_of_endless_entries_is_refused(root: Path, monkeypatch: pyte
         (directory / str(number)).mkdir()
     assert read(root).kind == "lora"
     (directory / "one more").touch()
-    with pytest.raises(InvalidAdapter, match="^'a' has more than 5 entries$"):
+    with pytest.raises(InvalidAdapter, match="^'a' has more than 5 entries: give the adapter a directory of its own$"):
         read(root)
 
 
@@ -229,9 +229,9 @@ def test_a_file_that_was_cut_short_since_is_told_so(root: Path) -> None:
         opened = folder.open("adapter_config.json")
         os.truncate(path, opened.size - 1)
         assert len(opened.read(0, opened.size - 1)) == opened.size - 1
-        with pytest.raises(InvalidAdapter, match=r"^adapter_config\.json was cut short while it was read$"):
+        with pytest.raises(InvalidAdapter, match=r"^adapter_config\.json was cut short while it was read; try again$"):
             opened.read(0, opened.size)
-        with pytest.raises(InvalidAdapter, match=r"^gone is missing$"):
+        with pytest.raises(InvalidAdapter, match=r"^gone is missing: copy it there$"):
             folder.open("gone")
 
 

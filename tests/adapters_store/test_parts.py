@@ -46,26 +46,28 @@ def test_a_parts_tensors_come_in_the_order_of_its_formula() -> None:
 
 def test_a_lora_is_told_by_its_linears_with_rank_and_scale() -> None:
     assert describe(package(low_rank("q", 2, 1.5), low_rank("v", 3, 0.5))) == {
-        "bound_tensors": 4,
+        "bound_tensors": 1,
+        "notes": [],
         "linears": {"q": {"rank": 2, "scale": 1.5}, "v": {"rank": 3, "scale": 0.5}},
     }
 
 
 def test_replaced_experts_are_told_by_layer_in_their_order() -> None:
     assert describe(package(replacement(10, 0), replacement(2, 5), replacement(2, 1))) == {
-        "bound_tensors": 9,
+        "bound_tensors": 1,
+        "notes": [],
         "experts": {"2": [1, 5], "10": [0]},
     }
 
 
 def test_what_has_both_is_told_by_both() -> None:
     mixed = (replacement(1, 0), low_rank("q", 2, 1.0), replacement(1, 1))
-    assert set(describe(package(*mixed))) == {"bound_tensors", "linears", "experts"}
+    assert set(describe(package(*mixed))) == {"bound_tensors", "notes", "linears", "experts"}
     assert by_kind(mixed) == {ExpertReplacement: [mixed[0], mixed[2]], LowRank: [mixed[1]]}
-    assert by_kind(()) == {} and describe(package()) == {"bound_tensors": 0}
+    assert by_kind(()) == {} and describe(package()) == {"bound_tensors": 0, "notes": []}
 
 
 def test_a_block_of_a_larger_tensor_has_its_own_size_and_lies_in_the_larger_ones_bytes() -> None:
     block = TensorRef("file", "key", (2, 3), "F16", 64, Whole((8, 9), (4, 6)))
-    assert (block.num_elements, block.num_bytes, block.stored_shape) == (6, 12, (8, 9))
-    assert tensor(2, 3).stored_shape == (2, 3)
+    assert (block.num_elements, block.num_bytes, block.stored_elements) == (6, 12, 72)
+    assert tensor(2, 3).stored_elements == 6

@@ -71,7 +71,7 @@ def test_an_adapter_may_take_all_the_room_there_is_and_no_more(bytes_per_element
     with pytest.raises(UnsupportedAdapter) as refusal:
         Room(num_bytes - 1, bytes_per_element, 8).check(adapter)
     assert str(refusal.value) == (
-        f"the adapter needs {num_bytes} bytes; all adapters together may use {num_bytes - 1} (--adapter-bytes)"
+        f"the adapter needs {num_bytes} bytes; all adapters together may use {num_bytes - 1} (raise --adapter-bytes)"
     )
 
 

@@ -62,7 +62,7 @@ def test_it_finds_what_is_found_in_process_and_uses_its_process_again(
 
 
 def test_refusals_arrive_as_they_were_raised(tmp_path: Path, job: Callable[[str], Job]) -> None:
-    lora(tmp_path / "dora", use_dora=True), esft(tmp_path / "short", {1: [0]}, experts={"1": [0, 1]})
+    lora(tmp_path / "dora", lora_bias=True), esft(tmp_path / "short", {1: [0]}, experts={"1": [0, 1]})
     (tmp_path / "empty").mkdir()
 
     async def test(verifier: Verifier) -> None:
@@ -224,7 +224,9 @@ def test_a_process_that_is_long_in_starting_is_given_up(
         start = time.monotonic()
         with pytest.raises(InvalidAdapter) as refusal:
             await verifier.verify(job("a"))
-        assert str(refusal.value) == "the adapter could not be verified: the process for that did not start"
+        assert str(refusal.value) == (
+            "the adapter could not be verified: the process for that did not start, which the server's log explains"
+        )
         assert time.monotonic() - start < 10
 
     with caplog.at_level(logging.ERROR, "heddle.adapters"):

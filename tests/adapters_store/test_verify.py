@@ -111,7 +111,7 @@ def test_an_index_over_a_mebibyte_costs_nothing(tmp_path: Path, job: Callable[[s
 
 
 def test_a_refusal_crosses_to_another_process_as_it_is(tmp_path: Path, job: Callable[[str], Job]) -> None:
-    lora(tmp_path / "dora", use_dora=True), esft(tmp_path / "short", {1: [0]}, experts={"1": [0, 1]})
+    lora(tmp_path / "dora", lora_bias=True), esft(tmp_path / "short", {1: [0]}, experts={"1": [0, 1]})
     (tmp_path / "empty").mkdir()
     kinds = {"..": "AdapterPathRefused", "empty": "InvalidAdapter", "dora": "UnsupportedAdapter",
              "short": "CoverageError"}  # fmt: skip
@@ -128,10 +128,10 @@ def test_a_refusal_crosses_to_another_process_as_it_is(tmp_path: Path, job: Call
 @pytest.mark.parametrize(
     ("path", "says"),
     [
-        ("a\0b", "the path holds a NUL byte"),
-        ("a" * 300, "the adapter cannot be read: File name too long"),
-        ("nowhere", "'nowhere' is not a directory"),
-        ("..", "lies outside the adapter directories that this server may read"),
+        ("a\0b", "the path holds a NUL byte; send the directory's name as it is"),
+        ("a" * 300, "the adapter cannot be read: File name too long; see that the server's user may read the files"),
+        ("nowhere", "'nowhere' is not a directory; send that of the adapter"),
+        ("..", "move it there, or start the server with --adapter-root"),
     ],
 )
 def test_a_path_that_leads_nowhere_is_told_without_the_way_there(
@@ -145,7 +145,10 @@ def test_a_path_that_leads_nowhere_is_told_without_the_way_there(
 def test_without_a_directory_of_adapters_nothing_is_read() -> None:
     with pytest.raises(AdapterPathRefused) as refusal:
         worker.verify(Job("/", (), BASE))
-    assert str(refusal.value) == "this server was started without an adapter directory, so no path may be read"
+    assert str(refusal.value) == (
+        "this server was started without an adapter directory, so no path may be read: start it with --adapters or "
+        "--adapter-root"
+    )
 
 
 def test_an_answer_carries_the_place_below_the_root(tmp_path: Path, job: Callable[[str], Job]) -> None:
@@ -224,7 +227,7 @@ def test_an_answer_that_has_no_bytes_is_a_refusal(
     os.rename(tmp_path / "a", os.fsencode(tmp_path) + b"/\xff")
     (tmp_path / "link").symlink_to(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
     answers, _ = work(monkeypatch, frame(job("link")) * 2)
-    assert answers == [worker.Refused("InvalidAdapter", "a name in the adapter's path is not UTF-8")] * 2
+    assert answers == [worker.Refused("InvalidAdapter", "a name in the adapter's path is not UTF-8; rename it")] * 2
 
 
 @pytest.mark.parametrize(("hard", "expected"), [(-1, (100, -1)), (150, (100, 150)), (100, (100, 100)), (70, (70, 70))])
