@@ -23,7 +23,7 @@ from adapters_store.files import Folder
 from adapters_store.formats import remedies
 from adapters_store.formats.reading import Findings, Reading
 from adapters_store.formats.shards import by_key, check_index, read_shards
-from adapters_store.formats.unknown_keys import check_unknown
+from adapters_store.formats.unknown_keys import check_unknown, refuse_known
 from adapters_store.json_file import read_json
 from adapters_store.limits import limits_of
 from adapters_store.parts import ExpertReplacement, TensorRef
@@ -106,14 +106,15 @@ def _tuned_experts(folder: Folder, ignore_keys: Collection[str]) -> tuple[set[Ex
     """The (layer, expert) pairs that expert_cfg.json lists, or None where there is no such file; and notes on it."""
     if CONFIG not in folder.names:
         return None, []
-    config = read_json(folder, CONFIG)
+    config, known = read_json(folder, CONFIG), {"experts", *_FLAGS}
+    refuse_known(ignore_keys, known, CONFIG)
     for flag, what in _FLAGS.items():
         if config.get(flag) not in (None, False):
             raise UnsupportedAdapter(
                 f"{flag} is set: an adapter that tunes {what} is not served; tune routed experts only, or serve the "
                 "tuned model as a base"
             )
-    notes = check_unknown(config, {"experts", *_FLAGS}, (), ignore_keys, CONFIG)
+    notes = check_unknown(config, known, ignore_keys, CONFIG)
     experts = config.get("experts")
     if not isinstance(experts, dict) or not experts:
         raise InvalidAdapter(

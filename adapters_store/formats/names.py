@@ -69,7 +69,7 @@ class BaseNames:
         if plain == name:
             return []
         theirs, ours = _prefix(plain), _prefix(name)
-        told = [] if theirs == ours else [f"tensors: {_told(theirs)} was read as {ours or 'none'}."]
+        told = [] if theirs == ours else [f"tensors: {_told(theirs)} was read as {ours or 'none.'}"]
         steps, own_steps = set(plain.split(".")), set(name.split("."))
         for word, usual in _WORDS.items():
             for old, new in ((word, usual), (usual, word)):

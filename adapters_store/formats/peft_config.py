@@ -17,7 +17,7 @@ from adapters_store.declared_base import declared
 from adapters_store.errors import InvalidAdapter, UnsupportedAdapter, shown
 from adapters_store.files import Folder
 from adapters_store.formats import remedies
-from adapters_store.formats.unknown_keys import OFF, check_unknown, value_of
+from adapters_store.formats.unknown_keys import OFF, check_unknown, refuse_known, value_of
 from adapters_store.json_file import read_json
 
 CONFIG = "adapter_config.json"
@@ -205,7 +205,9 @@ def _refuse_other_methods(raw: dict[str, Any]) -> list[str]:
 
 def _refuse_other_arithmetic(raw: dict[str, Any], ignore_keys: Collection[str]) -> list[str]:
     """Any key that is neither read nor inert must be off: an unknown one may change the formula."""
+    arithmetic = _READ | set(remedies.KEYS)
+    refuse_known(ignore_keys, arithmetic, CONFIG)
     for key, value in raw.items():
         if key in remedies.KEYS and value not in OFF and not (key == "bias" and value in _BIASES):
             raise UnsupportedAdapter(f"{key} = {value_of(value)} in {CONFIG} is not served: {remedies.KEYS[key]}")
-    return check_unknown(raw, _READ | set(remedies.KEYS), _INERT, ignore_keys, CONFIG)
+    return check_unknown(raw, arithmetic | _INERT, ignore_keys, CONFIG)

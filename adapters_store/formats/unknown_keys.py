@@ -13,22 +13,20 @@ _SHOWN = 8  # names of keys in a note
 OFF: tuple[object, ...] = (None, False, [], "none")  # an empty object is not off: PEFT takes it for one of defaults
 
 
-def check_unknown(
-    config: Mapping[str, object],
-    arithmetic: Collection[str],
-    inert: Collection[str],
-    ignore_keys: Collection[str],
-    file: str,
-) -> list[str]:
-    """Notes on the unknown keys that are passed over: those neither of the `arithmetic` nor `inert`. Raises
-    AdapterError for those that are not."""
+def refuse_known(ignore_keys: Collection[str], arithmetic: Collection[str], file: str) -> None:
     named = [key for key in ignore_keys if key in arithmetic]
     if named:
         raise InvalidAdapter(
             f"ignore_keys names {shown(named[0])!r}, which is no unknown key of {file}: what it means is known, and "
             "ignoring it would change what the adapter computes; take it out of ignore_keys"
         )
-    unknown = [key for key, value in config.items() if key not in arithmetic and key not in inert and value not in OFF]
+
+
+def check_unknown(
+    config: Mapping[str, object], known: Collection[str], ignore_keys: Collection[str], file: str
+) -> list[str]:
+    """Notes on the unknown keys that are passed over. Raises UnsupportedAdapter for those that are not."""
+    unknown = [key for key, value in config.items() if key not in known and value not in OFF]
     refused = [key for key in unknown if key not in ignore_keys and not isinstance(config[key], str)]
     if refused:
         key = refused[0]
