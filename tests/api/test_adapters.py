@@ -65,6 +65,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "more/quantised": "unsloth/tiny-bnb-4bit"}  # fmt: skip
     for place, base in declared.items():
         configured(save_lora(root / place, model, 1, ("q_proj",)), base_model_name_or_path=base)
+    configured(
+        save_lora(root / "more" / "noted", model, 1, ("q_proj",)), lora_nums=2, tool="s3cret", task_type="SEQ_CLS"
+    )
     save_esft(root / "more" / "esft", model, 2, {1: [2, 0]})
     configured(save_lora(root / "more" / "slow", model, 1, ("q_proj",)), rank_pattern=slow_patterns(4))
     return root
@@ -251,3 +254,53 @@ def test_strict_base_refuses_with_both_names(root: Path) -> None:
     assert server.stop() == 0
     table = " ".join(server.output().split())
     assert "stranger refused" in table and "--strict-base" in table
+
+
+# -- what was understood ---
+
+NOTES = [
+    "task_type is 'SEQ_CLS'; the adapter is served as one of a language model, which CAUSAL_LM means.",
+    "adapter_config.json: ignored as asked: lora_nums.",
+    "adapter_config.json: unknown keys that hold a text were passed over: tool.",
+]
+
+
+def test_what_was_passed_over_is_told_and_said_once_in_the_log(server: LiveServer, http: httpx.Client) -> None:
+    refused = post(http, "noted")
+    assert refused.status_code == 422 and "lora_nums = 2 in adapter_config.json is not known" in refused.text
+    assert "name it in ignore_keys" in refused.text
+    body = {"name": "noted", "path": "../more/noted", "ignore_keys": ["lora_nums"]}
+    for status in (201, 200):
+        added = http.post("/v1/adapters", json=body)
+        assert added.status_code == status and added.json()["notes"] == NOTES
+    assert http.get("/v1/adapters/noted").json()["notes"] == NOTES
+    assert post(http, "named").json()["notes"] == [] == http.get("/v1/adapters/named").json()["notes"]
+    for name in ("noted", "named"):
+        http.delete(f"/v1/adapters/{name}")
+    log = server.output()
+    assert [log.count(f"INFO heddle.adapters: adapter noted: {note}") for note in NOTES] == [1, 1, 1]
+    assert "s3cret" not in log
+
+
+@pytest.mark.parametrize(
+    ("keys", "status", "says"),
+    [
+        (["lora_nums", "use_dora"], 422, "ignore_keys names 'use_dora', which is no unknown key"),
+        ("lora_nums", 400, "ignore_keys"), ([1], 400, "ignore_keys"), (["k" * 201], 400, "ignore_keys"),
+        (["k"] * 65, 400, "ignore_keys"), (None, 400, "ignore_keys"),
+    ],
+)  # fmt: skip
+def test_keys_that_cannot_be_ignored(http: httpx.Client, keys: Any, status: int, says: str) -> None:
+    response = http.post("/v1/adapters", json={"name": "x", "path": "../more/noted", "ignore_keys": keys})
+    assert response.status_code == status and says in response.json()["error"]["message"], response.text
+    assert len(response.content) < 2500
+
+
+def test_keys_may_be_ignored_at_start(root: Path) -> None:
+    shutil.copytree(root / "more" / "noted", root / "noted" / "told")
+    server = LiveServer(str(root / "tiny"), "--adapters", str(root / "noted"), "--ignore-key", "lora_nums",
+                        "--ignore-key", "other", log=root / "noted-log").wait_ready()  # fmt: skip
+    with httpx.Client(base_url=server.url, timeout=30) as http:
+        assert http.get("/v1/adapters/told").json()["notes"] == NOTES
+    assert server.stop() == 0
+    assert f"adapter told: {NOTES[1]}" in server.output()
