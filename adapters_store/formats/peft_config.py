@@ -8,7 +8,7 @@ PEFT knew no others.
 
 from collections.abc import Collection, Sequence
 from math import sqrt
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import msgspec
 import regex
@@ -17,15 +17,15 @@ from adapters_store.declared_base import declared
 from adapters_store.errors import InvalidAdapter, UnsupportedAdapter, shown
 from adapters_store.files import Folder
 from adapters_store.formats import remedies
+from adapters_store.formats.patterns import Patterns
 from adapters_store.formats.unknown_keys import OFF, check_unknown, refuse_known, value_of
 from adapters_store.json_file import read_json
 
 CONFIG = "adapter_config.json"
-Number = TypeVar("Number", int, float)
 _MAX_ALPHA = 1e9
 _MAX_RANK = 1 << 31
 _MAX_PATTERNS = 2000
-_PATTERN_SECONDS = 0.1  # a pattern is the sender's regular expression, and this is one match; the whole has its budget
+_TARGET_SECONDS = 0.1  # for target_modules to match one name: it is the sender's regular expression
 
 # keys that say how the adapter was trained, or what the tensors say themselves; they do not change how it is served
 _INERT = {
@@ -55,35 +55,6 @@ class _Fields(msgspec.Struct):
     use_dora: bool = False
 
 
-class _Patterns(Generic[Number]):
-    """The value of the first pattern that matches the end of a name, as PEFT's get_pattern_key finds it."""
-
-    def __init__(self, key: str, patterns: dict[str, Number], default: Number) -> None:
-        self._key = key
-        self._default: Number = default
-        self._compiled: list[tuple[regex.Pattern[str], Number]] = []
-        for number, (pattern, value) in enumerate(patterns.items(), start=1):
-            try:
-                self._compiled.append((regex.compile(rf"(.*\.)?({pattern})$", cache_pattern=False), value))
-            except regex.error:
-                raise self._refusal(number) from None
-
-    def find(self, name: str) -> Number:
-        for number, (pattern, value) in enumerate(self._compiled, start=1):
-            try:
-                if pattern.match(name, timeout=_PATTERN_SECONDS):
-                    return value
-            except TimeoutError:
-                raise self._refusal(number) from None
-        return self._default
-
-    def _refusal(self, number: int) -> InvalidAdapter:
-        return InvalidAdapter(
-            f"pattern number {number} of {self._key} in {CONFIG} cannot be used: it is no regular expression, or a "
-            f"match takes more than {_PATTERN_SECONDS} s; write the module's name instead"
-        )
-
-
 class LoraConfig:
     """Rank and scale of each linear. `notes` are on keys that were passed over."""
 
@@ -94,8 +65,8 @@ class LoraConfig:
         self.trained_biases = raw.get("bias") if raw.get("bias") in _BIASES else None
         self.target_modules, self.target_parameters = fields.target_modules, fields.target_parameters
         self.use_dora, self._use_rslora = fields.use_dora, fields.use_rslora
-        self._ranks = _Patterns("rank_pattern", fields.rank_pattern, fields.r)
-        self._alphas = _Patterns("alpha_pattern", fields.alpha_pattern, fields.lora_alpha)
+        self._ranks = Patterns("rank_pattern", fields.rank_pattern, fields.r, CONFIG)
+        self._alphas = Patterns("alpha_pattern", fields.alpha_pattern, fields.lora_alpha, CONFIG)
         self._listed_modules = set(fields.target_modules or ())  # read where it is a list
         self._listed_parameters = set(fields.target_parameters)
 
@@ -136,7 +107,7 @@ class LoraConfig:
         if not isinstance(targets, str):
             return not self._listed_modules.isdisjoint(endings(module))
         try:
-            return targets == "all-linear" or bool(regex.fullmatch(targets, module, timeout=_PATTERN_SECONDS))
+            return targets == "all-linear" or bool(regex.fullmatch(targets, module, timeout=_TARGET_SECONDS))
         except (regex.error, TimeoutError):
             raise InvalidAdapter(
                 f"target_modules in {CONFIG} cannot be used as a regular expression: list the modules' names instead"

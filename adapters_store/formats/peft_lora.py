@@ -108,9 +108,9 @@ class _Binding:
             self.findings.refuse(f"{len(self._no_experts)} are {remedies.NO_EXPERTS} ({first})", remedies.OTHER_MODEL)
         self._refuse_overlaps()
         self._refuse_untouched_targets(modules)
-        if self.findings.problems:
-            made_of = {id(module): module for _, of in self._bound.values() for module in of}
-            count = sum(len(module.tensors) for module in made_of.values())
+        made_of = {id(module): module for _, of in self._bound.values() for module in of}
+        count = sum(len(module.tensors) for module in made_of.values())
+        if self.findings.problems or count != len(tensors):  # whatever nobody has read, nobody may pass over
             raise coverage_error(self.findings.problems, count, len(tensors), self.findings.remedies)
         return [part for _, (part, _) in sorted(self._bound.items())]
 

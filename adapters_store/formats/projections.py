@@ -55,7 +55,11 @@ class Projections:
     def add_part(self, name: str, module: LoraModule) -> None:
         """One part of a linear that the base has in one."""
         parent, _, part = name.rpartition(".")
-        self._split.setdefault(f"{parent}.{_FUSED_OF[part]}", {})[part] = module
+        modules = self._split.setdefault(f"{parent}.{_FUSED_OF[part]}", {})
+        if part in modules:
+            problem = f"{module.name} and {modules[part].name} are the same rows of {_FUSED_OF[part]}"
+            self._findings.refuse(problem, remedies.TWICE)
+        modules[part] = module
 
     def read_parts(self) -> list[tuple[LowRank, list[LoraModule]]]:
         """What the parts that were added come to, with what each was made of."""

@@ -110,6 +110,8 @@ def test_magnitudes_of_all_parts_are_those_of_the_whole(tmp_path: Path) -> None:
          "train with DoRA on all of q_proj, k_proj, v_proj, or merge"),
         (pair("q_proj", Q) | pair("qkv_proj", Q + 2 * K), FUSED, {}, "are the same linear of this base", "keep one of"),
         (pair("q_proj", Q) | pair("qkv_proj", Q + 2 * K), SPLIT, {}, "are the same linear of this base", "keep one of"),
+        (pair("q_proj", Q) | {key.replace("self_attn", "attn"): it for key, it in pair("q_proj", Q).items()}, FUSED, {},
+         "are the same rows of qkv_proj", "keep one of"),
         (pair("qkv_proj", Q + K), SPLIT, {}, "qkv_proj.lora_B: shape [16, 2], expected [20, 2]", "serve the adapter"),
         ({f"{ATTN}.q_proj.lora_A.weight": torch.ones(2, H)}, FUSED, {}, "lora_A without lora_B", "save or copy"),
         ({f"{ATTN}.q_proj.lora_B.weight": torch.ones(Q), f"{ATTN}.q_proj.lora_A.weight": torch.ones(2, H)}, FUSED, {},
