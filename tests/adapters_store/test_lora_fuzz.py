@@ -36,16 +36,36 @@ SIZES = st.sampled_from([1, M, 2 * M, H, I, 2 * I, 3 * H])
 ANY = st.dictionaries(st.builds("{}.{}".format, MODULES, ENDINGS), st.lists(SIZES, min_size=1, max_size=3), max_size=6)
 
 
-def sound(module: str, rank: int, out_features: int, in_features: int) -> dict[str, list[int]]:
-    return {f"{module}.lora_A.weight": [rank, in_features], f"{module}.lora_B.weight": [out_features, rank]}
+# (out, in) of what fits the first base, by name; a file has them under one of the prefixes
+FITTING = {
+    **{f"{parent}.{name}_proj": (H, H) for parent in ("self_attn", "attn") for name in "qkv"},
+    "self_attn.qkv_proj": (3 * H, H), "mlp.gate": (M, H), "block_sparse_moe.gate": (M, H),
+    **{f"mlp.experts.{expert}.{name}": shape for expert in range(M)
+       for name, shape in {"w1": (I, H), "gate_proj": (I, H), "up_proj": (I, H), "down_proj": (H, I)}.items()},
+}  # fmt: skip
+PARAMETERS = {"mlp.experts.base_layer": (2 * I, H), "mlp.experts": (H, I), "block_sparse_moe.experts": (I, H)}
+PREFIXES = st.sampled_from(
+    ["model.layers.0.", "model.language_model.layers.0.", "layers.0.", "_orig_mod.model.layers.0."]
+)
 
 
-PAIRS = st.lists(st.builds(sound, MODULES, st.sampled_from([1, 2, 2 * M]), SIZES, SIZES), max_size=4)
+def fitting(prefix: str, names: list[str], rank: int) -> dict[str, list[int]]:
+    shapes: dict[str, list[int]] = {}
+    for name in names:
+        out_features, in_features = FITTING.get(name) or PARAMETERS[name]
+        ranks = rank * M if name in PARAMETERS else rank
+        shapes[f"{prefix}{name}.lora_A.weight"] = [ranks, in_features]
+        shapes[f"{prefix}{name}.lora_B.weight"] = [out_features, ranks]
+    return shapes
+
+
+NAMES = st.lists(st.sampled_from([*FITTING, *PARAMETERS]), max_size=4, unique=True)
+PAIRS = st.builds(fitting, PREFIXES, NAMES, st.sampled_from([1, 2]))
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    tensors=ANY,
+    tensors=st.just({}) | ANY,
     pairs=PAIRS,
     base=st.sampled_from(BASES),
     config=st.fixed_dictionaries(
@@ -62,11 +82,11 @@ PAIRS = st.lists(st.builds(sound, MODULES, st.sampled_from([1, 2, 2 * M]), SIZES
 def test_every_tensor_is_bound_or_the_adapter_is_refused(
     tmp_path: Path,
     tensors: dict[str, list[int]],
-    pairs: list[dict[str, list[int]]],
+    pairs: dict[str, list[int]],
     base: BaseSpec,
     config: dict[str, object],
 ) -> None:
-    shapes = tensors | {key: shape for pair in pairs for key, shape in pair.items()}
+    shapes = tensors | pairs
     directory = save_peft(tmp_path / "a", {key: torch.ones(shape) for key, shape in shapes.items()}, **config)
     found = answer(Job(str(directory), (os.path.realpath(tmp_path),), base))
     if isinstance(found, Verified):
