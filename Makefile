@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 
 export HF_HUB_OFFLINE = 1
 
-.PHONY: serve test unit lint simulate bench bench-against clean
+.PHONY: serve test unit lint simulate census bench bench-against clean
 
 serve: $(INSTALLED)  ## serve the demo, or: make serve ARGS="MODEL_DIR --adapters DIR"
 	$(BIN)/heddle serve $(ARGS)
@@ -25,6 +25,9 @@ lint: $(INSTALLED)
 
 simulate: $(INSTALLED)  ## a million steps of the engine without a model
 	$(BIN)/python -m tests.engine.test_simulation --steps 1000000
+
+census: $(INSTALLED)  ## which adapters are served exactly, refused or served wrongly; rewrites docs/adapters.md
+	$(BIN)/python -m tests.census
 
 bench: $(INSTALLED)  ## throughput beside Transformers and PEFT; rewrites README's table
 	$(BIN)/python -m benchmarks.throughput

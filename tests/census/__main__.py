@@ -41,7 +41,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.census", description=__doc__)
     keys = [section.key for section in SECTIONS]
     parser.add_argument("--section", nargs="+", choices=keys, default=keys)
-    parser.add_argument("--rows", default="", metavar="PATTERN", help="only rows whose name has this regular expression")
+    parser.add_argument(
+        "--rows", default="", metavar="PATTERN", help="only rows whose name has this regular expression"
+    )
     parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES))
     parser.add_argument("--out", type=Path, help=f"the page; by default {PAGE.name}, and for a part of the census none")
     parser.add_argument("--json", type=Path, help="every cell with its message")

@@ -1,4 +1,4 @@
-"""Adapters written key by key, and what each adds to the base's parameters: neither PEFT nor Heddle has a part in it."""
+"""Adapters written key by key, and what each adds to the base's parameters, without PEFT and without Heddle."""
 
 import json
 import math
@@ -33,7 +33,7 @@ def config(**fields: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Experts:
-    """The routed experts of one layer, as parameters: [E, out, in] with gate before up, or [E, in, out] with gate and up in turns."""
+    """The routed experts of one layer: [E, out, in] with gate before up, or [E, in, out] with gate and up in turns."""
 
     module: str
     count: int

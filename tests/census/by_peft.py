@@ -108,7 +108,9 @@ def cast(dtype: torch.dtype, of: Maker | None = None) -> Maker:
 
 def reachable(family: Family) -> list[str]:
     """Names of linears that PEFT takes as such: on mixtures it takes those of an expert's MLP for the experts."""
-    names = {name.rpartition(".")[2] for name, module in family.model().named_modules() if isinstance(module, nn.Linear)}
+    names = {
+        name.rpartition(".")[2] for name, module in family.model().named_modules() if isinstance(module, nn.Linear)
+    }
     return sorted(names - {"lm_head"} - (set(family.mlp) | {"gate"} if family.is_mixture else set()))
 
 

@@ -135,7 +135,12 @@ def in_bfloat16(made: Content) -> None:
 
 
 def under_mlp(made: Content) -> None:
-    for old, new in (("block_sparse_moe", "mlp"), (".w1.", ".gate_proj."), (".w3.", ".up_proj."), (".w2.", ".down_proj.")):
+    for old, new in (
+        ("block_sparse_moe", "mlp"),
+        (".w1.", ".gate_proj."),
+        (".w3.", ".up_proj."),
+        (".w2.", ".down_proj."),
+    ):
         made.rename(old, new)
 
 

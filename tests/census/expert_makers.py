@@ -26,15 +26,20 @@ def per_expert(
     rank_of: Callable[[int, str], int] = lambda expert, matrix: 4,
     alpha_of: Callable[[str], float] = lambda matrix: 8,
     attention: bool = False,
+    other_mlps: bool = False,
     fields: Callable[[Family], dict[str, Any]] = lambda family: {},
 ) -> Maker:
-    """Transformers 4's names: an nn.Linear for each matrix of each expert. `fields` go into the configuration."""
+    """Transformers 4's names: an nn.Linear for each matrix of each expert. `fields` go into the configuration.
+
+    `other_mlps`: shared experts and dense layers too, as the bare names of an MLP meant there."""
 
     def make(family: Family, directory: Path) -> Made:
         tensors: Tensors = {}
         deltas: Deltas = {}
-        written = {"target_modules": [*names_of(family, matrices), *(family.attention if attention else ())]}
-        written |= fields(family)
+        names = "|".join([*(family.attention if attention else ()), *_of_experts(names_of(family, matrices))])
+        written: dict[str, Any] = {"target_modules": rf".*\.({names})", **fields(family)}
+        if other_mlps:
+            written["target_modules"] = names_of(family, matrices)
         noise, model = Noise(), family.model()
         for layer, experts in by_hand.experts_of(model, family).items():
             for expert in filter(which, range(experts.count)):
@@ -47,9 +52,21 @@ def per_expert(
                     experts.place(deltas, matrix, expert, times * b @ a)
         if attention:
             by_hand.add_attention(tensors, deltas, model, family, noise)
+        if other_mlps:
+            _add_other_mlps(tensors, deltas, model, noise, names_of(family, matrices))
         return by_hand.write_lora(directory, tensors, deltas, **written)
 
     return make
+
+
+def _of_experts(names: list[str]) -> list[str]:
+    return [rf"experts\.\d+\.{name}" for name in names]
+
+
+def _add_other_mlps(tensors: Tensors, deltas: Deltas, model: nn.Module, noise: Noise, names: list[str]) -> None:
+    for module, linear in model.named_modules():
+        if isinstance(linear, nn.Linear) and ".mlp." in module and module.rpartition(".")[2] in names:
+            by_hand.add_linear(tensors, deltas, model, module, noise)
 
 
 def names_of(family: Family, matrices: tuple[str, ...]) -> list[str]:
@@ -112,7 +129,7 @@ def narrow(family: Family, directory: Path) -> Made:
 
 
 def stacked(shared: dict[str, str], attention: bool = False, **fields: Any) -> Maker:
-    """3-D tensors w1, w3, w2: A is [E, r, in] and B [E, out, r]; `shared` names the sides, by matrix, that are [1, …]."""
+    """3-D tensors w1, w3, w2: A is [E, r, in], B is [E, out, r]; `shared` names the sides of each that are [1, …]."""
 
     def make(family: Family, directory: Path) -> Made:
         tensors: Tensors = {}
@@ -153,9 +170,7 @@ def v4_router(attention: bool = False, rslora: bool = False, everything: bool = 
                 module = f"{parent}.{family.router}"
                 by_hand.add_linear(tensors, deltas, model, module, noise, key=key, times=scale(4, 8, rslora))
         if everything:
-            for module, linear in model.named_modules():
-                if isinstance(linear, nn.Linear) and ".mlp." in module:
-                    by_hand.add_linear(tensors, deltas, model, module, noise)
+            _add_other_mlps(tensors, deltas, model, noise, [*family.mlp, "shared_expert_gate"])
         elif attention:
             by_hand.add_attention(tensors, deltas, model, family, noise)
         targets = sorted({key.split(".lora_")[0].rpartition(".")[2] for key in tensors})

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from tests.census.by_peft import cast, lora
-from tests.census.expert_makers import narrow, names_of, per_expert, stacked, swapped, v4_router
+from tests.census.expert_makers import names_of, narrow, per_expert, stacked, swapped, v4_router
 from tests.census.families import GATED, MIXTURES, Family
 from tests.census.lora_rows import attention, attention_and_mlp, mlp, router
 from tests.census.made import Row, Section
@@ -77,8 +77,10 @@ _SWAPPED = [
     Row("square gate_up, PEFT 0.17 layout (no peft_version), gate_up only",
         swapped(("gate_up_proj",), None, 32), GATED),
 ]  # fmt: skip
+# what is right is what Transformers 4 trained; today's PEFT loads some of these otherwise, or not at all
 _V4 = [
     Row("v4 keys, gate, up and down", per_expert(), GATED),
+    Row("v4 keys, mlp names: shared experts and dense layers too", per_expert(other_mlps=True), GATED),
     Row("v4 keys with attention", per_expert(attention=True), GATED),
     Row("v4 keys, lora_dropout 0.05", per_expert(fields=lambda _: {"lora_dropout": 0.05}), GATED),
     Row("v4 keys, down only", per_expert(("down",)), GATED),
@@ -125,7 +127,8 @@ ROUTER = Section("router", "LoRA on a router", [
         lora(target_parameters=weight_of_router, target_modules=[], rank_pattern={r"(gate|router)\.weight": 2},
              alpha_pattern={r"(gate|router)\.weight": 24}), MIXTURES),
     Row("target_parameters router + alpha_pattern by module name",
-        lora(target_parameters=weight_of_router, target_modules=[], alpha_pattern={"gate": 24, "router": 24}), MIXTURES),
+        lora(target_parameters=weight_of_router, target_modules=[], alpha_pattern={"gate": 24, "router": 24}),
+        MIXTURES),
     Row("router among target_modules", lora(target_modules=router), MIXTURES),
     Row("attention + router among target_modules",
         lora(target_modules=lambda it: [*it.attention, str(it.router)]), MIXTURES),

@@ -122,7 +122,7 @@ def two_layers(family: Family, directory: Path) -> Made:
 
 
 def pruned(listed: bool) -> Maker:
-    """Where the ranks are not listed, nobody can say whether alpha is divided by the rank that was or the one that is."""
+    """Where the ranks are not listed, nobody can say whether alpha is over the rank that was or the one that is."""
 
     def change(tensors: Tensors, written: dict[str, Any], family: Family) -> None:
         for key, tensor in tensors.items():

@@ -7,6 +7,7 @@ from tests.census import peft_flows
 from tests.census.by_peft import cast, lora
 from tests.census.families import EVERY, MIXTURES, TEN, Family
 from tests.census.made import Maker, Row, Section
+from tests.support.engine_harness import prompts
 
 SMALL = {"save_embedding_layers": False}
 
@@ -109,7 +110,7 @@ _INITS = [
     Row("init corda, saved as is", peft_flows.corda, TEN),
 ]  # fmt: skip
 _VARIANTS = [
-    Row("aLoRA", lora(alora_invocation_tokens=[5, 6]), TEN),
+    Row("aLoRA", lora(alora_invocation_tokens=prompts()[1][5:6]), TEN),
     Row("QALoRA flag", lora(use_qalora=True, qalora_group_size=4), TEN),
     Row("VeLoRA", lora(velora_config=peft.VeloraConfig(num_groups=4)), TEN),
     Row("BD-LoRA", lora(use_bdlora=peft.BdLoraConfig(target_modules_bd_a=["o_proj"], nblocks=2, match_strict=False)),

@@ -21,6 +21,8 @@ class PeftCannot(Exception):
 def peft_may_refuse() -> Iterator[None]:
     try:
         yield
+    except PeftCannot:
+        raise
     except Exception as error:
         reason = str(error).strip().splitlines() or [""]
         raise PeftCannot(f"{type(error).__name__}: {reason[0][:160]}") from error
@@ -28,8 +30,8 @@ def peft_may_refuse() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Made:
-    """`truth` is a directory that PEFT reads (this one, or that from which it was rewritten), or what to add to the base,
-    or None where only a refusal is right.
+    """`truth` is a directory that PEFT reads (this one, or that from which it was rewritten), or what to add to the
+    base, or None where only a refusal is right.
 
     `base` is served in place of the family's; `trained_on` is what the truth is computed on, where that is another."""
 

@@ -1,14 +1,14 @@
 """One cell: make the adapter, offer it to verification, serve it in a mixed batch, compare with what is right.
 
-    exact          accepted, and greedy tokens are the truth's, which differ from the base's
-    refused        not accepted; the message is kept
-    WRONG          accepted, and some tokens are not the truth's, or a neighbour's in the batch are not the base's; or
-                   accepted where only a refusal is right
-    failed         accepted, and then the engine raised, or answered with an error
-    vacuous        as exact, but the truth is the base's own tokens: nothing is shown
-    unjudged       accepted, but PEFT does not load it, so that there is no truth
-    PEFT cannot    PEFT does not make it
-    n/a            the family has nothing of the kind
+exact          accepted, and greedy tokens are the truth's, which differ from the base's
+refused        not accepted; the message is kept
+WRONG          accepted, and some tokens are not the truth's, or a neighbour's in the batch are not the base's; or
+               accepted where only a refusal is right
+failed         accepted, and then the engine raised, or answered with an error
+vacuous        as exact, but the truth is the base's own tokens: nothing is shown
+unjudged       accepted, but PEFT does not load it, so that there is no truth
+PEFT cannot    PEFT does not make it
+n/a            the family has nothing of the kind
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from server.engine.request import FinishReason
 from server.model.probe import PROBE
 from tests.census import by_peft
 from tests.census.families import Family
-from tests.census.made import Deltas, Made, MakeBase, PeftCannot, Row
+from tests.census.made import Deltas, Made, MakeBase, PeftCannot, Row, peft_may_refuse
 from tests.support.engine_harness import Engine, prompts
 from tests.support.tiny_models import NEW_TOKENS, reference
 
@@ -92,7 +92,8 @@ class Bench:
         if not isinstance(made.truth, Path):
             return answers(merged(base, made.truth))
         if made.truth not in self._truths:
-            self._truths[made.truth] = answers(by_peft.load(base, made.truth))
+            with peft_may_refuse():
+                self._truths[made.truth] = answers(by_peft.load(base, made.truth))
         return self._truths[made.truth]
 
     def _base_tokens(self, other: MakeBase | None) -> Tokens:

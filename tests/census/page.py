@@ -15,8 +15,8 @@ ABOUT = f"""# Which adapters are served
 
 Every cell below was measured, on tiny random models of each family in float32 on a CPU: an adapter is made by PEFT, or
 written by hand in a form that other tools write; it is verified as a server verifies it; if it is accepted, five
-prompts are decoded with it beside the same five for the base. What is right is computed by PEFT and `generate`, or, where
-PEFT does not read the form, by `generate` on weights that were merged by hand.
+prompts are decoded with it beside the same five for the base. What is right is computed by PEFT and `generate`, or,
+where PEFT does not read the form, by `generate` on weights that were merged by hand.
 
 This page is written by `make census`; do not edit it between the markers.
 
@@ -25,13 +25,15 @@ This page is written by `make census`; do not edit it between the markers.
 """
 SHORT = {"exact": "exact", "refused": "ref", "WRONG": "**WRONG**", "failed": "**failed**", "vacuous": "*vacuous*",
          "unjudged": "*unjudged*", "PEFT cannot": "peft✗", "n/a": "–"}  # fmt: skip
-KEY = """exact: accepted, and greedy tokens are the reference's, which differ from the base's. ref: refused; the number is the
-message's below. **WRONG**: accepted, and other tokens. **failed**: accepted, then not served. *vacuous*: exact, but the
-reference answers as the base does. *unjudged*: accepted, but PEFT does not load it. peft✗: PEFT does not make it. –: the
-family has nothing of the kind, or was not asked."""
+KEY = """exact: accepted, and greedy tokens are the reference's, which differ from the base's. ref: refused; the number
+is the message's below. **WRONG**: accepted, and other tokens. **failed**: accepted, then not served. *vacuous*: exact,
+but the reference answers as the base does. *unjudged*: accepted, but PEFT does not load it. peft✗: PEFT does not make
+it. –: the family has nothing of the kind, or was not asked."""
 # a refusal says what to do if one of its clauses begins with one of these
-_VERBS = ("build|convert|export|merge|move|name|put|remove|repair|save|send|serve|set|split|train|tune|turn|use|write|list|"
-          "give|keep|rename|start|raise")  # fmt: skip
+_VERBS = (
+    "build|convert|export|give|keep|list|merge|move|name|put|raise|remove|rename|repair|save|send|serve|set|split|start|"
+    "train|tune|turn|use|write"
+)
 _REMEDY = re.compile(rf"(?:[:;,.]|\bor|\bthen|\()\s+(?:To do: )?(?:if [^:;]*, )?(?:{_VERBS})\b")
 
 
@@ -39,16 +41,21 @@ def names_remedy(message: str) -> bool:
     return bool(_REMEDY.search(message))
 
 
+def shortened(message: str) -> str:
+    """Of several problems the first, and everything that is to do."""
+    first, *todo = message.split(". To do: ")
+    if re.match(r"(?:all )?\d+ (?:of the adapter's )?tensors", first):
+        problem, _, others = first.partition("; ")
+        first = f"{problem}; …" if others else problem
+    return ". To do: ".join([first, *todo])
+
+
 def pattern_of(message: str) -> str:
     """The message without what differs from adapter to adapter: names of tensors and modules, shapes, numbers."""
-    without = re.sub(r"\[[\d, ]*\]", "[…]", message)
+    without = re.sub(r"\[[\d, ]*\]", "[…]", shortened(message).removesuffix("; …"))
+    without = re.sub(r"'(?:\w+-\d+(?:-origin)?)'", "'…'", without)
     without = re.sub(r"\b\w+(?:\.\w+){2,}(?:\.…)?", "…", without)
-    without = re.sub(r"\b\d[\d.,]*\b", "N", without)
-    first, *todo = without.split(". To do: ")
-    if ": " in first and todo:  # one line of many is enough to tell the kind
-        head, _, lines = first.partition(": ")
-        first = f"{head}: {lines.split('; ')[0]}"
-    return ". To do: ".join([first, *todo])
+    return re.sub(r"\b\d[\d.,]*\b", "N", without).replace("; …", "")
 
 
 def versions() -> dict[str, str]:
@@ -97,7 +104,9 @@ def _refusals(cells: Sequence[Cell]) -> dict[str, int]:
 
 def _table(section: Section, cells: Sequence[Cell], refusals: dict[str, int]) -> str:
     ours = {(cell.row, cell.family): cell for cell in cells if cell.section == section.key}
-    families = [name for name in FAMILIES if any(cell.family == name and cell.result != "n/a" for cell in ours.values())]
+    families = [
+        name for name in FAMILIES if any(cell.family == name and cell.result != "n/a" for cell in ours.values())
+    ]
     lines = [f"| adapter | {' | '.join(families)} | messages |", f"|---|{'---|' * (len(families) + 1)}"]
     for name in dict.fromkeys(row for row, _ in ours):
         row = [ours[name, family] for family in families]
@@ -114,7 +123,7 @@ def _messages(cells: Sequence[Cell], refusals: dict[str, int]) -> list[str]:
         of_kind = [cell for cell in cells if cell.result == "refused" and pattern_of(cell.message) == kind]
         rows = "; ".join(dict.fromkeys(cell.row for cell in of_kind))
         todo = "yes" if all(names_remedy(cell.message) for cell in of_kind) else "**no**"
-        lines.append(f"| {number} | {_cell(of_kind[0].message)} | {len(of_kind)} | {_cell(rows)} | {todo} |")
+        lines.append(f"| {number} | {_cell(shortened(of_kind[0].message))} | {len(of_kind)} | {_cell(rows)} | {todo} |")
     for result, title in (("WRONG", "Served wrongly"), ("failed", "Accepted, then not served"),
                           ("unjudged", "Accepted, without a reference"), ("vacuous", "Shows nothing"),
                           ("PEFT cannot", "What PEFT does not make")):  # fmt: skip
