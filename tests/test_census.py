@@ -6,15 +6,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
-from adapters_store.formats.peft_config import LoraConfig
-from tests.census import page
+from adapters_store.catalog import CatalogEntry
+from tests.census import measure, page
 from tests.census.by_peft import configured, lora
 from tests.census.families import FAMILIES
 from tests.census.format_makers import deeper
 from tests.census.made import Made, Row, Section
 from tests.census.measure import Bench, Cell
 from tests.census.sections import SECTIONS
+from tests.support.engine_harness import Engine
 
 LLAMA = ("llama",)
 
@@ -41,10 +43,13 @@ def test_exact_refused_and_not_asked(bench: Bench) -> None:
 
 
 def test_another_scale_is_wrong(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = LoraConfig.rank_and_scale
-    monkeypatch.setattr(
-        LoraConfig, "rank_and_scale", lambda self, name: (right(self, name)[0], 1.5 * right(self, name)[1])
-    )
+    def with_another_scale(engine: Engine, made: Made) -> CatalogEntry:
+        entry = read(engine, made)
+        parts = tuple(replace(part, scale=1.5 * part.scale) for part in entry.package.parts)
+        return replace(entry, package=replace(entry.package, parts=parts))
+
+    read = measure.read
+    monkeypatch.setattr(measure, "read", with_another_scale)
     cell = bench.measure("lora", 0, Row("attention", lora(), LLAMA))
     assert cell.result == "WRONG" and "of 5 prompts differ" in cell.message
 

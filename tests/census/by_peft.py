@@ -107,11 +107,13 @@ def cast(dtype: torch.dtype, of: Maker | None = None) -> Maker:
 
 
 def reachable(family: Family) -> list[str]:
-    """Names of linears that PEFT takes as such: on mixtures it takes those of an expert's MLP for the experts."""
+    """Names of linears that PEFT takes as such: on mixtures it takes those of an MLP for the experts' and the router's,
+    but not on Qwen2-MoE, for which it has no such rule."""
     names = {
         name.rpartition(".")[2] for name, module in family.model().named_modules() if isinstance(module, nn.Linear)
     }
-    return sorted(names - {"lm_head"} - (set(family.mlp) | {"gate"} if family.is_mixture else set()))
+    has_rule = family.is_mixture and family.name != "qwen2_moe"
+    return sorted(names - {"lm_head"} - (set(family.mlp) if has_rule else set()))
 
 
 def load(base: nn.Module, directory: Path) -> nn.Module:

@@ -1,5 +1,6 @@
 """What a row makes: an adapter's directory, and what is right about it."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,8 +25,9 @@ def peft_may_refuse() -> Iterator[None]:
     except PeftCannot:
         raise
     except Exception as error:
-        reason = str(error).strip().splitlines() or [""]
-        raise PeftCannot(f"{type(error).__name__}: {reason[0][:160]}") from error
+        first = next(iter(str(error).strip().splitlines()), "")
+        told = re.sub(r"\{([^{}]*)\}", lambda it: ", ".join(sorted(it[1].split(", "))), first)  # a set has no order
+        raise PeftCannot(f"{type(error).__name__}: {told[:160]}") from error
 
 
 @dataclass(frozen=True)
