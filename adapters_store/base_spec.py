@@ -39,10 +39,12 @@ class ExpertStack(msgspec.Struct, frozen=True):
 class BaseSpec(msgspec.Struct, frozen=True):
     """Linears (routers among them) by module name as (out_features, in_features), and expert stacks by layer index.
 
-    `biased`: every module of the base that has a bias, norms and experts too.
+    `biased`: every module of the base that has a bias, norms and experts too. `fused`: linears that other models have
+    in parts, with the rows of each part in order: q, k and v, or gate and up.
     """
 
     model_type: str
     linears: dict[str, tuple[int, int]]
     experts: dict[int, ExpertStack]
     biased: frozenset[str] = frozenset()
+    fused: dict[str, tuple[int, ...]] = {}

@@ -1,8 +1,8 @@
 """Canonical parts: what every adapter format is read into.
 
 Tables and kernels know only parts, so a new format is a new reader, and a new family is at most one new part.
-Parts describe tensors by where they lie; nothing is loaded here. There may be 20,000 of them, which the garbage
-collector is told to leave alone: no cycle can run through them.
+Parts describe tensors by where they lie; nothing is loaded here. There may be a hundred thousand, which the
+garbage collector is told to leave alone: no cycle can run through them.
 """
 
 from collections import Counter
@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from adapters_store.errors import shown
 from adapters_store.ref import Kind
 
 if TYPE_CHECKING:
     from adapters_store.room import Room
 
+MAX_RANK = 4096  # of a low-rank part: kernels keep a number a row and rank, and count within a matrix in 32 bits
 BYTES_PER_ELEMENT = {"F32": 4, "F16": 2, "BF16": 2}
 
 
@@ -66,10 +68,11 @@ class TensorRef(msgspec.Struct, frozen=True, tag="tensor", gc=False):
 
 
 class Piece(msgspec.Struct, frozen=True, gc=False):
-    """A tensor, and at which element of another one it begins."""
+    """A tensor, at which element of another one it begins, and what it is multiplied with there."""
 
     tensor: TensorRef
     start: tuple[int, ...]
+    factor: float = 1.0
 
 
 class Assembled(msgspec.Struct, frozen=True, tag="assembled", gc=False):
@@ -105,8 +108,8 @@ class SourceFile(msgspec.Struct, frozen=True, gc=False):
 
 
 class LowRank(msgspec.Struct, frozen=True, tag="low_rank", gc=False):
-    """y += scale * B(A x) on one linear; then, with a magnitude (DoRA), y is scaled row by row. a: [rank, in], b:
-    [out, rank], magnitude: [out], the norms that the rows of the adapted matrix shall have.
+    """y += scale * B(A x) on one linear; then, with a magnitude (DoRA), what y holds beside the bias is scaled. a:
+    [rank, in], b: [out, rank], magnitude: [out], the norms that the rows of the adapted matrix shall have.
 
     Or on one matrix of all routed experts of a layer (`ExpertStack.matrices` has their names): a [M, rank, in],
     b [M, out, rank], each expert with its own; or with 1 in place of M, which then all share.
@@ -135,6 +138,11 @@ class LowRank(msgspec.Struct, frozen=True, tag="low_rank", gc=False):
     def tensors(self) -> tuple[TensorRef, ...]:
         return tuple(piece.tensor for operand in self.operands for piece in operand.pieces)
 
+    def num_bytes(self, bytes_per_element: int) -> int:
+        """On a device, at least. What becomes of a magnitude is float32."""
+        own = (self.a.num_elements + self.b.num_elements) * bytes_per_element
+        return own if self.magnitude is None else own + self.magnitude.num_elements * 4
+
     @staticmethod
     def described(parts: Sequence["LowRank"]) -> dict[str, object]:
         return {"linears": {part.module: part._told() for part in parts}}
@@ -145,6 +153,12 @@ class LowRank(msgspec.Struct, frozen=True, tag="low_rank", gc=False):
 
     @staticmethod
     def lack_of_room(parts: Sequence["LowRank"], room: "Room") -> str | None:
+        for part in parts:
+            if part.rank > MAX_RANK:
+                return (
+                    f"{shown(part.module)} has the rank {part.rank:,}; at most {MAX_RANK:,} is served: cut it by its "
+                    "singular values (a rank above the matrix's own size adds nothing), or merge it into its base"
+                )
         return None
 
 
@@ -167,6 +181,10 @@ class ExpertReplacement(msgspec.Struct, frozen=True, tag="expert_replacement", g
     def tensors(self) -> tuple[TensorRef, ...]:
         return (*self.gate_up, self.down)
 
+    def num_bytes(self, bytes_per_element: int) -> int:
+        """On a device."""
+        return sum(tensor.num_elements for tensor in self.tensors) * bytes_per_element
+
     @staticmethod
     def described(parts: Sequence["ExpertReplacement"]) -> dict[str, object]:
         by_layer: dict[str, list[int]] = {}
@@ -186,8 +204,8 @@ class ExpertReplacement(msgspec.Struct, frozen=True, tag="expert_replacement", g
 
 
 # A kind of part says of itself which tensors of the files it has (`tensors`), what a device holds of it (`operands`),
-# what people are told of those of one adapter (`described`), and why a server has no room for them (`lack_of_room`,
-# None if it has).
+# how many bytes that is (`num_bytes`), what people are told of those of one adapter (`described`), and why a server has
+# no room for them (`lack_of_room`, None if it has).
 Part = LowRank | ExpertReplacement
 PartKind = type[LowRank] | type[ExpertReplacement]
 

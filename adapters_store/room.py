@@ -11,7 +11,8 @@ from adapters_store.parts import Part, by_kind
 class Room(msgspec.Struct, frozen=True):
     """What the server could give one adapter if it held no other.
 
-    `num_bytes` for all its weights, each taking `bytes_per_element`; `experts_per_layer` is E_max.
+    `num_bytes` for all its weights, each taking `bytes_per_element` (some more: those of routers and DoRA's gains are
+    float32); `experts_per_layer` is E_max.
     """
 
     num_bytes: int
@@ -20,7 +21,7 @@ class Room(msgspec.Struct, frozen=True):
 
     def check(self, parts: Sequence[Part]) -> None:
         """Refuse what could never be on the device. Raises UnsupportedAdapter with the numbers."""
-        needed = sum(operand.num_elements for part in parts for operand in part.operands) * self.bytes_per_element
+        needed = sum(part.num_bytes(self.bytes_per_element) for part in parts)
         if needed > self.num_bytes:
             raise UnsupportedAdapter(
                 f"the adapter needs {needed:,} bytes; all adapters together may use {self.num_bytes:,} "

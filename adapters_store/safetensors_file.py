@@ -8,12 +8,13 @@ opened at all.
 """
 
 import hashlib
+from collections.abc import Collection
 from typing import Any
 
 import msgspec
 import numpy as np
 
-from adapters_store.errors import InvalidAdapter, shown
+from adapters_store.errors import CoverageError, InvalidAdapter, shown
 from adapters_store.files import OpenFile
 from adapters_store.json_file import parse_json
 from adapters_store.limits import Limits
@@ -113,8 +114,9 @@ def _are_counts(values: object) -> bool:
     return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 48 for value in values)
 
 
-def hash_and_check(weights: Weights) -> SourceFile:
-    """The file with its sha256, having seen in the same pass that every weight is finite and at most MAX_WEIGHT.
+def hash_and_check(weights: Weights, idle: Collection[str] = ()) -> SourceFile:
+    """The file with its sha256, having seen in the same pass that every weight is finite and at most MAX_WEIGHT, and
+    zero in the tensors that `idle` names.
 
     The hash is of the header that was parsed and of the bytes that were checked, whatever the file holds meanwhile.
     """
@@ -125,17 +127,22 @@ def hash_and_check(weights: Weights) -> SourceFile:
             chunk = buffer[: min(_CHUNK_BYTES, tensor.num_bytes - done)]
             file.read_into(tensor.offset + done, chunk)
             digest.update(chunk)
-            _check_weights(tensor, chunk)
+            _check_weights(tensor, chunk, is_idle=tensor.key in idle)
     return SourceFile(file.name, file.path, file.size, digest.hexdigest())
 
 
-def _check_weights(tensor: TensorRef, chunk: memoryview) -> None:
+def _check_weights(tensor: TensorRef, chunk: memoryview, is_idle: bool) -> None:
     """As bits, magnitudes are in the order of their values, with infinity above and NaN beyond that."""
     view, magnitude, largest, infinite = _BITS[tensor.dtype]
     bits = int((np.frombuffer(chunk, view) & magnitude).max())
     if bits >= infinite:
         raise InvalidAdapter(
             f"{shown(tensor.key)} holds NaN or infinite weights: training diverged; take an earlier checkpoint"
+        )
+    if bits > 0 and is_idle:
+        raise CoverageError(
+            f"{shown(tensor.key)} acts on a part that is not served (the image part of a multimodal model) and is not "
+            "zero: train with target_modules that match the text part only, or merge the adapter into its base"
         )
     if bits > largest:
         raise InvalidAdapter(

@@ -15,10 +15,10 @@ from server.engine.kv_cache import KVCache
 from server.engine.messages import EngineInfo
 from server.engine.scheduler import SchedulerLimits
 from server.model.build import Build, Injected
-from server.model.cuda_graphs import CudaCapture, GraphedForward, chain
+from server.model.cuda_graphs import CudaCapture, GraphedForward, decode_shapes
 from server.model.device_inputs import Capacity, DeviceInputs
 from server.model.experts import Stacks
-from server.model.families import Foreign, max_model_len, pin_rope
+from server.model.families import Foreign, fused_rows, max_model_len, pin_rope
 from server.model.forward import Forward, HostForward, KernelForward, Model
 from server.model.injections import inject
 from server.model.inputs import CurrentStep, TokenField
@@ -89,20 +89,16 @@ def assemble(
     limits = _limits(config, device)
     most_slices = max((len(site.widths) for site in tables.lora.sites), default=1)
     blocks_of_one = min(cache.pool.num_blocks, cache.num_blocks(length))
-    capacity = Capacity(limits.tokens_per_step, limits.max_running, blocks_of_one, most_slices)
-    # experts first: they cost a step of LoRA a row of the map a token; LoRA's launches would cost them one a site.
-    # LoRA inside experts last: it parts the activation from the product
-    has_experts = int(bool(injected.experts))
-    kinds = [ShapeKey(experts=has_experts), ShapeKey(rank=config.max_rank),
-             ShapeKey(expert_rank=config.max_rank * has_experts)]  # fmt: skip
-    shapes = chain(kinds)
+    choices = max((it.choices for it in injected.experts), default=0)
+    capacity = Capacity(limits.tokens_per_step, limits.max_running, blocks_of_one, most_slices, choices)
+    shapes = decode_shapes(config.max_rank, bool(injected.experts))
     fields = [field for ops in site_ops for field in ops.token_fields]
     forward = choose_forward(Model(model, step), config, capacity, shapes, fields, dtype, device)
     if isinstance(forward, GraphedForward):
         warm_up(forward, config.block_size, on_progress)
     on_progress("Building the engine", 1, 1)
     info = EngineInfo(
-        base=_base_spec(model.config.model_type, injected, biased),
+        base=_base_spec(model.config, injected, biased),
         model_type=model.config.model_type,
         num_parameters=num_parameters,
         device=str(device),
@@ -161,8 +157,9 @@ def choose_forward(
     return GraphedForward(by_kernels, logits, shapes, CudaCapture())
 
 
-def _base_spec(model_type: str, injected: Injected, biased: frozenset[str]) -> BaseSpec:
+def _base_spec(config: Foreign, injected: Injected, biased: frozenset[str]) -> BaseSpec:
     """What adapters are checked against."""
     linears = {target.name: target.shape for target in injected.targets}
     experts = {it.spec.layer: ExpertStack(*it.spec) for it in injected.experts}
-    return BaseSpec(model_type, linears, experts, biased)
+    fused = {name: rows for name, (out, _) in linears.items() if (rows := fused_rows(config, name, out)) is not None}
+    return BaseSpec(config.model_type, linears, experts, biased, fused)

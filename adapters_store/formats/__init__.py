@@ -28,7 +28,7 @@ def read_adapter(
     reading = _read(folder, base, ignore_keys)
     if room is not None:
         room.check(reading.parts)
-    files = tuple(hash_and_check(weights) for weights in reading.weights)
+    files = tuple(hash_and_check(weights, reading.idle) for weights in reading.weights)
     content = f"{reading.kind}:{';'.join(file.sha256 for file in files)}:{reading.meaning}"
     revision = hashlib.sha256(content.encode()).hexdigest()
     notes = tuple(clean(note, _MAX_NOTE_BYTES) for note in reading.notes[:_MAX_NOTES])

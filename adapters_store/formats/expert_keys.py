@@ -16,7 +16,15 @@ import re
 from adapters_store.base_spec import ExpertStack
 from adapters_store.errors import shown
 from adapters_store.formats import remedies
-from adapters_store.formats.lora_tensors import OTHER_SHAPES, LoraModule, Pair, note_pruned, paired, refuse_half
+from adapters_store.formats.lora_tensors import (
+    OTHER_SHAPES,
+    LoraModule,
+    Pair,
+    note_pruned,
+    one_scale,
+    paired,
+    refuse_half,
+)
 from adapters_store.formats.peft_config import LoraConfig
 from adapters_store.formats.reading import Findings
 from adapters_store.parts import Assembled, LowRank, Piece, TensorRef
@@ -80,18 +88,13 @@ class ExpertKeys:
         }
         if len(pairs) < len(experts):
             return None
-        scales = {pair.scale for pair in pairs.values()}
-        if len(scales) > 1:
-            told = " and ".join(f"{scale:g}" for scale in sorted(scales)[:2])
-            self._findings.refuse(f"{shown(name)}: its experts have different scales ({told}, …)", remedies.SCALES)
-            return None
         self._findings.note("tensors of single experts were read together, by matrix.", 2 * len(pairs))
         if len(pairs) < stack.num_experts:
             self._findings.note(
-                "experts' matrices have no tensors beside others of the layer that have; they stay the base's.",
+                "x no tensors for an expert beside others of its layer that have some: it stays the base's.",
                 stack.num_experts - len(pairs),
             )
-        return _assembled(name, pairs, stack.num_experts, out_features, in_features, scales.pop())
+        return _assembled(name, pairs, stack.num_experts, out_features, in_features)
 
     def _add_together(self, stack: ExpertStack, name: str, module: LoraModule) -> None:
         a, b = module.a, module.b
@@ -115,13 +118,15 @@ class ExpertKeys:
         self._together.append((LowRank(name, a, b, scale), [module]))
 
 
-def _assembled(
-    name: str, pairs: dict[int, Pair], num_experts: int, out_features: int, in_features: int, scale: float
-) -> LowRank:
+def _assembled(name: str, pairs: dict[int, Pair], num_experts: int, out_features: int, in_features: int) -> LowRank:
     """Ranks below the highest are filled up with zeros, and so are experts that have none."""
     rank = max(pair.rank for pair in pairs.values())
+    scale, factors = one_scale(pair.scale for pair in pairs.values())
     a = tuple(Piece(_one_of_many(pair.a), (expert, 0, 0)) for expert, pair in pairs.items())
-    b = tuple(Piece(_one_of_many(pair.b), (expert, 0, 0)) for expert, pair in pairs.items())
+    b = tuple(
+        Piece(_one_of_many(pair.b), (expert, 0, 0), factor)
+        for (expert, pair), factor in zip(pairs.items(), factors, strict=True)
+    )
     return LowRank(
         name,
         Assembled((num_experts, rank, in_features), a),

@@ -23,7 +23,7 @@ from adapters_store.parts import LowRank, TensorRef, Whole
 
 _VERSION = re.compile(r"(\d{1,4})\.(\d{1,4})\.(\d{1,4})(\.dev)?")
 PARAMETERS = ("gate_up_proj", "down_proj")
-_TRANSPOSED = "matrices of routed experts were read with in and out exchanged, as PEFT before 0.19.1 writes them."
+_TRANSPOSED = "x in and out of routed experts' matrices exchanged, as PEFT before 0.19.1 writes them."
 
 
 class _Read(msgspec.Struct, gc=False):

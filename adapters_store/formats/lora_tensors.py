@@ -84,10 +84,9 @@ def _refuse_two_names(names: Counter[str | None]) -> None:
 
 
 def paired(
-    module: LoraModule, out_features: int | None, in_features: int, config: LoraConfig, findings: Findings
+    module: LoraModule, out_features: int, in_features: int, config: LoraConfig, findings: Findings
 ) -> Pair | None:
-    """A [rank, in] and B [out, rank] of a linear, or None with a line that says what is wrong. Where `out_features` is
-    None any will do: the linear is a part of a larger one."""
+    """A [rank, in] and B [out, rank] of a linear, or None with a line that says what is wrong."""
     a, b = module.a, module.b
     if a is None or b is None:
         refuse_half(module, findings)
@@ -97,7 +96,6 @@ def paired(
     if stored is not None and stored < rank:
         note_pruned(findings)
         rank = stored
-    out_features = out_features or (b.shape[0] if len(b.shape) == 2 else 1)
     for side, tensor, expected in (("A", a, (rank, in_features)), ("B", b, (out_features, rank))):
         if tensor.shape != expected:
             problem = f"{module.name}.lora_{side}: shape {list(tensor.shape)}, expected {list(expected)}"
@@ -106,6 +104,13 @@ def paired(
     if not _has_magnitude_as_configured(module, out_features, config, findings):
         return None
     return Pair(a, b, module.magnitude, rank, scale)
+
+
+def one_scale(scales: Iterable[float]) -> tuple[float, list[float]]:
+    """What becomes one part has one scale, the largest: that, and what each B must be multiplied with for its own."""
+    own = list(scales)
+    largest = max(own, key=abs)
+    return largest, [scale / largest if largest else 1.0 for scale in own]
 
 
 def refuse_half(module: LoraModule, findings: Findings) -> None:
@@ -124,9 +129,8 @@ def stored_rank(a: TensorRef, b: TensorRef) -> int | None:
 def note_pruned(findings: Findings, count: int = 1) -> None:
     """Components that were removed do not change what the others were trained with: the configured scale."""
     findings.note(
-        "modules have a lower rank than the configuration gives them, with nothing in rank_pattern about it. They were "
-        "read as pruned, scaled by the configuration's rank; if they were trained at their own, list it in "
-        "rank_pattern.",
+        "x a rank below the configuration's, of which rank_pattern says nothing: read as pruned after training, at the "
+        "scale of the configured rank. If it was trained at its own rank, list that in rank_pattern.",
         count,
     )
 
@@ -144,6 +148,8 @@ def _has_magnitude_as_configured(module: LoraModule, out_features: int, config: 
         return False
     if magnitude.shape != (out_features,):
         problem = f"{module.name}.lora_magnitude_vector: shape {list(magnitude.shape)}, expected {[out_features]}"
-        findings.refuse(problem, OTHER_SHAPES)
+        sizes = [size for size in magnitude.shape if size != 1]
+        remedy = "save it with one dimension" if sizes == [out_features] else OTHER_SHAPES
+        findings.refuse(problem, remedy)
         return False
     return True

@@ -38,6 +38,7 @@ _READ = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "targ
          "init_lora_weights", "use_dora"}  # fmt: skip
 _BIASES = ("all", "lora_only")  # which of the base's biases were trained along
 # initialisations that also change the base weights, so that the adapter alone does not describe the model
+_HARMLESS_INITS = ("true", "gaussian", "eva", "orthogonal", "mica")
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
@@ -67,7 +68,7 @@ class LoraConfig:
         self.use_dora, self._use_rslora = fields.use_dora, fields.use_rslora
         self._ranks = Patterns("rank_pattern", fields.rank_pattern, fields.r, CONFIG)
         self._alphas = Patterns("alpha_pattern", fields.alpha_pattern, fields.lora_alpha, CONFIG)
-        self._listed_modules = set(fields.target_modules or ())  # read where it is a list
+        self._targets, self._excluded = _of_modules(fields.target_modules), _of_modules(raw.get("exclude_modules"))
         self._listed_parameters = set(fields.target_parameters)
 
     def rank_and_scale(self, names: Sequence[str]) -> tuple[int, float]:
@@ -103,15 +104,29 @@ class LoraConfig:
         return [weight, module] if self._is_target(module) else [weight]
 
     def _is_target(self, module: str) -> bool:
-        targets = self.target_modules
-        if not isinstance(targets, str):
-            return not self._listed_modules.isdisjoint(endings(module))
-        try:
-            return targets == "all-linear" or bool(regex.fullmatch(targets, module, timeout=_TARGET_SECONDS))
-        except (regex.error, TimeoutError):
-            raise InvalidAdapter(
-                f"target_modules in {CONFIG} cannot be used as a regular expression: list the modules' names instead"
-            ) from None
+        return self._targets == "all-linear" or _names(self._targets, module, "target_modules")
+
+    def is_excluded(self, module: str) -> bool:
+        """Whether PEFT left this module alone, though it is a target."""
+        return _names(self._excluded, module, "exclude_modules")
+
+
+def _of_modules(value: object) -> frozenset[str] | str:
+    """PEFT's keys of modules: a list of what names end in, or a regular expression of the whole name."""
+    if isinstance(value, list):
+        return frozenset(it for it in value if isinstance(it, str))
+    return value if isinstance(value, str) else frozenset()
+
+
+def _names(value: frozenset[str] | str, module: str, key: str) -> bool:
+    if not isinstance(value, str):
+        return not value.isdisjoint(endings(module))
+    try:
+        return bool(regex.fullmatch(value, module, timeout=_TARGET_SECONDS))
+    except (regex.error, TimeoutError):
+        raise InvalidAdapter(
+            f"{key} in {CONFIG} cannot be used as a regular expression: list the modules' names instead"
+        ) from None
 
 
 def endings(name: str) -> list[str]:
@@ -162,16 +177,22 @@ def _refuse_other_methods(raw: dict[str, Any]) -> list[str]:
     if peft_type != "LORA":
         remedy = remedies.for_peft_type(peft_type if isinstance(peft_type, str) else None)
         raise UnsupportedAdapter(f"peft_type {value_of(peft_type)} is not served; LORA is: {remedy}")
-    init = raw.get("init_lora_weights")
-    changing = next((it for it in _BASE_CHANGING_INITS if isinstance(init, str) and init.lower().startswith(it)), None)
-    if changing is not None:
-        raise UnsupportedAdapter(
-            f"init_lora_weights {changing!r} also changed the base weights; save it as a plain LoRA first "
-            "(PEFT: path_initial_model_for_weight_conversion)"
-        )
+    _refuse_changed_base(raw.get("init_lora_weights"))
     if task in (None, "CAUSAL_LM"):
         return []
-    return [f"task_type is {value_of(task)}; the adapter is served as one of a language model, which CAUSAL_LM means."]
+    return [f"task_type is {value_of(task)}; the adapter is served as CAUSAL_LM."]
+
+
+def _refuse_changed_base(init: object) -> None:
+    """Of a way to begin that nobody knows yet one cannot say whether it left the base alone: most new ones did not."""
+    if not isinstance(init, str) or init.lower() in _HARMLESS_INITS:
+        return
+    changing = next((it for it in _BASE_CHANGING_INITS if init.lower().startswith(it)), None)
+    what = f"{changing!r} also changed the base weights" if changing else "(a text) is not known"
+    remedy = "save it as a plain LoRA first (PEFT: path_initial_model_for_weight_conversion)"
+    if changing is None:
+        remedy += "; if it left the base's weights alone, set the key to true"
+    raise UnsupportedAdapter(f"init_lora_weights {what}; {remedy}")
 
 
 def _refuse_other_arithmetic(raw: dict[str, Any], ignore_keys: Collection[str]) -> list[str]:
@@ -179,6 +200,6 @@ def _refuse_other_arithmetic(raw: dict[str, Any], ignore_keys: Collection[str]) 
     arithmetic = _READ | set(remedies.KEYS)
     refuse_known(ignore_keys, arithmetic, CONFIG)
     for key, value in raw.items():
-        if key in remedies.KEYS and value not in OFF and not (key == "bias" and value in _BIASES):
+        if key in remedies.KEYS and value not in OFF and not (key == "bias" and value in (*_BIASES, "none")):
             raise UnsupportedAdapter(f"{key} = {value_of(value)} in {CONFIG} is not served: {remedies.KEYS[key]}")
     return check_unknown(raw, arithmetic | _INERT, ignore_keys, CONFIG)

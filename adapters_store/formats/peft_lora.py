@@ -39,7 +39,8 @@ def read(folder: Folder, base: BaseSpec, ignore_keys: Collection[str] = ()) -> R
     parts = binding.bind(list(tensors.values()))
     _refuse_trained_biases(config, parts, base)
     notes = (*config.notes, *binding.findings.notes)
-    return Reading("lora", shards, tuple(parts), binding.meaning(parts), config.declared_base, notes)
+    meaning = binding.meaning(parts)
+    return Reading("lora", shards, tuple(parts), meaning, config.declared_base, notes, binding.idle)
 
 
 def _weight_files(folder: Folder) -> list[str]:
@@ -95,6 +96,7 @@ class _Binding:
         self._names = BaseNames([*base.linears, *self._projections.names, *self._stacks])
         self._bound: dict[str, tuple[LowRank, list[LoraModule]]] = {}
         self._no_experts: list[str] = []  # keys of those that the base does not have
+        self._images: list[LoraModule] = []  # of the image part, which changes nothing if B is zero
 
     def bind(self, tensors: Sequence[TensorRef]) -> list[LowRank]:
         """Raises CoverageError."""
@@ -106,18 +108,25 @@ class _Binding:
         if self._no_experts:  # said once: there may be thousands
             first = f"{shown(self._no_experts[0])}{', …' if len(self._no_experts) > 1 else ''}"
             self.findings.refuse(f"{len(self._no_experts)} are {remedies.NO_EXPERTS} ({first})", remedies.OTHER_MODEL)
+        self._read_images()
         self._refuse_overlaps()
         self._refuse_untouched_targets(modules)
         made_of = {id(module): module for _, of in self._bound.values() for module in of}
+        made_of |= {id(module): module for module in self._images}
         count = sum(len(module.tensors) for module in made_of.values())
         if self.findings.problems or count != len(tensors):  # whatever nobody has read, nobody may pass over
             raise coverage_error(self.findings.problems, count, len(tensors), self.findings.remedies)
         return [part for _, (part, _) in sorted(self._bound.items())]
 
+    @property
+    def idle(self) -> frozenset[str]:
+        return frozenset(module.b.key for module in self._images if module.b is not None)
+
     def meaning(self, parts: Sequence[LowRank]) -> str:
         exchanged = set(self._parameters.exchanged)
         return ";".join(
-            f"{part.module}={part.scale!r}{',exchanged' if part.module in exchanged else ''}" for part in parts
+            f"{part.module}={part.scale!r}{_factors(part)}{',exchanged' if part.module in exchanged else ''}"
+            for part in parts
         )
 
     def _read(self, module: LoraModule) -> None:
@@ -143,14 +152,30 @@ class _Binding:
             if what == remedies.NO_EXPERTS:
                 self._no_experts += [tensor.key for tensor in module.tensors]
                 return
-            for tensor in module.tensors:
-                self.findings.refuse(f"{shown(tensor.key)}: the base has no linear {module.name} ({what})", remedy)
+            if what == remedies.IMAGES and module.a is not None and module.b is not None and not module.magnitude:
+                self._images.append(module)
+                return
+            self._refuse_module(module, what, remedy)
             return
         self._note_renamings(module, module.path.plain[: len(module.path.plain) - len(tail)].rstrip("."), stack.name)
         if tail in ("", "base_layer"):
             self._parameters.add(stack, module)
         else:
             self._experts.add(stack, tail, module)
+
+    def _read_images(self) -> None:
+        """Beside LoRA on the text part, which PEFT targets under the same names; where nothing was trained on images B
+        stays zero, as it began."""
+        if not self._bound:
+            for module in self._images:
+                self._refuse_module(module, remedies.IMAGES, remedies.TEXT_ONLY)
+            self._images.clear()
+        for _ in self._images:
+            self.findings.note(f"x {remedies.IMAGES} with a B of zero, which changes nothing.")
+
+    def _refuse_module(self, module: LoraModule, what: str, remedy: str) -> None:
+        for tensor in module.tensors:
+            self.findings.refuse(f"{shown(tensor.key)}: the base has no linear {module.name} ({what})", remedy)
 
     def _stack_of(self, plain: str) -> tuple[ExpertStack | None, str]:
         """The experts that the name begins with, and what follows."""
@@ -194,9 +219,18 @@ class _Binding:
         there["target_parameters"] = there["target_modules"] | _among(sought, matrices)
         bound = _among(sought, [*self._bound, *(name for module in modules for name in module.path.known_by)])
         for key, target, module in sorted(listed):
-            if module in there[key] and module not in bound:
+            if module in there[key] and module not in bound and not self._is_excluded(key, module):
                 problem = f"{key} lists {shown(target)}, but the file has no tensors for it"
                 self.findings.refuse(problem, f"copy the whole file, or take out of {key} what was not trained")
+
+    def _is_excluded(self, key: str, target: str) -> bool:
+        """Whether the configuration takes away again all linears that it lists by this name."""
+        linears = (name for name in self._base.linears if target in endings(name))
+        return key == "target_modules" and all(self._config.is_excluded(name) for name in linears)
+
+
+def _factors(part: LowRank) -> str:
+    return "".join(f"*{piece.start}:{piece.factor!r}" for piece in part.b.pieces if piece.factor != 1.0)
 
 
 def _among(sought: Collection[str], names: Collection[str]) -> set[str]:

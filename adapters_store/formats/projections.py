@@ -15,12 +15,12 @@ from collections.abc import Iterable
 from adapters_store.base_spec import BaseSpec
 from adapters_store.errors import shown
 from adapters_store.formats import remedies
-from adapters_store.formats.lora_tensors import OTHER_SHAPES, LoraModule, Pair, paired
+from adapters_store.formats.lora_tensors import LoraModule, Pair, one_scale, paired
 from adapters_store.formats.peft_config import LoraConfig
 from adapters_store.formats.reading import Findings
 from adapters_store.parts import Assembled, LowRank, Operand, Piece, TensorRef, Whole
 
-# rows in this order; where there are three, the last two are equally wide
+# rows in this order
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 _FUSED_OF = {part: fused for fused, parts in FUSED.items() for part in parts}
 
@@ -30,8 +30,9 @@ class Projections:
 
     def __init__(self, base: BaseSpec, config: LoraConfig, findings: Findings) -> None:
         self._linears, self._config, self._findings = base.linears, config, findings
+        self._fused = base.fused
         self._split: dict[str, dict[str, LoraModule]] = {}  # a fused linear of the base -> parts in the file
-        self.names = set(_other_names(base.linears))
+        self.names = set(_other_names(base))
 
     def read_fused(self, name: str, module: LoraModule) -> list[LowRank]:
         """The parts of a linear that the file has in one."""
@@ -41,7 +42,7 @@ class Projections:
         pair = paired(module, sum(widths), self._linears[parts[0]][1], self._config, self._findings)
         if pair is None:
             return []
-        self._findings.note(f"linears: {fused} was read as {', '.join(FUSED[fused])}, by its rows.")
+        self._findings.note(f"x {fused} read as {', '.join(FUSED[fused])}, by its rows.")
         starts = [sum(widths[:index]) for index in range(len(parts))]
         return [
             LowRank(part, pair.a, _rows(pair.b, start, width), pair.scale,
@@ -68,65 +69,39 @@ class Projections:
 
     def _assembled(self, name: str, modules: dict[str, LoraModule]) -> LowRank | None:
         out_features, in_features = self._linears[name]
-        parts = FUSED[name.rpartition(".")[2]]
-        pairs: dict[str, Pair] = {}
-        for part in parts:
+        fused = name.rpartition(".")[2]
+        pairs: list[Pair] = []
+        starts: list[int] = []
+        row = 0
+        for part, width in zip(FUSED[fused], self._fused[name], strict=True):
             if part in modules:
-                pair = paired(modules[part], None, in_features, self._config, self._findings)
+                pair = paired(modules[part], width, in_features, self._config, self._findings)
                 if pair is None:
                     return None
-                pairs[part] = pair
-        starts = _starts({part: pair.b.shape[0] for part, pair in pairs.items()}, parts, out_features)
-        told = ", ".join(pairs)
-        if starts is None:
-            rows = " + ".join(f"{pair.b.shape[0]}" for pair in pairs.values())
-            self._findings.refuse(
-                f"{shown(name)}: {told} have {rows} rows, which are no parts of its {out_features}",
-                OTHER_SHAPES,
-            )
-            return None
-        if len({pair.scale for pair in pairs.values()}) > 1:
-            self._findings.refuse(
-                f"{shown(name)}: {told} have different scales, and are one linear here",
-                remedies.SCALES,
-            )
-            return None
-        if self._config.use_dora and len(pairs) < len(parts):
+                pairs.append(pair)
+                starts.append(row)
+            row += width
+        told = ", ".join(part for part in FUSED[fused] if part in modules)
+        if self._config.use_dora and len(pairs) < len(FUSED[fused]):
             self._findings.refuse(
                 f"{shown(name)}: magnitudes of {told} only, and it is one linear here",
-                f"train with DoRA on all of {', '.join(parts)}, or merge the adapter into its base",
+                f"train with DoRA on all of {', '.join(FUSED[fused])}, or merge the adapter into its base",
             )
             return None
-        fused = name.rpartition(".")[2]
-        self._findings.note(f"linears: {told} were read as rows of {fused}.")
-        return _joined(name, list(pairs.values()), [starts[part] for part in pairs], out_features, in_features)
+        self._findings.note(f"x {told} read as rows of {fused}.")
+        return _joined(name, pairs, starts, out_features, in_features)
 
 
-def _other_names(linears: Iterable[str]) -> Iterable[str]:
+def _other_names(base: BaseSpec) -> Iterable[str]:
     """What a file may call a linear that the base has otherwise."""
-    own = set(linears)
-    for name in own:
+    for name in base.linears:
         parent, _, last = name.rpartition(".")
         fused = _FUSED_OF.get(last)
-        if fused and f"{parent}.{fused}" not in own and all(f"{parent}.{part}" in own for part in FUSED[fused]):
-            yield f"{parent}.{fused}"
-        yield from (f"{parent}.{part}" for part in FUSED.get(last, ()) if f"{parent}.{part}" not in own)
-
-
-def _starts(rows: dict[str, int], parts: tuple[str, ...], out_features: int) -> dict[str, int] | None:
-    """At which row of the whole each part begins, None if those that are known are no parts of it."""
-    first, *others = parts
-    if first in rows:
-        width = (out_features - rows[first]) // len(others)
-    else:
-        width = next(iter(rows.values()))
-    if len(parts) == 2:
-        width = out_features // 2
-    first_width = out_features - width * len(others)
-    widths = {first: first_width} | dict.fromkeys(others, width)
-    if min(widths.values()) < 1 or any(widths[part] != count for part, count in rows.items()):
-        return None
-    return {first: 0} | {part: first_width + width * index for index, part in enumerate(others)}
+        if fused and f"{parent}.{fused}" not in base.linears:
+            if all(f"{parent}.{part}" in base.linears for part in FUSED[fused]):
+                yield f"{parent}.{fused}"
+        if name in base.fused:
+            yield from (f"{parent}.{part}" for part in FUSED[last])
 
 
 def _rows(tensor: TensorRef, start: int, count: int) -> TensorRef:
@@ -141,9 +116,10 @@ def _joined(name: str, pairs: list[Pair], starts: list[int], out_features: int, 
     b: list[Piece] = []
     magnitude: list[Piece] = []
     rank = 0
-    for pair, start in zip(pairs, starts, strict=True):
+    scale, factors = one_scale(pair.scale for pair in pairs)
+    for pair, start, factor in zip(pairs, starts, factors, strict=True):
         a.append(Piece(pair.a, (rank, 0)))
-        b.append(Piece(pair.b, (start, rank)))
+        b.append(Piece(pair.b, (start, rank), factor))
         if pair.magnitude is not None:
             magnitude.append(Piece(pair.magnitude, (start,)))
         rank += pair.rank
@@ -152,6 +128,6 @@ def _joined(name: str, pairs: list[Pair], starts: list[int], out_features: int, 
         name,
         whole,
         Assembled((out_features, rank), tuple(b)),
-        pairs[0].scale,
+        scale,
         Assembled((out_features,), tuple(magnitude)) if magnitude else None,
     )

@@ -11,7 +11,8 @@ from adapters_store.safetensors_file import Weights
 
 class Reading(msgspec.Struct, frozen=True):
     """`meaning` is what the configuration adds to the weights, their scales and the order of their numbers: it is part
-    of the revision, whereas the adapter's name and place are not. `notes` are the package's."""
+    of the revision, whereas the adapter's name and place are not. `notes` are the package's. `idle` are keys of
+    tensors that no part has: they must be zero."""
 
     kind: Kind
     weights: tuple[Weights, ...]
@@ -19,6 +20,7 @@ class Reading(msgspec.Struct, frozen=True):
     meaning: str = ""
     declared_base: str | None = None
     notes: tuple[str, ...] = ()
+    idle: frozenset[str] = frozenset()
 
 
 class Findings:

@@ -58,14 +58,11 @@ OTHER_MODEL = "serve the adapter on the base that it was trained on"
 INCOMPLETE = "save or copy the adapter again: A and B come in pairs, and DoRA's magnitude with them"
 RANKS = "if the ranks differ from module to module, list them in rank_pattern"
 TWICE = "keep one of the two; if both were trained, they are two adapters"
-SCALES = (
-    "multiply each B in the file by its module's scale (alpha / r), and set lora_alpha and r so that the scale of all "
-    "is 1"
-)
 DORA_ON_EXPERTS = f"{_MERGE}, or train with use_dora=False"
 EXPERT_NAMES = (
     "name them gate_proj, up_proj and down_proj (or w1, w3 and w2), with an expert's number before it or with all "
-    "experts in one tensor; PEFT's target_parameters stand at the experts' own name"
+    "experts in one tensor, and split gate_up_proj by the rows of B; PEFT's target_parameters stand at the experts' "
+    "own name"
 )
 INTERLEAVED = (
     "train gate_up_proj itself, with PEFT's target_parameters: rows of gate and up alternate in it, and what is "
@@ -73,11 +70,12 @@ INTERLEAVED = (
 )
 
 NO_EXPERTS = "LoRA on routed experts, which the base does not have there"
+IMAGES = "the image part of a multimodal model"
+TEXT_ONLY = "train with target_modules that match the text part only"
 # names of modules that the base has nothing for: (pattern, what it is, what to do). The first match counts
 _MODULES = (
     (r"(?:^|\.)experts(?:\.|$)", NO_EXPERTS, OTHER_MODEL),
-    (r"(?:^|\.)(?:vision_tower|visual|vision_model|multi_modal_projector)\.", "the image part of a multimodal model",
-     "train with target_modules that match the text part only"),
+    (r"(?:^|\.)(?:vision_tower|visual|vision_model|multi_modal_projector)\.", IMAGES, TEXT_ONLY),
     (r"\.(?:gate|router)(?:\.\w+)?$", "LoRA on a router, which it does not have there",
      f"{OTHER_MODEL}, or train without the router (gate)"),
     (r"\.(?:query_key_value|Wqkv|c_attn)$", "a fused linear, which this base has in parts",

@@ -10,7 +10,7 @@ from adapters_store.errors import InvalidAdapter, UnsupportedAdapter, shown
 from adapters_store.formats import remedies
 
 _SHOWN = 8  # names of keys in a note
-OFF: tuple[object, ...] = (None, False, [], "none")  # an empty object is not off: PEFT takes it for one of defaults
+OFF: tuple[object, ...] = (None, False, [])  # an empty object is not off: PEFT takes it for one of defaults
 
 
 def refuse_known(ignore_keys: Collection[str], arithmetic: Collection[str], file: str) -> None:

@@ -25,6 +25,9 @@ FAMILIES = frozenset({
 _MIXED_WINDOWS = frozenset({"gemma2", "gpt_oss", "qwen2", "qwen2_moe", "qwen3"})
 _WINDOWED = _MIXED_WINDOWS | {"mistral", "mixtral", "phi3", "qwen3_moe"}
 
+# families whose attention and MLP have one linear each for what others have in parts
+_FUSED = frozenset({"phi3"})
+
 # frequencies of these are a function of the position alone
 _STATIC_ROPES = frozenset({"default", "linear", "llama3", "yarn"})
 
@@ -121,6 +124,23 @@ def _rope(config: Foreign) -> dict[str, Any]:
     if nested is not None and len({str(value) for value in parameters.values()}) > 1:
         raise UnsupportedModelError("a rope of its own for each kind of layer is not served")
     return {"rope_type": "default", **(nested or parameters)}
+
+
+def fused_rows(config: Foreign, name: str, out_features: int) -> tuple[int, ...] | None:
+    """Rows of each part of a linear that other families have in parts, in order: q, k, v or gate, up. None: it is no
+    such linear, or its family is not known to have them in this order."""
+    if config.model_type not in _FUSED:
+        return None
+    match name.rpartition(".")[2]:
+        case "qkv_proj":
+            width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+            heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+            rows = tuple(width * count for count in heads)
+        case "gate_up_proj":
+            rows = (out_features // 2,) * 2
+        case _:
+            return None
+    return rows if sum(rows) == out_features else None
 
 
 def stop_token_ids(config: Foreign, generation_config: Foreign | None) -> frozenset[int]:

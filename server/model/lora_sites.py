@@ -22,4 +22,4 @@ class LoraSites(Protocol):
     ) -> None:
         """Say where the weights for one of the base's linears act, in the type of what they are multiplied with.
 
-        rows: the base's own [out, in], without bias; what is derived from them (gains) is refused without."""
+        rows: the base's own [out, in], without bias, from which gains are derived. None: DoRA is refused there."""

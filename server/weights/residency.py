@@ -223,7 +223,7 @@ class DeviceResidency:
             count * self._pool.page_bytes for count in (pages, self._pool.num_pages, self._pool.num_withdrawn)
         )
         less = f" less {fixed:,} that expert places take, used or not" if fixed else ""
-        return f"it needs {needed:,} bytes; all adapters together may use {budget:,} (adapter_bytes{less})"
+        return f"it needs {needed:,} bytes; all adapters together may use {budget:,} (raise --adapter-bytes{less})"
 
     def _finish_transfer(self, adapter: _Adapter, transfer: Transfer) -> None:
         adapter.transfer = None

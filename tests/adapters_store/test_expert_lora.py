@@ -90,7 +90,7 @@ def test_in_and_out_exchanged_are_told_by_shape(tmp_path: Path, version: str | N
     torch.testing.assert_close(delta(package, f"{EXPERTS}.gate_up_proj"), change(gate_up, 3))
     torch.testing.assert_close(delta(package, f"{EXPERTS}.down_proj"), change(down, 3))
     assert package.notes == (
-        "2 matrices of routed experts were read with in and out exchanged, as PEFT before 0.19.1 writes them.",
+        "2 x in and out of routed experts' matrices exchanged, as PEFT before 0.19.1 writes them.",
     )
 
 
@@ -190,7 +190,7 @@ def test_fewer_components_than_configured_were_pruned(tmp_path: Path) -> None:
     stored = parameter(H, 2 * I, rank=1)
     package = read_adapter(save_peft(tmp_path / "a", at(EXPERTS, stored)), BASE)
     torch.testing.assert_close(delta(package, f"{EXPERTS}.gate_up_proj"), change(stored, 3).mT)
-    assert "1 modules have a lower rank than the configuration gives them" in package.notes[0]
+    assert "1 x a rank below the configuration's" in package.notes[0]
 
 
 # -- a name for each expert ---
@@ -222,8 +222,22 @@ def test_experts_by_name_with_some_missing_and_ranks_that_differ(tmp_path: Path)
     assert parts(package)[f"{EXPERTS}.gate_proj"].rank == 3
     assert package.notes == (
         "6 tensors of single experts were read together, by matrix.",
-        "5 experts' matrices have no tensors beside others of the layer that have; they stay the base's.",
+        "5 x no tensors for an expert beside others of its layer that have some: it stays the base's.",
     )
+
+
+def test_experts_may_have_scales_of_their_own(tmp_path: Path) -> None:
+    """As ranks that differ give them, where alpha does not follow."""
+    tensors = expert(0, "up_proj") | expert(2, "up_proj", rank=3) | expert(3, "up_proj")
+    patterns = {"rank_pattern": {"experts.2.up_proj": 3}, "alpha_pattern": {"experts.3.up_proj": 10}}
+    package = read_adapter(save_peft(tmp_path / "a", tensors, **patterns), BASE)
+    wanted = expected(tensors, "up_proj", 1)
+    wanted *= torch.tensor([3, 1, 2, 5])[:, None, None]
+    torch.testing.assert_close(delta(package, f"{EXPERTS}.up_proj"), wanted)
+    patterns["alpha_pattern"]["experts.2.up_proj"] = 9  # the largest scale is the same; the revision is not
+    other = read_adapter(save_peft(tmp_path / "b", tensors, **patterns), BASE)
+    assert parts(other)[f"{EXPERTS}.up_proj"].scale == parts(package)[f"{EXPERTS}.up_proj"].scale
+    assert other.revision != package.revision
 
 
 def test_mixtrals_names_under_transformers_4(tmp_path: Path) -> None:
@@ -246,8 +260,6 @@ def test_mixtrals_names_under_transformers_4(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tensors", "config", "says", "remedy"),
     [
-        (expert(0, "gate_proj") | expert(1, "gate_proj"), {"alpha_pattern": {"1.gate_proj": 8}},
-         "its experts have different scales (3 and 4, …)", "multiply each B in the file by its module's scale"),
         (expert(0, "gate_proj") | expert(0, "w1", 2, "gate_proj"), {}, "expert 0 has model.layers.1.mlp.experts.0."
          "gate_proj too, the same matrix", "keep one of the two"),
         (expert(M, "gate_proj"), {}, "the base has 4 experts there", "serve the adapter on the base"),

@@ -88,7 +88,12 @@ M0 = f"base_model.model.{Q0}.lora_magnitude_vector"
         ({M0: None}, {}, f"{Q0}: no lora_magnitude_vector, though use_dora is set", "save the adapter again with PEFT"),
         ({}, {"use_dora": False}, "DoRA's magnitude, though use_dora is not set", "set use_dora to true if"),
         ({M0: torch.ones(HIDDEN + 1)}, {}, "lora_magnitude_vector: shape [9], expected [8]", "serve the adapter on"),
-        ({M0: torch.ones(1, HIDDEN)}, {}, "lora_magnitude_vector: shape [1, 8], expected [8]", "serve the adapter on"),
+        (
+            {M0: torch.ones(1, HIDDEN)},
+            {},
+            "lora_magnitude_vector: shape [1, 8], expected [8]",
+            "save it with one dimension",
+        ),
         (
             {A0: None, A0.replace("_A", "_B"): None},
             {},
@@ -167,7 +172,7 @@ def test_flags_that_change_nothing_are_passed_over(tmp_path: Path, config: dict[
 )
 def test_a_task_is_told_of(tmp_path: Path, task: Any, told: str) -> None:
     (note,) = read_adapter(lora(tmp_path / "a", task_type=task), BASE).notes
-    assert note == f"task_type is {told}; the adapter is served as one of a language model, which CAUSAL_LM means."
+    assert note == f"task_type is {told}; the adapter is served as CAUSAL_LM."
     head = {"base_model.model.score.weight": torch.ones(2, HIDDEN)}
     with_head = edit_weights(lora(tmp_path / "b", task_type=task), lambda it: it.update(head))
     assert "base_model.model.score.weight: not the A or B of a LoRA linear" in str(refused(with_head))
@@ -239,7 +244,7 @@ def test_components_that_were_pruned_do_not_change_the_scale(tmp_path: Path) -> 
     expected = 4 * stored[A0.replace("_A", "_B")].double() @ stored[A0].double()
     torch.testing.assert_close(delta(package, Q0), expected)
     (note,) = package.notes
-    assert note.startswith("2 modules have a lower rank than the configuration gives them") and "rank_pattern" in note
+    assert note.startswith("2 x a rank below the configuration's") and "rank_pattern" in note
 
 
 def test_a_higher_rank_than_configured_is_refused(tmp_path: Path) -> None:
@@ -335,3 +340,19 @@ def test_nothing_is_bound_halfway(tmp_path: Path) -> None:
     directory = edit_weights(dora(tmp_path / "a"), lambda it: it.update({M0: torch.ones(1)}))
     error = refused(directory)
     assert isinstance(error, CoverageError) and str(error).startswith("3 of the adapter's tensors do not fit this base")
+
+
+@pytest.mark.parametrize(
+    "excluded", [["up_proj"], r".*\.up_proj", ["model.layers.1.mlp.up_proj", "mlp.up_proj"]], ids=str
+)
+def test_a_target_that_is_excluded_again_needs_no_tensors(tmp_path: Path, excluded: object) -> None:
+    targets = ["q_proj", "up_proj"]
+    path = lora(tmp_path / "a", modules=("self_attn.q_proj",), target_modules=targets, exclude_modules=excluded)
+    assert {part.module.rpartition(".")[2] for part in read_adapter(path, BASE).parts} == {"q_proj"}
+
+
+@pytest.mark.parametrize("excluded", [None, ["q_proj"], ["model.layers.1.mlp.up_proj"], r".*layers\.0\..*"], ids=str)
+def test_a_target_of_which_some_is_left_needs_its_tensors(tmp_path: Path, excluded: object) -> None:
+    path = lora(tmp_path / "a", modules=("self_attn.q_proj",), target_modules=["up_proj"], exclude_modules=excluded)
+    with pytest.raises(AdapterError, match="target_modules lists up_proj, but the file has no tensors for it"):
+        read_adapter(path, BASE)

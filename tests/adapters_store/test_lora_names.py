@@ -164,7 +164,7 @@ def test_the_image_part_is_still_refused(tmp_path: Path) -> None:
         return key.replace("model.layers.2.", "model.vision_tower.layers.2.").replace("model.layers", "model.layers")
 
     message = refused(renamed(tmp_path / "a", change))
-    assert message.startswith("4 of the adapter's tensors do not fit this base (8 do)")
+    assert "model.vision_tower.layers.2." in message and "is not zero" in message
     assert "the image part of a multimodal model" in message and "target_modules that match the text part" in message
 
 
@@ -227,3 +227,31 @@ def test_names_that_are_long_and_odd_cost_nothing(tmp_path: Path) -> None:
     names = {f"{number}.{steps}.lora_A.lora_A.lora_A.weight": torch.zeros(1, 1) for number in range(1500)}
     message = refused(save_peft(tmp_path / "a", names))
     assert "1500 of the adapter's tensors" in message
+
+
+def with_images(directory: Path, b: float, modules: tuple[str, ...] = ("self_attn.q_proj",)) -> Path:
+    """LoRA on the text part, and on an image part that was left as it began, or was not."""
+
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        module = "base_model.model.model.visual.blocks.0.attn.q_proj"
+        tensors[f"{module}.lora_A.weight"] = torch.ones(2, 5)
+        tensors[f"{module}.lora_B.weight"] = torch.full((5, 2), b)
+
+    return edit_weights(lora(directory, modules=modules), add)
+
+
+def test_an_image_part_that_was_not_trained_changes_nothing(tmp_path: Path) -> None:
+    package = read_adapter(with_images(tmp_path / "a", 0.0), BASE)
+    assert {part.module.rpartition(".")[2] for part in package.parts if isinstance(part, LowRank)} == {"q_proj"}
+    assert package.notes == ("1 x the image part of a multimodal model with a B of zero, which changes nothing.",)
+
+
+@pytest.mark.parametrize("b", [1.0, -1e-30])
+def test_an_image_part_that_was_trained_is_refused(tmp_path: Path, b: float) -> None:
+    with pytest.raises(AdapterError, match="visual.blocks.0.attn.q_proj.lora_B.weight acts on a part .* is not zero"):
+        read_adapter(with_images(tmp_path / "a", b), BASE)
+
+
+def test_an_image_part_alone_is_no_adapter_of_the_text(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="the image part of a multimodal model"):
+        read_adapter(with_images(tmp_path / "a", 0.0, modules=()), BASE)

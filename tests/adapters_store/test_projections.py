@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -15,7 +16,9 @@ H, Q, K, I = 8, 12, 4, 6  # noqa: E741
 ATTN, MLP = "model.layers.0.self_attn", "model.layers.0.mlp"
 SPLIT = BaseSpec("llama", {f"{ATTN}.q_proj": (Q, H), f"{ATTN}.k_proj": (K, H), f"{ATTN}.v_proj": (K, H),
                            f"{MLP}.gate_proj": (I, H), f"{MLP}.up_proj": (I, H)}, {})  # fmt: skip
-FUSED = BaseSpec("phi3", {f"{ATTN}.qkv_proj": (Q + 2 * K, H), f"{MLP}.gate_up_proj": (2 * I, H)}, {})
+FUSED = BaseSpec("phi3", {f"{ATTN}.qkv_proj": (Q + 2 * K, H), f"{MLP}.gate_up_proj": (2 * I, H)}, {},
+                 fused={f"{ATTN}.qkv_proj": (Q, K, K), f"{MLP}.gate_up_proj": (I, I)})  # fmt: skip
+UNKNOWN = msgspec.structs.replace(FUSED, fused={})  # nobody has said whose rows are where
 START = {"q_proj": 0, "k_proj": Q, "v_proj": Q + K, "gate_proj": 0, "up_proj": I}
 WIDTH = {"q_proj": Q, "k_proj": K, "v_proj": K, "gate_proj": I, "up_proj": I}
 
@@ -59,8 +62,8 @@ def test_one_in_the_file_and_parts_in_the_base(tmp_path: Path, dora: bool) -> No
             stored = next(it for key, it in tensors.items() if "magnitude" in key)
             assert torch.equal(operand(package, magnitude), stored[rows].double())
     assert sorted(package.notes) == [
-        "1 linears: gate_up_proj was read as gate_proj, up_proj, by its rows.",
-        "1 linears: qkv_proj was read as q_proj, k_proj, v_proj, by its rows.",
+        "1 x gate_up_proj read as gate_proj, up_proj, by its rows.",
+        "1 x qkv_proj read as q_proj, k_proj, v_proj, by its rows.",
     ]
 
 
@@ -82,7 +85,16 @@ def test_parts_in_the_file_and_one_in_the_base(tmp_path: Path, names: tuple[str,
         expected[START[name] : START[name] + WIDTH[name]] = dense(pairs)
     torch.testing.assert_close(delta(package, only.module), expected)
     fused = only.module.rpartition(".")[2]
-    assert package.notes == (f"1 linears: {', '.join(names)} were read as rows of {fused}.",)
+    assert package.notes == (f"1 x {', '.join(names)} read as rows of {fused}.",)
+
+
+def test_parts_may_have_scales_of_their_own(tmp_path: Path) -> None:
+    made = {"q_proj": pair("q_proj", Q), "v_proj": pair("v_proj", K)}
+    tensors = made["q_proj"] | made["v_proj"]
+    package = read_adapter(save_peft(tmp_path / "a", tensors, alpha_pattern={"v_proj": 8}), FUSED)
+    found = delta(package, f"{ATTN}.qkv_proj")
+    torch.testing.assert_close(found[:Q], dense(made["q_proj"]))
+    torch.testing.assert_close(found[START["v_proj"] :], dense(made["v_proj"], scale=4))
 
 
 def test_magnitudes_of_all_parts_are_those_of_the_whole(tmp_path: Path) -> None:
@@ -98,14 +110,13 @@ def test_magnitudes_of_all_parts_are_those_of_the_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tensors", "base", "config", "says", "remedy"),
     [
-        (pair("q_proj", Q) | pair("v_proj", K), FUSED, {"alpha_pattern": {"v_proj": 8}},
-         "q_proj, v_proj have different scales, and are one linear here", "multiply each B in the file"),
         (pair("q_proj", Q) | pair("v_proj", K + 1), FUSED, {},
-         "q_proj, v_proj have 12 + 5 rows, which are no parts of its 20", "serve the adapter on the base"),
-        (pair("q_proj", 20), FUSED, {}, "q_proj have 20 rows, which are no parts of its 20", "serve the adapter"),
-        (pair("q_proj", 19), FUSED, {}, "19 rows", "serve the adapter"),
-        (pair("k_proj", 10), FUSED, {}, "k_proj have 10 rows", "serve the adapter"),
-        (pair("up_proj", I + 1), FUSED, {}, "up_proj have 7 rows, which are no parts of its 12", "serve the adapter"),
+         "v_proj.lora_B: shape [5, 2], expected [4, 2]", "serve the adapter on the base"),
+        (pair("q_proj", Q - 2), FUSED, {}, "q_proj.lora_B: shape [10, 2], expected [12, 2]", "serve the adapter"),
+        (pair("k_proj", K - 2), FUSED, {}, "k_proj.lora_B: shape [2, 2], expected [4, 2]", "serve the adapter"),
+        (pair("v_proj", K + 1), FUSED, {}, "v_proj.lora_B: shape [5, 2], expected [4, 2]", "serve the adapter"),
+        (pair("up_proj", I + 1), FUSED, {}, "up_proj.lora_B: shape [7, 2], expected [6, 2]", "serve the adapter"),
+        (pair("q_proj", Q), UNKNOWN, {}, "the base has no linear", "serve the adapter"),
         (pair("q_proj", Q, dora=True), FUSED, {"use_dora": True}, "magnitudes of q_proj only, and it is one linear",
          "train with DoRA on all of q_proj, k_proj, v_proj, or merge"),
         (pair("q_proj", Q) | pair("qkv_proj", Q + 2 * K), FUSED, {}, "are the same linear of this base", "keep one of"),

@@ -8,7 +8,7 @@ import pytest
 
 from adapters_store.catalog import Catalog
 from adapters_store.errors import UnsupportedAdapter
-from adapters_store.parts import ExpertReplacement, LowRank, TensorRef
+from adapters_store.parts import MAX_RANK, ExpertReplacement, LowRank, TensorRef
 from adapters_store.room import Room
 from tests.support.adapter_files import A0, BASE, esft, lora
 
@@ -42,6 +42,14 @@ def test_what_the_device_cannot_hold_is_refused_before_its_bytes_are_read(tmp_pa
     (directory / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(UnsupportedAdapter, match="needs 3,200,000,000 bytes; all adapters together may use 1,000,000"):
         Catalog("base", BASE, (tmp_path,), Room(1_000_000, 4, 8)).read("x", "a")
+
+
+@pytest.mark.usefixtures("unread")
+def test_a_rank_that_no_step_has_room_for_is_refused(tmp_path: Path) -> None:
+    """What kernels keep of a step grows with it, whatever the adapter's own size."""
+    directory = lora(tmp_path / "a", rank=MAX_RANK + 1)
+    with pytest.raises(UnsupportedAdapter, match=r"has the rank 4,097; at most 4,096 is served: cut it by"):
+        Catalog("base", BASE, (tmp_path,), Room(1 << 40, 4, 8)).read("x", str(directory))
 
 
 @pytest.mark.usefixtures("unread")

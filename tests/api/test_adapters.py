@@ -259,7 +259,7 @@ def test_strict_base_refuses_with_both_names(root: Path) -> None:
 # -- what was understood ---
 
 NOTES = [
-    "task_type is 'SEQ_CLS'; the adapter is served as one of a language model, which CAUSAL_LM means.",
+    "task_type is 'SEQ_CLS'; the adapter is served as CAUSAL_LM.",
     "adapter_config.json: ignored as asked: lora_nums.",
     "adapter_config.json: unknown keys that hold a text were passed over: tool.",
 ]

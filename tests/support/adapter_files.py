@@ -87,7 +87,7 @@ def operand(package: AdapterPackage, operand: Operand) -> torch.Tensor:
                 slice(start, start + size) for start, size in zip(piece.start, piece.tensor.shape, strict=True)
             )
             assert found[place].shape == piece.tensor.shape and not filled[place].any()
-            found[place], filled[place] = _tensor(package, piece.tensor), True
+            found[place], filled[place] = piece.factor * _tensor(package, piece.tensor), True
         return found
     return _tensor(package, operand)
 

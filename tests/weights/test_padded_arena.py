@@ -46,6 +46,8 @@ def test_padded_arenas_serve_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path:
     serve_both_kinds(engine, tmp_path)
     big = register(engine, save_lora(tmp_path / "big", make_model("qwen3_moe"), 1, ("q_proj", "v_proj"), rank=640))
     fixed = engine.residency._pool.num_withdrawn * 512
-    message = rf"may use {(1 << 20) - fixed:,} \(adapter_bytes less {fixed:,} that expert places take, used or not\)"
+    message = (
+        rf"may use {(1 << 20) - fixed:,} \(raise --adapter-bytes less {fixed:,} that expert places take, used or not\)"
+    )
     with pytest.raises(AdapterFailed, match=message):
         engine.residency.acquire(big.ref)

@@ -59,6 +59,47 @@ def test_blocks_of_a_tensor_go_to_places_of_their_own(tmp_path: Path, kind: str,
     assert all(torch.equal(place, it.float()) for place, it in zip(places, expected, strict=True))
 
 
+@pytest.mark.parametrize("kind", ["host", "pinned"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dimensions_may_be_in_another_order(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
+    """As the experts of B are: column j * experts + e of what is stored is column j of expert e."""
+    path = tmp_path / "experts.safetensors"
+    out, rank, experts = 5, 3, 4
+    stored = torch.randn(out, rank * experts, dtype=dtype)
+    save_file({"b": stored}, path)
+    name = "F32" if dtype is torch.float32 else "BF16"
+    offset = offset_of(path, "b")
+
+    def ref(shape: tuple[int, ...], start: tuple[int, ...]) -> TensorRef:
+        return TensorRef(path.name, "b", shape, name, offset, Whole((out, rank, experts), start, (2, 0, 1)))
+
+    refs = [ref((experts, out, rank), (0, 0, 0)), ref((1, out, rank), (2, 0, 0)), ref((2, 2, 1), (1, 3, 2))]
+    places = [torch.full(ref.shape, torch.nan) for ref in refs]
+    transfer = Transfer([source(path)], zip(refs, places, strict=True), PageWork(), copier(kind).begin())
+    transfer.run()
+    assert transfer.error is None
+    whole = torch.stack([stored[:, expert::experts] for expert in range(experts)]).float()
+    expected = [whole, whole[2:3], whole[1:3, 3:, 2:]]
+    assert all(torch.equal(place, it) for place, it in zip(places, expected, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["host", "pinned"])
+def test_pieces_go_into_a_matrix_that_was_cleared(tmp_path: Path, kind: str) -> None:
+    """Two updates of a fused linear's parts, as one of the whole: blocks on the diagonal, and zeros beside them."""
+    path = tmp_path / "parts.safetensors"
+    first, second = torch.randn(3, 2), torch.randn(4, 3)
+    save_file({"k": first, "q": second}, path)
+    room = torch.full((7, 5), torch.nan)
+    places = [
+        (TensorRef(path.name, "k", (3, 2), "F32", offset_of(path, "k")), room[:3, :2]),
+        (TensorRef(path.name, "q", (4, 3), "F32", offset_of(path, "q")), room[3:, 2:]),
+    ]
+    transfer = Transfer([source(path)], places, PageWork(), copier(kind).begin(), cleared=[room])
+    transfer.run()
+    assert transfer.error is None
+    torch.testing.assert_close(room, torch.block_diag(first, second))
+
+
 def test_a_file_that_a_reader_wrote_is_a_source_like_any_other(tmp_path: Path) -> None:
     """Numbers alone, without a header; and hashed as it is copied."""
     blob = tmp_path / "canonical"

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from kernels.lora import LoraWeights
 
-_ROWS = 4096  # at a time: in float32 a whole matrix may be larger than the adapter
+_ROWS = 1024  # at a time: in float32 a whole matrix may be larger than the adapter
 
 
 class GainError(Exception):
@@ -15,14 +15,21 @@ class GainError(Exception):
 def to_gains(weights: LoraWeights, base: Tensor, module: str) -> None:
     """weights.gain [out] float32 holds magnitudes; divide them by the norms of the rows of base + scale * b @ a.
 
-    base [out, in]: the linear's own weights, as they are served. Sums in float32. Raises GainError for a row that is
-    zero: no gain gives it a norm.
+    base [out, in]: the linear's own weights, as they are served. Sums in float32. Raises GainError for a row whose norm
+    is zero or beyond float32: no gain makes of it what the adapter wants.
     """
-    assert weights.gain is not None
-    a = weights.a.float()
+    gain, a = weights.gain, weights.a.float()
+    assert gain is not None
+    norms = torch.empty_like(gain)
     for begin in range(0, len(base), _ROWS):
         rows = slice(begin, begin + _ROWS)
         adapted = torch.addmm(base[rows].float(), weights.b[rows].float(), a, alpha=weights.scale)
-        weights.gain[rows] /= adapted.norm(dim=1)
-    if not bool(weights.gain.isfinite().all()):
-        raise GainError(f"a row of {module} is zero with the adapter, so DoRA cannot give it a norm")
+        torch.linalg.vector_norm(adapted, dim=1, out=norms[rows])
+    gain.div_(norms)
+    is_sound = norms.isfinite() & gain.isfinite()
+    if not bool(is_sound.all()):
+        row = int(is_sound.logical_not().nonzero()[0])
+        raise GainError(
+            f"row {row} of {module} has the norm {float(norms[row]):g} with the adapter, and no gain gives it the "
+            "magnitude that DoRA trained: merge the adapter into its base, or train it again"
+        )

@@ -12,7 +12,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from adapters_store.parts import Assembled, LowRank, Operand, TensorRef
+from adapters_store.parts import Assembled, LowRank, Operand, Piece, TensorRef
 from kernels.adapter_rows import ShapeKey
 from kernels.lora import TABLE_FIELDS, LoraSite, LoraWeights, SiteAdapters, Split, table_rows
 from server.weights.arena import Arenas
@@ -81,7 +81,8 @@ class LoraTable:
     # -- Table, for residency ---
 
     def refusal(self, parts: Sequence[LowRank]) -> str | None:
-        return None
+        refused = [it.module for it in parts if it.magnitude is not None and self._linears[it.module].rows is None]
+        return f"DoRA on {refused[0]} is not served; merge the adapter into its base" if refused else None
 
     def pages_for(self, slot: int, parts: Sequence[LowRank]) -> int:
         return self._slabs.pages_for(self._wanted(parts))
@@ -98,11 +99,7 @@ class LoraTable:
         return Mapped(
             places=(place for operand, room in held for place in _places(operand, room)),
             cleared=[room for operand, room in held if isinstance(operand, Assembled) and not operand.is_covered],
-            derive=[
-                partial(self._to_gains, part.module, its)
-                for part, its in zip(parts, weights, strict=True)
-                if its.gain is not None
-            ],
+            derive=[partial(_scale, held), partial(self._derive_gains, parts, weights)],
         )
 
     def install(self, slot: int) -> None:
@@ -145,10 +142,12 @@ class LoraTable:
                 wanted.append((part.magnitude.shape, torch.float32))
         return wanted
 
-    def _to_gains(self, module: str, weights: LoraWeights) -> None:
-        rows = self._linears[module].rows
-        assert rows is not None, f"{module} has no rows to derive gains from"
-        to_gains(weights, rows(), module)
+    def _derive_gains(self, parts: Sequence[LowRank], weights: Sequence[LoraWeights]) -> None:
+        for part, its in zip(parts, weights, strict=True):
+            if its.gain is not None:
+                rows = self._linears[part.module].rows
+                assert rows is not None  # it would have been refused
+                to_gains(its, rows(), part.module)
 
     def _show(self, slot: int) -> None:
         """To kernels: what the slot holds now, and at which sites any slot holds anything."""
@@ -166,5 +165,17 @@ def _shape(parts: Sequence[LowRank]) -> ShapeKey:
 
 def _places(operand: Operand, room: Tensor) -> Iterator[tuple[TensorRef, Tensor]]:
     """Where each of its pieces goes."""
-    for tensor, start in ((piece.tensor, piece.start) for piece in operand.pieces):
-        yield tensor, room[tuple(slice(at, at + size) for at, size in zip(start, tensor.shape, strict=True))]
+    for piece in operand.pieces:
+        yield piece.tensor, _within(room, piece)
+
+
+def _scale(held: Sequence[tuple[Operand, Tensor]]) -> None:
+    """Pieces that were trained at another scale than the part's."""
+    for operand, room in held:
+        for piece in operand.pieces:
+            if piece.factor != 1.0:
+                _within(room, piece).mul_(piece.factor)
+
+
+def _within(room: Tensor, piece: Piece) -> Tensor:
+    return room[tuple(slice(at, at + size) for at, size in zip(piece.start, piece.tensor.shape, strict=True))]

@@ -1,18 +1,39 @@
-"""The table by which kernels find an adapter's A and B."""
+"""What the table of low-rank parts keeps of an adapter, and how kernels find it."""
 
+from collections.abc import Callable
+
+import pytest
 import torch
+from torch import Tensor
 
-from adapters_store.parts import LowRank, TensorRef
+from adapters_store.parts import Assembled, LowRank, Piece, TensorRef
 from kernels.adapter_rows import ShapeKey
-from kernels.lora import Field, LoraSite
+from kernels.lora import Field, LoraSite, LoraWeights
 from server.weights.host_arena import host_arenas
 from server.weights.page_pool import PagePool
+from server.weights.tables.gains import GainError, to_gains
 from server.weights.tables.lora import LoraTable
+
+EXPERTS, OUT, IN, RANK = 3, 6, 4, 2
+
+
+def ref(key: str, *shape: int) -> TensorRef:
+    return TensorRef("f", key, shape, "F32")
+
+
+def make_table() -> LoraTable:
+    arenas = host_arenas()
+    return LoraTable(2, PagePool(1 << 20, arenas.page_bytes), arenas)
+
+
+def bind(table: LoraTable, module: str, site: LoraSite, dtype: torch.dtype = torch.float32,
+         rows: Callable[[], Tensor] | None = None) -> None:  # fmt: skip
+    table.open(site)
+    table.bind(module, [(site, lambda weights: [(0, weights)])], dtype, rows)
 
 
 def test_the_table_that_kernels_read_says_where_any_adapter_acts() -> None:
-    arenas = host_arenas()
-    table = LoraTable(2, PagePool(1 << 20, arenas.page_bytes), arenas)
+    table = make_table()
     sites = {name: LoraSite((width,)) for name, width in (("q", 8), ("o", 6))}
     held = {name: table.open(site) for name, site in sites.items()}
     for name, site in sites.items():
@@ -35,3 +56,97 @@ def test_the_table_that_kernels_read_says_where_any_adapter_acts() -> None:
         table.unmap(slot)
     assert not held["q"].table.any() and table.shape_key(1) == table.shape_key(2) == ShapeKey()
     assert table.num_mapped_pages == 0
+
+
+def test_magnitudes_become_gains_when_all_is_copied() -> None:
+    """By the base's rows as they are then, and not on the step loop: whoever fills the places does it."""
+    table, site, base = make_table(), LoraSite((OUT,)), torch.randn(OUT, IN)
+    bind(table, "q", site, rows=lambda: base)
+    part = LowRank("q", ref("a", RANK, IN), ref("b", OUT, RANK), 0.5, ref("m", OUT))
+    mapped = table.map(1, [part])
+    places = {tensor.key: place for tensor, place in mapped.places}
+    for place in places.values():
+        place.copy_(torch.rand(place.shape) + 0.5)
+    a, b, magnitude = (places[key].clone() for key in "abm")
+    for derive in mapped.derive:
+        derive()
+    table.install(1)
+    held = table.sites[site].by_slot[1][0]
+    assert held is not None and held.gain is not None
+    norms = (base + 0.5 * b @ a).norm(dim=1)
+    torch.testing.assert_close(held.gain, magnitude / norms)
+    # with it a product of the base has the rows' norms that the adapter wants
+    torch.testing.assert_close((held.gain[:, None] * (base + 0.5 * b @ a)).norm(dim=1), magnitude)
+
+
+def test_gains_are_float32_and_those_of_a_zero_row_are_refused() -> None:
+    weights = LoraWeights(torch.zeros(1, IN, dtype=torch.bfloat16), torch.zeros(5000, 1, dtype=torch.bfloat16), 1.0,
+                          torch.ones(5000))  # fmt: skip
+    base = torch.full((5000, IN), 2.0, dtype=torch.bfloat16)
+    to_gains(weights, base, "q")
+    assert weights.gain is not None
+    torch.testing.assert_close(weights.gain, torch.full((5000,), 1 / (2 * IN**0.5)))
+    base[4999] = 0
+    with pytest.raises(GainError, match="row 4999 of q has the norm 0 with the adapter"):
+        to_gains(weights, base, "q")
+
+
+def test_what_pieces_leave_open_is_cleared() -> None:
+    table = make_table()
+    bind(table, "experts.up_proj", LoraSite((OUT,), experts=EXPERTS))
+    piece = Piece(ref("a0", 1, RANK, IN), (2, 0, 0))
+    whole = Assembled((EXPERTS, RANK, IN), (piece,))
+    covered = Assembled(
+        (EXPERTS, OUT, RANK), tuple(Piece(ref(f"b{e}", 1, OUT, RANK), (e, 0, 0)) for e in range(EXPERTS))
+    )
+    mapped = table.map(1, [LowRank("experts.up_proj", whole, covered, 1.0)])
+    assert [tuple(tensor.shape) for tensor in mapped.cleared] == [(EXPERTS, RANK, IN)]
+    places = list(mapped.places)
+    assert [tensor.key for tensor, _ in places] == ["a0", "b0", "b1", "b2"]
+    assert places[0][1].data_ptr() == mapped.cleared[0][2].data_ptr()
+    assert table.shape_key(1) == ShapeKey(expert_rank=RANK)
+
+
+def test_a_type_for_each_linear() -> None:
+    """A router's logits are float32 whatever the base is, and so are the weights that change them."""
+    table = make_table()
+    bind(table, "q", LoraSite((OUT,)), torch.bfloat16)
+    bind(table, "gate", LoraSite((EXPERTS,)), torch.float32)
+    parts = [LowRank("q", ref("a", RANK, IN), ref("b", OUT, RANK), 1.0),
+             LowRank("gate", ref("c", 1, IN), ref("d", EXPERTS, 1), 1.0)]  # fmt: skip
+    places = dict((tensor.key, place.dtype) for tensor, place in table.map(1, parts).places)
+    assert places == {"a": torch.bfloat16, "b": torch.bfloat16, "c": torch.float32, "d": torch.float32}
+
+
+def test_rows_for_kernels_say_how_far_it_is_from_expert_to_expert() -> None:
+    table, site = make_table(), LoraSite((OUT,), experts=EXPERTS)
+    bind(table, "experts.down_proj", site)
+    table.show_kernels(torch.device("cpu"))
+    part = LowRank("experts.down_proj", ref("a", EXPERTS, RANK, IN), ref("b", EXPERTS, OUT, RANK), 1.0)
+    table.map(2, [part])
+    table.install(2)
+    shown = table.sites[site].table
+    assert shown is not None
+    row = shown[2, 0].tolist()
+    assert (row[Field.RANK], row[Field.A_STRIDE], row[Field.B_STRIDE]) == (RANK, RANK * IN, OUT * RANK)
+
+
+def test_a_piece_may_have_been_trained_at_another_scale() -> None:
+    table = make_table()
+    bind(table, "experts.up_proj", LoraSite((OUT,), experts=EXPERTS))
+    a = Assembled((EXPERTS, RANK, IN), (Piece(ref("a0", 1, RANK, IN), (0, 0, 0)),))
+    pieces = (Piece(ref("b0", 1, OUT, RANK), (0, 0, 0)), Piece(ref("b2", 1, OUT, RANK), (2, 0, 0), factor=0.5))
+    mapped = table.map(1, [LowRank("experts.up_proj", a, Assembled((EXPERTS, OUT, RANK), pieces), 1.0)])
+    places = {tensor.key: place.fill_(3.0) for tensor, place in mapped.places}
+    for derive in mapped.derive:
+        derive()
+    assert {key: set(place.flatten().tolist()) for key, place in places.items()} == {"a0": {3}, "b0": {3}, "b2": {1.5}}
+
+
+def test_dora_is_refused_where_the_base_has_no_rows_to_derive_gains_from() -> None:
+    table = make_table()
+    bind(table, "experts.up_proj", LoraSite((OUT,), experts=EXPERTS))
+    a, b = ref("a", EXPERTS, RANK, IN), ref("b", EXPERTS, OUT, RANK)
+    assert table.refusal([LowRank("experts.up_proj", a, b, 1.0)]) is None
+    told = table.refusal([LowRank("experts.up_proj", a, b, 1.0, ref("m", EXPERTS, OUT))])
+    assert told is not None and told.startswith("DoRA on experts.up_proj is not served; merge")
