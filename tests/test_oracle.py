@@ -17,12 +17,22 @@ from adapters_store.catalog import CatalogEntry
 from server.engine.request import FinishReason, Sampling
 from server.model.probe import PROBE
 from tests.support.engine_harness import GREEDY, Answer, Engine, prompts
-from tests.support.tiny_adapters import ALL_LINEARS, ATTENTION, merge, register, save_esft, save_lora, write_lora
+from tests.support.tiny_adapters import (
+    ALL_LINEARS,
+    ATTENTION,
+    merge,
+    register,
+    save_esft,
+    save_lora,
+    write_expert_lora,
+    write_lora,
+)
 from tests.support.tiny_models import make_model, reference
 
 MLA = ("kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 # DeepSeek's shared experts and dense layer are plain linears, but PEFT takes any target there for the routed experts
 SHARED = re.compile(r".*(shared_experts|layers\.0\.mlp)\.(gate|up|down)_proj")
+ATTENTION_LINEARS = re.compile(r".*self_attn\.\w+")
 TUNED_A = {1: [5, 0, 3], 2: [7], 3: [2, 6]}  # order of relevance, not of id; another number in each layer
 TUNED_B = {1: [3], 3: [1, 2, 4, 6]}
 NEW_TOKENS = 12
@@ -46,7 +56,9 @@ def save_adapters(root: Path, name: str) -> list[Path]:
         if isinstance(second, re.Pattern)
         else save_lora(root / "lora-rs", model, 2, second, rank=3, alpha=4, use_rslora=True),
     ]
+    paths.append(write_lora(root / "dora", model, 6, ATTENTION_LINEARS, rank=2, alpha=3, dora=True))
     if is_moe:
+        paths.append(write_expert_lora(root / "lora-experts", model, 5, rank=3, alpha=5))
         paths.append(save_esft(root / "esft-a", model, 3, TUNED_A))
         paths.append(save_esft(root / "esft-b", model, 4, TUNED_B, prefix="", config=False, shards=2))
     return paths

@@ -9,7 +9,7 @@ from benchmarks.gpu.measure import Bench
 from benchmarks.gpu.report import Row
 from server.model.probe import PROBE
 from tests.support.engine_harness import Engine, prompts
-from tests.support.tiny_adapters import merge, register, save_esft, write_lora
+from tests.support.tiny_adapters import merge, register, save_esft, write_expert_lora, write_lora
 from tests.support.tiny_models import make_model, reference
 
 LINEARS = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\.\w+")
@@ -26,6 +26,9 @@ def _compared(bench: Bench, name: str, folder: Path) -> Row:
     size = bench.scale.size
     plain = make_model(name)
     paths = [write_lora(folder / f"lora-{rank}", plain, rank, LINEARS, rank, 2.0 * rank) for rank in (4, 9)]
+    paths.append(write_lora(folder / "dora", plain, 5, LINEARS, 3, 5.0, dora=True))
+    if hasattr(plain.config, "num_experts_per_tok"):
+        paths.append(write_expert_lora(folder / "experts", plain, 4, 2, 3.0))
     if "moe" in name or name == "deepseek_v2":
         paths.append(save_esft(folder / "esft", plain, 3, {1: [0, 2, 5], 3: [1]}))
     engine = Engine(make_model(name, attention=PROBE), device=bench.scale.device)

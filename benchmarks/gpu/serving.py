@@ -15,18 +15,16 @@ from adapters_store.ref import AdapterRef
 from benchmarks.gpu import shapes
 from benchmarks.gpu.measure import Bench, Scale
 from benchmarks.gpu.report import Row
-from kernels.adapter_rows import ShapeKey
 from server.assembly import assemble
 from server.config import EngineConfig
 from server.engine.plan import Scheduled
 from server.engine.request import Lane, LaneSpec, Request, Sampling
 from server.engine.residency import Wait
-from server.model.cuda_graphs import GraphedForward, chain
-from server.model.experts import RoutedExperts, layer_of
+from server.model.cuda_graphs import GraphedForward, decode_shapes
+from server.model.experts import RoutedExperts
 from server.model.forward import KernelForward
 from server.model.inputs import HostStep, lay_out
 from server.model.probe import PROBE
-from server.model.routers import Router
 from server.model.warm_up import warm_up
 from server.weights.choice import choose_arenas
 from server.weights.padded_arena import PaddedArenas
@@ -84,7 +82,7 @@ class Serving:
         eager = self.assembly.runner.forward
         assert isinstance(eager, KernelForward)
         logits = torch.empty(config.max_running, self.info.vocab_size)
-        shapes = chain([ShapeKey(experts=int(bool(self.experts))), ShapeKey(rank=config.max_rank)])
+        shapes = decode_shapes(config.max_rank, bool(self.experts))
         forward = GraphedForward(eager, logits, shapes, self._clock.captured)
         warm_up(forward, config.block_size, lambda *_: None)
         self.assembly.runner.forward = forward
@@ -122,9 +120,8 @@ class Serving:
     def favour(self, tuned: Mapping[int, Sequence[int]], factor: float) -> None:
         """Scale the router's rows of these experts. If by much, half of the tokens rank each of them above all others,
         and the others last."""
-        for name, module in self.model.named_modules():
-            if isinstance(module, Router):
-                module.weight.data[list(tuned[layer_of(name)])] *= factor
+        for module in self.experts:
+            module.router.weight.data[list(tuned[module.spec.layer])] *= factor
 
     def add_lora(self, count: int, ranks: Sequence[int]) -> None:
         for index in range(count):

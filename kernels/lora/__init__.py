@@ -83,13 +83,14 @@ def expert_lora(
     tiles: ExpertTiles,
     gathers: bool,
     max_rank: int,
-    counters: Tensor,
+    counters: Tensor | None,
 ) -> None:
     """See reference.py for shapes. counters int32: zero, and left zero; for the kernel, which takes two launches
-    where they are fewer than 1 + most tiles * slices."""
+    where they are fewer than 1 + most tiles * slices. None: only the reference can be asked."""
     if takes(y):
         from kernels.lora import kernel
 
+        assert counters is not None
         kernel.expert_lora(y, x, site, adapters, routed, tiles, gathers, max_rank, counters)
     else:
         reference.expert_lora(y, x, site, adapters, routed, tiles, gathers, max_rank, counters)

@@ -145,6 +145,16 @@ def chain(kinds: Iterable[ShapeKey]) -> list[ShapeKey]:
     return shapes
 
 
+def decode_shapes(max_rank: int, has_experts: bool) -> list[ShapeKey]:
+    """What an engine captures: replaced experts, then LoRA, then LoRA in experts, up to this rank.
+
+    Experts first: they cost a step of LoRA a row of the map a token; LoRA's launches would cost them one a site. LoRA
+    in experts last: it parts the activation from the product before it.
+    """
+    kinds = [ShapeKey(experts=int(has_experts)), ShapeKey(rank=max_rank)]
+    return chain([*kinds, ShapeKey(expert_rank=max_rank)] if has_experts else kinds)
+
+
 def _first(error: BaseException) -> BaseException:
     """What went wrong, where ending the capture then failed because of it."""
     while error.__context__ is not None:

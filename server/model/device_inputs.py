@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.adapter_rows import AdapterRows, AdapterTiles, ShapeKey, cut, tile_rows
+from kernels.adapter_rows import FEW_ROWS, AdapterRows, AdapterTiles, ShapeKey, cut, tile_rows
 from kernels.paged_attention import NUM_COUNTERS, DeviceBatch, splits_decodes
 from server.model.inputs import HostStep, StepInputs, TokenField
 from server.model.step_buffer import StepBuffer
@@ -20,6 +20,7 @@ class Capacity:
     sequences: int
     blocks: int  # of one sequence
     slices: int  # of one LoRA site
+    choices: int = 0  # experts of one token; 0: there are none
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,9 @@ class DeviceInputs:
         self._block_tables = torch.zeros(capacity.sequences, capacity.blocks, dtype=torch.int32, device=device)
         self._attention_counters = torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=device)
         self._route_counters = torch.zeros(2, dtype=torch.int32, device=device)
-        self._tile_counters = torch.zeros(1 + tiles * capacity.slices, dtype=torch.int32, device=device)
+        # in experts, an adapter may have a tile for each choice of a token
+        counted = max(tiles, min(FEW_ROWS, capacity.tokens) * capacity.choices)
+        self._tile_counters = torch.zeros(1 + counted * capacity.slices, dtype=torch.int32, device=device)
 
     def fill(self, step: HostStep, rows: int, shape: ShapeKey, at_all_sites: bool = False) -> StepInputs:
         """Copy `step`, padded to `rows` tokens. A padded step is a decode, and padded with as many sequences.

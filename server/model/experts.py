@@ -72,11 +72,16 @@ class RoutedExperts(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.spec, self.stacks = spec, stacks
-        self._router, self._ops, self._step = router, tuple(ops), step
+        self.router, self._ops, self._step = router, tuple(ops), step
         self.gate_up_bias: Tensor | None = original.gate_up_proj_bias if spec.biased else None
         self.down_bias: Tensor | None = original.down_proj_bias if spec.biased else None
         self._layout = Layout(spec.transposed, spec.interleaved)
         self._activation = _activation(original)
+
+    @property
+    def choices(self) -> int:
+        """How many experts a token takes."""
+        return self.router.routing.top_k
 
     def forward(self, hidden: Tensor, logits: Tensor, _: Tensor) -> Tensor:
         """hidden [T, H]; logits [T, M] float32 (see Router) -> [T, H]."""
@@ -96,12 +101,12 @@ class RoutedExperts(nn.Module):
 
     def route(self, logits: Tensor) -> Routed:
         """Which expert places the tokens of this step go to."""
-        inputs, stacks, routing = self._step.inputs, self.stacks, self._router.routing
+        inputs, stacks, routing = self._step.inputs, self.stacks, self.router.routing
         slots = inputs.rows.slots if inputs.rows.shape.experts else None
         tokens = TokenBatch(slots, inputs.num_tokens, inputs.route_counters)
         rows = tile_rows(logits, routing.top_k, self.spec.num_experts)
         return expert_route(logits, routing, stacks.expert_map, len(stacks.gate_up), tokens, rows,
-                            self._router.correction)  # fmt: skip
+                            self.router.correction)  # fmt: skip
 
 
 def spec_of(name: str, experts: Foreign) -> ExpertSpec:

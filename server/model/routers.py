@@ -70,6 +70,11 @@ class Router(nn.Module):
         correction = getattr(original, "e_score_correction_bias", None)
         self.register_buffer("correction", None if correction is None else correction.float())
 
+    @property
+    def weight(self) -> Tensor:
+        """[M, H] float32."""
+        return self._logits.product.weight
+
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """hidden [.., H] -> logits [T, M] float32, thrice: a block passes on what it takes for weights and ids."""
         logits = self._logits(hidden.reshape(-1, hidden.shape[-1]).float())

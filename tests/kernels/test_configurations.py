@@ -11,7 +11,7 @@ from tests.support.commands import run
     "arguments",
     [
         "llama deepseek_v2 gpt_oss --narrow --ops expert_route lora paged_attention store_kv rope sampling",
-        "deepseek_v2 --ops grouped_gemm lora rms_norm",
+        "deepseek_v2 --ops expert_tiles grouped_gemm lora rms_norm",
     ],
 )
 def test_kernels_are_listed_as_they_are_launched(arguments: str) -> None:

@@ -10,13 +10,13 @@ import torch
 from kernels.adapter_rows import ShapeKey
 from kernels.compiled import everywhere
 from server.engine.request import Sampling
-from server.model.cuda_graphs import GraphedForward, chain
+from server.model.cuda_graphs import GraphedForward, chain, decode_shapes
 from server.model.forward import KernelForward
 from server.model.probe import PROBE
 from server.model.warm_up import warm_up
 from tests.support.engine_harness import GREEDY, Engine
 from tests.support.kernel_device import DEVICE
-from tests.support.tiny_adapters import register, save_esft, write_lora
+from tests.support.tiny_adapters import register, save_esft, write_expert_lora, write_lora
 from tests.support.tiny_models import make_model
 
 SMALL = dict(num_hidden_layers=2, hidden_size=32, intermediate_size=40, vocab_size=97)
@@ -74,10 +74,11 @@ def test_padded_decodes_of_static_inputs(name: str, tmp_path: Path) -> None:
     adapters = [write_lora(tmp_path / "lora", plain, 1, re.compile(r"model\.layers\.1\.self_attn\.\w+"), 3, 6.0)]
     if name == "deepseek_v2":
         adapters.append(save_esft(tmp_path / "esft", plain, 3, {1: [0, 2, 5]}))
+        adapters.append(write_expert_lora(tmp_path / "experts", plain, 4, 2, 3.0))
     expected = run(Engine(make_model(name, attention=PROBE, **overrides)), adapters, GREEDY)
     with everywhere():
         engine = Engine(make_model(name, attention=PROBE, **overrides), device=PLACE)
-        graphs = StandIns(engine, 4, chain([ShapeKey(experts=int(name == "deepseek_v2")), ShapeKey(rank=3)]))
+        graphs = StandIns(engine, 4, decode_shapes(3, name == "deepseek_v2"))
         captured = graphs.forward.num_captured
         assert run(engine, adapters, GREEDY) == expected
     assert graphs.num_replays > 0 and graphs.forward.num_captured == captured
@@ -106,11 +107,11 @@ def test_warm_up() -> None:
     stages: list[tuple[str, int, int]] = []
     with everywhere():
         engine = Engine(model, tokens_per_step=8, device=PLACE)
-        graphs = StandIns(engine, 2, chain([ShapeKey(experts=1), ShapeKey(rank=16)]), captures=False)
+        graphs = StandIns(engine, 2, decode_shapes(16, True), captures=False)
         warm_up(graphs.forward, 4, lambda *stage: stages.append(stage))
     assert [done for _, done, _ in stages] == list(range(1, stages[0][2] + 1))
     assert {name for name, _, _ in stages} == {"Compiling kernels", "Capturing graphs"}
-    assert graphs.forward.num_captured == 6  # one and two rows; the base's, with LoRA, with everything
+    assert graphs.forward.num_captured == 8  # one and two rows; the base's, and three kinds of adapters
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "deepseek_v2", "deepseek_v3", "qwen3_moe"])
@@ -123,6 +124,10 @@ def test_a_step_by_kernels(name: str, tmp_path: Path) -> None:
             tmp_path / "lora-2", plain, 2, re.compile(r"model\.layers\.1\.self_attn\.(q|kv_b|v)_proj|lm_head"), 9, 9.0
         ),
     ]  # fmt: skip
+    dora = re.compile(r"model\.layers\.\d+\.self_attn\.\w+")
+    adapters.append(write_lora(tmp_path / "dora", plain, 5, dora, 3, 5.0, dora=True))
+    if name not in ("llama", "gemma2"):
+        adapters.append(write_expert_lora(tmp_path / "experts", plain, 4, 2, 3.0))
     if name in ("deepseek_v2", "qwen3_moe"):
         adapters.append(save_esft(tmp_path / "esft", plain, 3, {1: [0, 2, 5]}))
     expected = run(Engine(make_model(name, attention=PROBE, **overrides)), adapters, GREEDY)

@@ -22,11 +22,10 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
-from kernels.adapter_rows import ShapeKey
 from kernels.compiled import everywhere
 from server.assembly import assemble
 from server.config import EngineConfig
-from server.model.cuda_graphs import GraphedForward, chain
+from server.model.cuda_graphs import GraphedForward, decode_shapes
 from server.model.forward import KernelForward
 from server.model.probe import PROBE
 from server.model.warm_up import warm_up
@@ -120,8 +119,7 @@ def compile_engine(model_type: str, **sizes: Any) -> Counter[str]:
     assembly = assemble(model, settings, frozenset())
     eager = assembly.runner.forward
     assert isinstance(eager, KernelForward)
-    experts = int("experts" in str(config))
-    shapes = chain([ShapeKey(experts=experts), ShapeKey(rank=64), ShapeKey(expert_rank=64 * experts)])
+    shapes = decode_shapes(64, "experts" in str(config))
     forward = GraphedForward(eager, torch.empty(16, config.vocab_size, dtype=torch.bfloat16), shapes, _once)
     warm_up(forward, settings.block_size, lambda *_: None)
     return Counter(LAUNCHED)

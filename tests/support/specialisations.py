@@ -114,7 +114,7 @@ def main() -> int:
     triton.runtime.driver.set_active(compile_only.CompileOnly())
     with everywhere(), noted() as launches:
         for model_type in options.models:
-            sizes = _NARROW | _AS_LISTED.get(model_type, {}) if options.narrow else {}
+            sizes = (_NARROW if options.narrow else {}) | _AS_LISTED.get(model_type, {})
             compile_only.compile_engine(model_type, **sizes)
     status = 0
     for op in options.ops:

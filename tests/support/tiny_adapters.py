@@ -37,19 +37,56 @@ def save_lora(directory: Path, model: nn.Module, seed: int, targets: Sequence[st
     return directory
 
 
-def write_lora(directory: Path, model: nn.Module, seed: int, modules: re.Pattern[str], rank: int, alpha: float) -> Path:
+def write_lora(directory: Path, model: nn.Module, seed: int, modules: re.Pattern[str], rank: int, alpha: float,
+               dora: bool = False) -> Path:  # fmt: skip
     """The same format without PEFT, for linears that its target matching cannot reach."""
-    directory.mkdir(parents=True)
     generator = torch.Generator().manual_seed(seed)
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name, linear in model.named_modules():
         if isinstance(linear, nn.Linear) and modules.fullmatch(name):
-            key = f"base_model.model.{name}.lora"
-            tensors[f"{key}_A.weight"] = torch.randn(rank, linear.in_features, generator=generator) * 0.15
-            tensors[f"{key}_B.weight"] = torch.randn(linear.out_features, rank, generator=generator) * 0.15
+            tensors |= _pair(name, rank, linear.in_features, linear.out_features, generator)
+            if dora:
+                noise = torch.randn(linear.out_features, generator=generator).abs()
+                norms = linear.weight.data.norm(dim=1)
+                tensors[f"{_PREFIX}{name}.lora_magnitude_vector"] = norms * (1 + 0.5 * noise)
+    return _write(directory, tensors, r=rank, lora_alpha=alpha, target_modules=modules.pattern, use_dora=dora)
+
+
+def write_expert_lora(directory: Path, model: nn.Module, seed: int, rank: int, alpha: float) -> Path:
+    """On routers and on both matrices of every routed expert, as PEFT's target_parameters are saved."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, Tensor] = {}
+    module: Any
+    for name, module in model.named_modules():
+        if not name.endswith(".experts"):
+            continue
+        for matrix, key in (("gate_up_proj", f"{name}.base_layer"), ("down_proj", name)):
+            count, *sides = getattr(module, matrix).shape
+            inputs, outputs = sides if module.is_transposed else reversed(sides)
+            tensors |= _pair(key, count * rank, inputs, outputs, generator)
+        block = name.rpartition(".")[0]
+        router = next(leaf for leaf in ("gate", "router") if hasattr(model.get_submodule(block), leaf))
+        experts, hidden = model.get_submodule(f"{block}.{router}").weight.shape
+        tensors |= _pair(f"{block}.{router}", rank, hidden, experts, generator)
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", f"mlp.{router}.weight"]
+    return _write(directory, tensors, r=rank, lora_alpha=alpha, target_modules=[], target_parameters=targets,
+                  peft_version="0.21.2")  # fmt: skip
+
+
+_PREFIX = "base_model.model."
+
+
+def _pair(module: str, rank: int, inputs: int, outputs: int, generator: torch.Generator) -> dict[str, Tensor]:
+    return {
+        f"{_PREFIX}{module}.lora_A.weight": torch.randn(rank, inputs, generator=generator) * 0.15,
+        f"{_PREFIX}{module}.lora_B.weight": torch.randn(outputs, rank, generator=generator) * 0.15,
+    }
+
+
+def _write(directory: Path, tensors: dict[str, Tensor], **config: Any) -> Path:
+    directory.mkdir(parents=True)
     save_file(tensors, directory / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": modules.pattern}
-    (directory / "adapter_config.json").write_text(json.dumps(config))
+    (directory / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **config}))
     return directory
 
 
@@ -121,7 +158,7 @@ def dense(operand: Operand, files: Mapping[str, Mapping[str, Tensor]]) -> Tensor
             stored = stored.view(it.cut_from.shape)
             stored = stored.permute(it.cut_from.order or tuple(range(stored.dim())))
             stored = stored[_from(it.cut_from.start, it.shape)]
-        out[_from(piece.start, it.shape)] = stored.reshape(it.shape)
+        out[_from(piece.start, it.shape)] = piece.factor * stored.reshape(it.shape)
     return out
 
 
