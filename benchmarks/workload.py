@@ -6,11 +6,23 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
 NUM_ADAPTERS = 8
+# the demo's plain LoRA and ESFT adapters: those that every commit serves, and (the LoRA) PEFT too in mixed batches
+DEMO = ("emoji", "french-numbers", "intent", "iso-date", "json", "roman", "spanish", "sql")
+_ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+_EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+# kinds of low-rank adapters on a mixture -> keyword arguments of peft.LoraConfig
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": dict(target_modules=_ATTENTION),
+    "dora": dict(target_modules=_ATTENTION, use_dora=True),
+    "router": dict(target_modules=[], target_parameters=["mlp.gate.weight"]),
+    "experts": dict(target_modules=[], target_parameters=_EXPERTS),
+}
 
 
 @dataclass(frozen=True)
@@ -43,11 +55,35 @@ def make_llama(directory: Path, num_adapters: int = NUM_ADAPTERS) -> None:
     _write_tokenizer(directory / "base", config.vocab_size)
 
 
+def make_mixture(directory: Path, rank: int = 8) -> None:
+    """A random mixture of about 37 million parameters, 16 experts of which a token takes 4, with NUM_ADAPTERS adapters
+    of each of KINDS."""
+    import peft
+
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        hidden_size=384, moe_intermediate_size=192, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4,
+        head_dim=64, num_experts=16, num_experts_per_tok=4, vocab_size=8192, max_position_embeddings=1024,
+        bos_token_id=None, eos_token_id=None, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(directory / "base")
+    for kind, targets in KINDS.items():
+        for index in range(NUM_ADAPTERS):
+            lora = peft.LoraConfig(r=rank, lora_alpha=2 * rank, init_lora_weights=False, task_type="CAUSAL_LM",
+                                   **targets)  # fmt: skip
+            wrapped = peft.get_peft_model(model, lora)
+            wrapped.save_pretrained(directory / "adapters" / f"{kind}-{index}")
+            model = wrapped.unload()
+    _write_tokenizer(directory / "base", config.vocab_size)
+
+
 def copy_demo(directory: Path) -> None:
     """The demo without its end-of-sequence token, so that every request generates as many tokens as it asks for."""
     demo = Path(__file__).resolve().parent.parent / "demo"
     shutil.copytree(demo / "base", directory / "base")
-    shutil.copytree(demo / "adapters", directory / "adapters")
+    for name in DEMO:
+        shutil.copytree(demo / "adapters" / name, directory / "adapters" / name)
     for name in ("config.json", "generation_config.json"):
         file = directory / "base" / name
         if file.exists():

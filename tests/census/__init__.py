@@ -1,6 +1,6 @@
 """The census: which adapters are served exactly, which are refused, and which would be served wrong, by family.
 
-    python -m tests.census                       # everything, and docs/adapters.md is written (a quarter of an hour)
+    python -m tests.census                       # everything, and docs/adapters.md is written (7 minutes)
     python -m tests.census --section dora --families llama gemma2
     python -m tests.census --rows 'v4|router' --out /tmp/page.md --json /tmp/cells.json
 

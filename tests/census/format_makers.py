@@ -122,7 +122,10 @@ def two_layers(family: Family, directory: Path) -> Made:
 
 
 def pruned(listed: bool) -> Maker:
-    """Where the ranks are not listed, nobody can say whether alpha is over the rank that was or the one that is."""
+    """Components were removed, and rank_pattern lists the ranks that are left, or does not.
+
+    What was trained with alpha over the rank that was stays scaled by it, which only alpha_pattern can say to PEFT.
+    Where rank_pattern lists the ranks, PEFT takes alpha over those."""
 
     def change(tensors: Tensors, written: dict[str, Any], family: Family) -> None:
         for key, tensor in tensors.items():
@@ -133,7 +136,12 @@ def pruned(listed: bool) -> Maker:
 
     def make(family: Family, directory: Path) -> Made:
         path = rewritten(change)(family, directory).path
-        return Made(path, path if listed else None)
+        if listed:
+            return Made(path, path)
+        written = json.loads((path / CONFIG).read_text())
+        told = {"rank_pattern": {"o_proj": 2}, "alpha_pattern": {"o_proj": written["lora_alpha"] * 2 / written["r"]}}
+        judged = directory.with_name(f"{directory.name}-judged")
+        return Made(path, write(judged, load_file(path / WEIGHTS), written | told))
 
     return make
 

@@ -40,6 +40,7 @@ _CONFIGURATIONS = [
     Row("torchtune config (4 keys)", only("r", "lora_alpha", "target_modules", "peft_type"), TEN),
     Row("unknown key that is null", configured(lora_nums=None), TEN),
     Row("unknown key with a number (lora_nums)", configured(lora_nums=2), TEN),
+    Row("unknown key with a number, ignored by name", forms.ignoring("lora_nums", 2), TEN),
     Row("unknown key with true", configured(use_something=True), TEN),
     Row("unknown key with an object", configured(something_config={"size": 2}), TEN),
     Row("unknown key with a text (unsloth_version)", configured(unsloth_version="2026.1.4"), TEN),
@@ -100,11 +101,6 @@ _TOOLS = [
     Row("split q and v keys only on a fused qkv_proj", forms.split(forms.QKV, ("q_proj", "v_proj")),
         ("phi3",)),
 ]  # fmt: skip
-# for a catalog that can be told of keys to ignore
-_IGNORED = [
-    Row("unknown key with a number, ignored by name", forms.ignoring("lora_nums", 2), TEN),
-]
-HAS_IGNORE_KEYS = False  # set it where Catalog.read has ignore_keys
 FORMATS = Section("formats", "Forms that PEFT does not write", [
-    *_CONFIGURATIONS, *(_IGNORED if HAS_IGNORE_KEYS else []), *_PREFIXES, *_FILES, *_TOOLS,
+    *_CONFIGURATIONS, *_PREFIXES, *_FILES, *_TOOLS,
 ])  # fmt: skip

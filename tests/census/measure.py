@@ -107,9 +107,7 @@ class Bench:
 def read(engine: Engine, made: Made) -> CatalogEntry:
     """Verification, as at a server's door."""
     catalog = Catalog("base", engine.assembly.info.base, (made.path.parent,))
-    if made.ignore_keys:
-        return catalog.read("adapter", str(made.path), ignore_keys=made.ignore_keys)  # type: ignore[call-arg]
-    return catalog.read("adapter", str(made.path))
+    return catalog.read("adapter", str(made.path), made.ignore_keys)
 
 
 def serve(engine: Engine, entry: CatalogEntry) -> tuple[Tokens, Tokens]:
