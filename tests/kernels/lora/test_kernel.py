@@ -2,7 +2,6 @@
 
 import math
 import random
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from kernels.expert_route import Routed, Routing, TokenBatch
 from kernels.expert_route.reference import expert_route
 from kernels.expert_tiles import ExpertTiles
 from kernels.expert_tiles.reference import expert_tiles
-from kernels.lora import NOTHING, TABLE_FIELDS, Field, LoraSite, LoraWeights, SiteAdapters, table_row, table_rows
+from kernels.lora import TABLE_FIELDS, Field, LoraSite, LoraWeights, SiteAdapters, table_row, table_rows
 from kernels.lora import kernel as lora_kernel
 from kernels.lora import reference as lora_reference
 from tests.support.kernel_device import DEVICE
@@ -161,6 +160,23 @@ def test_the_op_is_registered_rightly(small_blocks: None) -> None:
     torch.library.opcheck(torch.ops.heddle.lora.default, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("single_launch", [True, False])
+def test_a_launch_where_no_adapter_acts_looks_no_further(single_launch: bool) -> None:
+    """As a captured batch launches one at every site: not even at the rows of the table, which are wrong here."""
+    site, held = make_site(16, (8, 24), gains=False)
+    held.by_slot.clear()
+    assert held.table is not None
+    held.table[0] = torch.tensor(table_rows(site, held, 0), device=DEVICE)
+    assert held.table[1:].any()
+    tiles = make_tiles([1, 3, 3], 2, 4)
+    y = torch.randn(3, 32, device=DEVICE)
+    got = y.clone()
+    lora_kernel.lora(got, torch.randn(3, 16, device=DEVICE), site, held, tiles, MAX_RANK, None, single_launch)
+    assert torch.equal(got, y)
+    assert tiles.counters is not None and not tiles.counters.any()
+
+
 # -- inside routed experts ---
 
 EXPERTS = 5
@@ -295,65 +311,3 @@ def test_the_op_for_experts_is_registered_rightly(small_blocks: None, choices: i
     torch.library.opcheck(
         torch.ops.heddle.expert_lora.default, arguments, test_utils=("test_schema", "test_faketensor")
     )
-
-
-# -- what the host makes ---
-
-
-def test_a_table_row_keeps_the_scale_exactly() -> None:
-    weights = LoraWeights(Tensor(8, 4), Tensor(4, 8), -0.1)
-    row = table_row(weights)
-    assert len(row) == TABLE_FIELDS and row[Field.RANK] == 8 and row[Field.NEXT] == 0
-    assert torch.tensor(row)[Field.SCALE].int().view(torch.float32).item() == torch.tensor(-0.1).item()
-
-
-def test_a_table_row_has_the_strides_of_experts() -> None:
-    shared, apart = torch.empty(1, 8, 16).expand(3, 8, 16), torch.empty(3, 5, 8)[:, :4]
-    row = table_row(LoraWeights(shared, apart, 1.0))
-    assert (row[Field.RANK], row[Field.A_STRIDE], row[Field.B_STRIDE]) == (8, 0, 40)
-    row = table_row(LoraWeights(shared[0], apart[0], 1.0))
-    assert (row[Field.RANK], row[Field.A_STRIDE], row[Field.B_STRIDE]) == (8, 0, 0)
-
-
-@pytest.mark.parametrize(
-    ("depth", "itemsize", "aligned"), [(40, 2, True), (36, 2, False), (36, 4, True), (33, 4, False)]
-)
-def test_matrices_of_experts_are_read_in_vectors_where_their_rows_allow_it(
-    depth: int, itemsize: int, aligned: bool
-) -> None:
-    assert lora_kernel.Kind(depth, 1, experts=4).is_aligned(itemsize) == aligned
-    assert lora_kernel.Kind(depth, 1).is_aligned(itemsize)  # an adapter's only matrix begins at 16 bytes
-    assert not lora_kernel.Kind(depth, 1, own_inputs=True).is_aligned(itemsize)
-
-
-@pytest.mark.parametrize(("depth", "gap", "is_refused"), [(8, 0, False), (8, 4, False), (8, 3, True), (7, 3, False)])
-def test_what_lies_between_experts_keeps_them_aligned(depth: int, gap: int, is_refused: bool) -> None:
-    a = torch.empty(3, 2 * depth + gap)[:, : 2 * depth].view(3, 2, depth)
-    held = SiteAdapters({1: [LoraWeights(a, torch.empty(3, 6, 2), 1.0)]})
-    with pytest.raises(AssertionError) if is_refused else nullcontext():
-        table_rows(LoraSite((6,), experts=3), held, 1)
-
-
-def test_slot_0_of_a_table_says_whether_any_adapter_acts() -> None:
-    site, held = LoraSite((4, 2)), SiteAdapters()
-    assert table_rows(site, held, 0) == table_rows(site, held, 3) == [NOTHING] * 2
-    held.by_slot[3] = [None, LoraWeights(torch.empty(8, 16), torch.empty(2, 8), 1.0)]
-    assert [row[Field.A] for row in table_rows(site, held, 0)] == [1, 1]
-    assert [row[Field.RANK] for row in table_rows(site, held, 3)] == [0, 8]
-
-
-@pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("single_launch", [True, False])
-def test_a_launch_where_no_adapter_acts_looks_no_further(single_launch: bool) -> None:
-    """As a captured batch launches one at every site: not even at the rows of the table, which are wrong here."""
-    site, held = make_site(16, (8, 24), gains=False)
-    held.by_slot.clear()
-    assert held.table is not None
-    held.table[0] = torch.tensor(table_rows(site, held, 0), device=DEVICE)
-    assert held.table[1:].any()
-    tiles = make_tiles([1, 3, 3], 2, 4)
-    y = torch.randn(3, 32, device=DEVICE)
-    got = y.clone()
-    lora_kernel.lora(got, torch.randn(3, 16, device=DEVICE), site, held, tiles, MAX_RANK, None, single_launch)
-    assert torch.equal(got, y)
-    assert tiles.counters is not None and not tiles.counters.any()
