@@ -18,9 +18,11 @@ h[1] is computed from x[0] with the matrices of place 3. down writes rows in ord
 the choices of a token next to each other: out[0] = .6 * rows[0] + .4 * rows[1], out[1] = .7 * rows[2] + .3 * rows[3].
 
 These are three launches. Where something is added to gate_up's products before the activation (LoRA), gate_up returns
-the products themselves, [gate, up] by row, and activate is a fourth launch.
+the products themselves, [gate, up] by row, and activate is a fourth launch. Rows to which nothing was added come out as
+they do of the one launch, to the bit: what a row of the base says does not depend on who else is in its step.
 """
 
+import torch
 from torch import Tensor
 
 from kernels.compiled import takes
@@ -56,13 +58,13 @@ def gate_up(
     return reference.gate_up(x, stack, routed, activation, layout, bias)
 
 
-def activate(products: Tensor, activation: Activation, interleaved: bool, routed: Routed) -> Tensor:
+def activate(products: Tensor, activation: Activation, interleaved: bool, routed: Routed, dtype: torch.dtype) -> Tensor:
     """See reference.py for shapes."""
     if takes(products):
         from kernels.grouped_gemm import kernel
 
-        return kernel.activate(products, activation, interleaved, routed)
-    return reference.activate(products, activation, interleaved, routed)
+        return kernel.activate(products, activation, interleaved, routed, dtype)
+    return reference.activate(products, activation, interleaved, routed, dtype)
 
 
 def down(h: Tensor, stack: Tensor, routed: Routed, layout: Layout, bias: Tensor | None = None) -> Tensor:

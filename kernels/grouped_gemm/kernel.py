@@ -67,7 +67,7 @@ def gate_up_kernel(
 ):  # fmt: skip
     """h[position] = act(gate) * up for each position of a tile; x [T, H], stack [places, 2I, H], h [P, I].
 
-    ACT below 0: h [P, 2I] holds gate and up in the order of the matrix's rows.
+    ACT below 0: h [P, 2I] float32 holds gate and up in the order of the matrix's rows.
     """
     column_blocks: tl.constexpr = (I + BN - 1) // BN
     for work in range(tl.program_id(0), tl.load(tiles.num_tiles) * column_blocks, tl.num_programs(0)):
@@ -190,13 +190,20 @@ def _down_constants(
                 BK=blocks.depth)  # fmt: skip
 
 
+def _new_gate_up(x: Tensor, pairs: Tensor, columns: int, act: int) -> Tensor:
+    """Products stay as they were summed, so that the activation reads what it reads where it is computed at once."""
+    if act >= 0:
+        return x.new_empty(pairs.shape[0], columns // 2)
+    return x.new_empty(pairs.shape[0], columns, dtype=torch.float32)
+
+
 @torch.library.custom_op("heddle::expert_gate_up", mutates_args=())
 def _gate_up(
     x: Tensor, stack: Tensor, bias: Tensor | None, pairs: Tensor, tiles: Tensor, num_tiles: Tensor, top_k: int,
     tile: int, act: int, alpha: float, limit: float, transposed: bool, interleaved: bool,
 ) -> Tensor:  # fmt: skip
     inner = stack.shape[2 if transposed else 1] // 2
-    h = x.new_empty(pairs.shape[0], inner if act >= 0 else 2 * inner)
+    h = _new_gate_up(x, pairs, 2 * inner, act)
     blocks = _for_size(_GATE_UP[tile], x.itemsize)
     constants = _gate_up_constants(blocks, x.shape[1], inner, top_k, tile, act, alpha, limit, transposed, interleaved,
                                    bias is not None)  # fmt: skip
@@ -214,7 +221,7 @@ def _(
     tile: int, act: int, alpha: float, limit: float, transposed: bool, interleaved: bool,
 ) -> Tensor:  # fmt: skip
     columns = stack.shape[2 if transposed else 1]
-    return x.new_empty(pairs.shape[0], columns // 2 if act >= 0 else columns)
+    return _new_gate_up(x, pairs, columns, act)
 
 
 @torch.library.custom_op("heddle::expert_down", mutates_args=())
@@ -326,7 +333,8 @@ def configurations() -> Iterator[Configuration]:
             for way, wanted in ways:
                 constants = _gate_up_constants(blocks, hidden, inner, top_k, tile, *_numbers(wanted),
                                                layout.transposed, layout.interleaved, has_bias)  # fmt: skip
-                yield Configuration(way, gate_up_kernel, types, constants, blocks.num_warps, blocks.num_stages)
+                own = types if wanted is not None else types | {"h": "*fp32:16"}
+                yield Configuration(way, gate_up_kernel, own, constants, blocks.num_warps, blocks.num_stages)
             blocks = _for_size(_DOWN[tile], itemsize)
             constants = _down_constants(blocks, hidden, inner, tile, layout.transposed, has_bias)
             yield Configuration(f"down {title}", down_kernel, types, constants, blocks.num_warps, blocks.num_stages)

@@ -21,7 +21,8 @@ def gate_up(
     x [T, H]; stack [places, 2I, H], or as the layout says; bias [places, 2I]. Returns [P, I] in order of position: row
     i belongs to pair routed.pairs[i]. Rows behind the pairs of real tokens are not written.
     activation None: returns the products themselves, [P, 2I] with columns as the layout has them, to which something
-    can be added before `activate`.
+    can be added before `activate`. They are in the type that the activation would have read, so that where nothing is
+    added `activate` gives the same bits: here x's, in the kernel float32, whose sums have not been rounded yet.
     """
     tiles = _tiles(routed)
     rows = x[routed.pairs[: _num_rows(tiles)] // routed.places.shape[1]]
@@ -31,10 +32,13 @@ def gate_up(
     return _behind(products, len(routed.pairs))
 
 
-def activate(products: Tensor, activation: Activation, interleaved: bool, routed: Routed) -> Tensor:
-    """products [P, 2I], as gate_up returns them without an activation -> [P, I], as it returns them with one."""
+def activate(products: Tensor, activation: Activation, interleaved: bool, routed: Routed, dtype: torch.dtype) -> Tensor:
+    """products [P, 2I], as gate_up returns them without an activation -> [P, I], as it returns them with one.
+
+    products: in float32 or `dtype`. dtype: of what is returned, which is that of gate_up's x.
+    """
     real = products[: int((routed.places >= 0).sum())]
-    return _behind(_activate(real, activation, interleaved), len(products))
+    return _behind(_activate(real, activation, interleaved).to(dtype), len(products))
 
 
 def down(h: Tensor, stack: Tensor, routed: Routed, layout: Layout, bias: Tensor | None = None) -> Tensor:

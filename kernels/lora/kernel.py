@@ -13,6 +13,9 @@ Adapters lie in memory at their true rank, and are walked in steps of 16 ranks, 
 of the batch. At prefill two plain launches do the same work, first the shrinks and then the expands. Tests check the
 two ways against the same reference.
 
+y may be in float32 where x and the weights are not: products that are still to be activated are (grouped_gemm). The
+sums are float32 in any case, and stored in y's type.
+
 Inside routed experts the tiles are those that expert_tiles cut: in the place of a slot they have an entry, which says
 the slot and the expert (EXPERTS). Their rows are positions; where x or y is in another order, it is found through the
 pairs (CHOICES, SCATTERS).
@@ -281,9 +284,10 @@ def configurations() -> Iterator[Configuration]:
 
 def _configurations(name: str, kind: Kind, dtype: torch.dtype) -> Iterator[Configuration]:
     pointer = "*bf16:16" if dtype == torch.bfloat16 else "*fp32:16"
+    y = "*fp32:16" if kind.choices else pointer  # products before the activation
     # a step counts the tiles of linears among its other integers, expert_tiles in a tensor of its own
     num_tiles = "*i32:16" if kind.experts else "*i32"
-    types = dict(x=pointer, y=pointer, z="*fp32:16", bias=pointer, stride_x="i32:16", stride_y="i32:16",
+    types = dict(x=pointer, y=y, z="*fp32:16", bias=y, stride_x="i32:16", stride_y="i32:16",
                  table=Table("*i64:16", "i32", "*i32:16"), tiles=Tiles("*i32:16", num_tiles, "*i32:16"),
                  counters="*i32:16", T="i32", max_rank="i32", column_blocks="i32")  # fmt: skip
     for tile, phase in ((16, "decode"), (64, "prefill"), (32, "tile 32")):

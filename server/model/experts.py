@@ -50,7 +50,10 @@ class ExpertFinish(Protocol):
     """What adapters of one kind do in the experts of a layer, for the step that is being computed."""
 
     def gate_up(self, products: Tensor, x: Tensor) -> None:
-        """Changes products [P, 2I], by position: gate and up before the activation. x [T, H], by token."""
+        """Changes products [P, 2I], by position: gate and up before the activation. x [T, H], by token.
+
+        products: float32 where kernels compute, whatever x is; see kernels/grouped_gemm/reference.py.
+        """
 
     def down(self, rows: Tensor, h: Tensor) -> None:
         """Changes rows [P, H], by pair number: before they are weighted and summed. h [P, I], by position."""
@@ -93,7 +96,7 @@ class RoutedExperts(nn.Module):
         if begun:
             for finish in begun:
                 finish.gate_up(gated, hidden)
-            gated = activate(gated, self._activation, self._layout.interleaved, routed)
+            gated = activate(gated, self._activation, self._layout.interleaved, routed, hidden.dtype)
         rows = down(gated, stacks.down, routed, self._layout, self.down_bias)
         for finish in begun:
             finish.down(rows, gated)

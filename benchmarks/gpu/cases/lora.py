@@ -118,20 +118,23 @@ def _expert_case(
     tokens, pairs = len(slots), routed.pairs.numel()
     depth, out = (layer.hidden, 2 * layer.inner) if gathers else (layer.inner, layer.hidden)
     x, y = draw.randn(tokens if gathers else pairs, depth), draw.randn(pairs, out)
+    if gathers:  # products that are still to be activated: float32 for the kernel, x's type for the reference
+        y = y.float()
     tiles = cut_kernel.expert_tiles(routed, slots, layer.experts)
     entries = tiles.tiles[: int(tiles.num_tiles), 0].unique().tolist()
     width = depth * len(site.widths) + out
     weights = sum(ranks[entry // layer.experts - 1] for entry in entries) * width * x.itemsize
     counters = draw.zeros(1 + len(site.widths) * len(tiles.tiles))
 
-    def added(cut: ModuleType, launch: Callable[..., object]) -> Tensor:
-        to = y.clone()
+    def added(cut: ModuleType, launch: Callable[..., object], dtype: torch.dtype) -> Tensor:
+        to = y.to(dtype, copy=True)
         launch(to, x, site, held, routed, cut.expert_tiles(routed, slots, layer.experts), gathers, max(ranks), counters)
         return to
 
     return Case(
         "lora", f"expert {'gate_up' if gathers else 'down'} {tokens} tokens, tile {routed.tile_rows}", draw.dtype,
-        lambda: added(cut_kernel, kernel.expert_lora), lambda: added(cut_reference, reference.expert_lora),
+        lambda: added(cut_kernel, kernel.expert_lora, y.dtype),
+        lambda: added(cut_reference, reference.expert_lora, x.dtype),
         [lambda: kernel.expert_lora(y, x, site, held, routed, tiles, gathers, max(ranks), counters)],
         weights + x.nbytes + 2 * y.nbytes,
         counters=(counters,),

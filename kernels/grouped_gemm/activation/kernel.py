@@ -44,6 +44,8 @@ def activate_kernel(
 ):  # fmt: skip
     """h[position] = act(gate) * up; products [P, 2I], h [P, I]. Programs: (position, block of columns).
 
+    It computes in float32 what gate_up's kernel does of its sums, which products of float32 are.
+
     Positions behind the pairs of real tokens hold anything, and are left alone. Padding tokens are the last of a batch
     and have no place, so the first entries of `places` that are not negative are as many as there are such positions.
     """
@@ -68,26 +70,31 @@ def _constants(inner: int, act: int, alpha: float, limit: float, interleaved: bo
 
 
 @torch.library.custom_op("heddle::expert_activate", mutates_args=())
-def _activate(products: Tensor, places: Tensor, act: int, alpha: float, limit: float, interleaved: bool) -> Tensor:
+def _activate(
+    products: Tensor, places: Tensor, act: int, alpha: float, limit: float, interleaved: bool, dtype: torch.dtype
+) -> Tensor:
     inner = products.shape[1] // 2
-    h = products.new_empty(products.shape[0], inner)
+    h = products.new_empty(products.shape[0], inner, dtype=dtype)
     constants = _constants(inner, act, alpha, limit, interleaved)
     activate_kernel[(products.shape[0], triton.cdiv(inner, constants["BN"]))](products, places, h, **constants)
     return h
 
 
 @_activate.register_fake
-def _(products: Tensor, places: Tensor, act: int, alpha: float, limit: float, interleaved: bool) -> Tensor:
-    return products.new_empty(products.shape[0], products.shape[1] // 2)
+def _(
+    products: Tensor, places: Tensor, act: int, alpha: float, limit: float, interleaved: bool, dtype: torch.dtype
+) -> Tensor:
+    return products.new_empty(products.shape[0], products.shape[1] // 2, dtype=dtype)
 
 
-def activate(products: Tensor, activation: Activation, interleaved: bool, routed: Routed) -> Tensor:
+def activate(products: Tensor, activation: Activation, interleaved: bool, routed: Routed, dtype: torch.dtype) -> Tensor:
     """As in reference.py."""
-    return _activate(products, routed.places, int(activation.act), activation.alpha, activation.limit, interleaved)
+    return _activate(products, routed.places, int(activation.act), activation.alpha, activation.limit, interleaved,
+                     dtype)  # fmt: skip
 
 
 def configurations() -> Iterator[Configuration]:
     """DeepSeek-V2-Lite's and gpt-oss's."""
-    types = dict(products="*bf16:16", places="*i32:16", h="*bf16:16")
+    types = dict(products="*fp32:16", places="*i32:16", h="*bf16:16")
     for name, *own in (("v2-lite", 1408, Act.SILU, 1.0, 0.0, False), ("gpt-oss", 2880, Act.CLAMPED, 1.702, 7.0, True)):
         yield Configuration(f"activate {name}", activate_kernel, types, _constants(*own))

@@ -75,15 +75,57 @@ def run_experts(popularity: str, tokens: int, hidden: int, inner: int, layout: L
     products = gemm_kernel.gate_up(x, gate_up, routed, None, layout, gate_bias)
     want = gemm_reference.gate_up(x, gate_up, routed, None, layout, gate_bias)
     torch.testing.assert_close(products, want, atol=1e-4, rtol=1e-5)
-    apart = gemm_kernel.activate(products, activation, layout.interleaved, routed)
+    apart = gemm_kernel.activate(products, activation, layout.interleaved, routed, x.dtype)
     torch.testing.assert_close(apart, h, atol=1e-5, rtol=1e-5)
-    want = gemm_reference.activate(products, activation, layout.interleaved, routed)
+    want = gemm_reference.activate(products, activation, layout.interleaved, routed, x.dtype)
     torch.testing.assert_close(apart, want, atol=1e-5, rtol=1e-5)
     rows = gemm_kernel.down(h, down, routed, layout, down_bias)
     torch.testing.assert_close(rows, gemm_reference.down(h, down, routed, layout, down_bias), atol=2e-3, rtol=1e-5)
     torch.testing.assert_close(
         gemm_kernel.combine(rows, routed), gemm_reference.combine(rows, routed), atol=1e-3, rtol=1e-5
     )
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("layout", "activation", "has_bias"), [
+    (Layout(), Activation(), False), (Layout(True, True), CLAMPED, True), (Layout(), Activation(Act.GELU), True),
+    (Layout(False, True), Activation(Act.GELU_TANH), False),
+])  # fmt: skip
+def test_an_activation_of_its_own_gives_the_same_bits(
+    dtype: torch.dtype, layout: Layout, activation: Activation, has_bias: bool
+) -> None:
+    """So a row does not depend on whether something was added to others before the activation."""
+    x, stack, _, bias, _, batch, logits = experts_case("uniform", 7, 100, 24, layout, has_bias)
+    x, stack, bias = x.to(dtype), stack.to(dtype), None if bias is None else bias.to(dtype)
+    routed = route(logits, Routing(3), expert_maps(6), batch, 4)
+    outcomes = []
+    for ops, kept in ((gemm_kernel, torch.float32), (gemm_reference, dtype)):
+        fused = ops.gate_up(x, stack, routed, activation, layout, bias)
+        products = ops.gate_up(x, stack, routed, None, layout, bias)
+        assert (fused.dtype, products.dtype) == (dtype, kept)
+        assert torch.equal(ops.activate(products, activation, layout.interleaved, routed, dtype), fused)
+        outcomes.append(products)
+    # only the reference rounds, before a bias and after it
+    atol = torch.finfo(dtype).eps * float(outcomes[0].abs().max())
+    torch.testing.assert_close(*outcomes, atol=atol, rtol=0, check_dtype=False)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("products_dtype", [torch.float32, None])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_activate_reads_either_type(dtype: torch.dtype, products_dtype: torch.dtype | None, interleaved: bool) -> None:
+    """products_dtype None: the same as what it returns."""
+    routed = route(torch.randn(5, 6, device=DEVICE), Routing(2), expert_maps(6), TokenBatch(None, None, counters()), 4)
+    products = torch.randn(10, 40, device=DEVICE).to(products_dtype or dtype)
+    got = gemm_kernel.activate(products, CLAMPED, interleaved, routed, dtype)
+    want = gemm_reference.activate(products, CLAMPED, interleaved, routed, dtype)
+    exact = gemm_reference.activate(products.float(), CLAMPED, interleaved, routed, torch.float32)
+    assert got.dtype == want.dtype == dtype
+    unit = torch.finfo(dtype).eps  # the kernel rounds once, the reference after each of its steps
+    torch.testing.assert_close(got.float(), exact, atol=unit, rtol=unit)
+    torch.testing.assert_close(want.float(), exact, atol=4 * unit, rtol=4 * unit)
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -106,7 +148,7 @@ def test_activate_leaves_padding_out(num_tokens: int) -> None:
     batch = TokenBatch(None, torch.tensor([num_tokens], dtype=torch.int32, device=DEVICE), counters())
     routed = route(torch.randn(5, 6, device=DEVICE), Routing(2), expert_maps(6), batch, 4)
     products, real = torch.randn(10, 40, device=DEVICE), num_tokens * 2
-    got = gemm_kernel.activate(products, Activation(), False, routed)
+    got = gemm_kernel.activate(products, Activation(), False, routed, torch.float32)
     gate, up = products[:real].chunk(2, dim=-1)
     torch.testing.assert_close(got[:real], F.silu(gate) * up)
     assert bool(got[real:].isnan().all())
@@ -123,7 +165,7 @@ def test_the_ops_are_registered_rightly(op: str) -> None:
     arguments = {
         "expert_gate_up": (x, gate_up, None, *indices, 2, 4, 0, 1.0, 0.0, False, False),
         "expert_gate_up products": (x, gate_up, None, *indices, 2, 4, -1, 1.0, 0.0, False, False),
-        "expert_activate": (torch.randn(6, 16, device=DEVICE), routed.places, 0, 1.0, 0.0, False),
+        "expert_activate": (torch.randn(6, 16, device=DEVICE), routed.places, 0, 1.0, 0.0, False, torch.bfloat16),
         "expert_down": (torch.randn(6, 8, device=DEVICE), down, None, *indices, 4, False),
         "expert_combine": (torch.randn(6, 16, device=DEVICE), routed.weights, routed.places),
     }[op]

@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Callable
+from types import ModuleType
 from typing import NamedTuple
 
 import pytest
@@ -70,11 +71,13 @@ def merged(stack: Tensor, site: LoraSite, adapters: SiteAdapters, slot: int, pla
     if place >= EXPERTS or slot not in adapters.by_slot:
         return stack[place]
     parts = zip(stack[place].split(site.widths), adapters.by_slot[slot], strict=True)
-    return torch.cat([part if it is None else part + it.scale * it.b[place] @ it.a[place] for part, it in parts])
+    return torch.cat(
+        [part if it is None else part + it.scale * it.b[place].to(part) @ it.a[place].to(part) for part, it in parts]
+    )
 
 
-def lora_experts(interleaved: bool) -> LoraExperts:
-    """interleaved: gate_up is one slice, of which neither half can be left out."""
+def lora_experts(interleaved: bool, dtype: torch.dtype = torch.float32) -> LoraExperts:
+    """interleaved: gate_up is one slice, of which neither half can be left out. dtype: of all weights."""
     torch.manual_seed(7)
     expert_map, place = torch.arange(EXPERTS, dtype=torch.int32).repeat(SLOTS, 1), EXPERTS
     for slot, experts in TUNED.items():
@@ -85,8 +88,8 @@ def lora_experts(interleaved: bool) -> LoraExperts:
     down_site = LoraSite((HIDDEN,), experts=EXPERTS)
     gate_up_adapters, down_adapters = SiteAdapters(), SiteAdapters()
     for slot, rank in RANKS.items():
-        ups = [low_rank(slot, rank, HIDDEN, width) for width in gate_up_site.widths]
-        downs = low_rank(slot, rank, INNER, HIDDEN)
+        ups = [low_rank(slot, rank, HIDDEN, width, dtype) for width in gate_up_site.widths]
+        downs = low_rank(slot, rank, INNER, HIDDEN, dtype)
         if slot == 3:  # gate and up share their a, and all experts the b of down
             ups = [it._replace(a=ups[0].a) for it in ups]
             downs = downs._replace(b=downs.b[:1].expand_as(downs.b))
@@ -97,15 +100,15 @@ def lora_experts(interleaved: bool) -> LoraExperts:
             down_adapters.by_slot[slot] = [downs]
     attach(gate_up_site, gate_up_adapters, SLOTS)
     attach(down_site, down_adapters, SLOTS)
-    gate_up = torch.randn(PLACES, 2 * INNER, HIDDEN, device=DEVICE) * 0.3
-    down = torch.randn(PLACES, HIDDEN, INNER, device=DEVICE) * 0.3
+    gate_up = (torch.randn(PLACES, 2 * INNER, HIDDEN, device=DEVICE) * 0.3).to(dtype)
+    down = (torch.randn(PLACES, HIDDEN, INNER, device=DEVICE) * 0.3).to(dtype)
     return LoraExperts(expert_map.to(DEVICE), gate_up, down, gate_up_site, gate_up_adapters, down_site, down_adapters,
                        Layout(interleaved=interleaved))  # fmt: skip
 
 
-def low_rank(slot: int, rank: int, depth: int, width: int) -> LoraWeights:
+def low_rank(slot: int, rank: int, depth: int, width: int, dtype: torch.dtype) -> LoraWeights:
     a, b = torch.randn(EXPERTS, rank, depth, device=DEVICE), torch.randn(EXPERTS, width, rank, device=DEVICE)
-    return LoraWeights(a, b, 0.05 * slot)
+    return LoraWeights(a.to(dtype), b.to(dtype), 0.05 * slot)
 
 
 def by_kernels(case: LoraExperts, x: Tensor, slots: Tensor, routed: Routed, single_launch: bool) -> Tensor:
@@ -116,7 +119,7 @@ def by_kernels(case: LoraExperts, x: Tensor, slots: Tensor, routed: Routed, sing
     lora_kernel.expert_lora(products, x, case.gate_up_site, case.gate_up_adapters, routed, tiles, True, MAX_RANK,
                             shared, single_launch)  # fmt: skip
     assert not shared.any()
-    h = gemm_kernel.activate(products, Activation(), case.layout.interleaved, routed)
+    h = gemm_kernel.activate(products, Activation(), case.layout.interleaved, routed, x.dtype)
     rows = gemm_kernel.down(h, case.down, routed, Layout())
     lora_kernel.expert_lora(rows, h, case.down_site, case.down_adapters, routed, tiles, False, MAX_RANK, shared,
                             single_launch)  # fmt: skip
@@ -129,7 +132,7 @@ def by_references(case: LoraExperts, x: Tensor, slots: Tensor, routed: Routed, s
     products = gemm_reference.gate_up(x, case.gate_up, routed, None, case.layout)
     lora_reference.expert_lora(products, x, case.gate_up_site, case.gate_up_adapters, routed, tiles, True, MAX_RANK,
                                None)  # fmt: skip
-    h = gemm_reference.activate(products, Activation(), case.layout.interleaved, routed)
+    h = gemm_reference.activate(products, Activation(), case.layout.interleaved, routed, x.dtype)
     rows = gemm_reference.down(h, case.down, routed, Layout())
     lora_reference.expert_lora(rows, h, case.down_site, case.down_adapters, routed, tiles, False, MAX_RANK, None)
     return rows
@@ -167,6 +170,37 @@ def test_lora_inside_experts(chain: Callable[..., Tensor], single_launch: bool, 
     got = (gemm_kernel if chain is by_kernels else gemm_reference).combine(rows, routed)
     weights = routed.weights.masked_fill(routed.places < 0, 0)
     torch.testing.assert_close(got, (want.view(tokens, TOP_K, -1) * weights[..., None]).sum(1), atol=1e-3, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize(("chain", "ops", "single_launch"), [
+    (by_kernels, gemm_kernel, True), (by_kernels, gemm_kernel, False), (by_references, gemm_reference, True),
+], ids=["one launch", "two launches", "references"])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rows_of_others_have_the_bits_of_a_step_without_lora(
+    chain: Callable[..., Tensor], ops: ModuleType, single_launch: bool, dtype: torch.dtype, interleaved: bool
+) -> None:
+    """Where nobody in the step has LoRA inside experts the activation is not a launch of its own."""
+    case = lora_experts(interleaved, dtype)
+    slots, routed = batch(case, "distinct", 14, 14)
+    x = torch.randn(14, HIDDEN, device=DEVICE).to(dtype)
+    alone = ops.gate_up(x, case.gate_up, routed, Activation(), case.layout)
+    alone = ops.down(alone, case.down, routed, Layout())
+    rows = chain(case, x, slots, routed, single_launch)
+    untouched = torch.tensor([
+        int(slot) not in RANKS or place >= EXPERTS
+        for slot, places in zip(slots, routed.places.tolist(), strict=True) for place in places
+    ])  # fmt: skip
+    assert rows.dtype == dtype and bool(untouched.any()) and not bool(untouched.all())
+    assert torch.equal(rows[untouched], alone[untouched])
+    exact = case._replace(gate_up=case.gate_up.float(), down=case.down.float()).each_pair_alone(
+        x.float(), slots, routed
+    )
+    # rounded to dtype: z of both sites, h, and the rows twice; none is larger than the largest row
+    atol = 4 * torch.finfo(dtype).eps * float(exact.abs().max())
+    torch.testing.assert_close(rows.float(), exact, atol=atol, rtol=0)
+    assert float((exact - alone)[~untouched].abs().max()) > 10 * atol
 
 
 def test_mixed_batches_are_met() -> None:

@@ -278,6 +278,39 @@ def test_with_too_few_counters_there_are_two_launches() -> None:
 
 
 @pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("single_launch", [True, False], ids=["one launch", "two launches"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_added_to_in_float32_stays_in_float32(dtype: torch.dtype, single_launch: bool) -> None:
+    """y is so much larger than what is added that in x's type the sum would be that of y alone."""
+    site, held = make_expert_site(40, (17, 20))
+    exact = SiteAdapters({slot: list(weights) for slot, weights in held.by_slot.items()})
+    for slot, weights in held.by_slot.items():
+        held.by_slot[slot] = [it and it._replace(a=with_strides(it.a, dtype), b=with_strides(it.b, dtype))
+                              for it in weights]  # fmt: skip
+        exact.by_slot[slot] = [it and it._replace(a=it.a.float(), b=it.b.float()) for it in held.by_slot[slot]]
+    attach(site, held, SLOTS)
+    routed, tiles = cut_batch("uniform", 9, 7)
+    counters = torch.zeros(1 + len(tiles.tiles) * 2, dtype=torch.int32, device=DEVICE)
+    x, large = torch.randn(9, 40, device=DEVICE).to(dtype), 2.0**20
+    y = torch.randn(18, 37, device=DEVICE) + large
+    want, got = y - large, y.clone()
+    lora_reference.expert_lora(want, x.float(), site, exact, routed, tiles, True, MAX_RANK, None)
+    lora_kernel.expert_lora(got, x, site, held, routed, tiles, True, MAX_RANK, counters, single_launch)
+    added = want - (y - large)
+    # z is rounded to x's type, y to 2^-4
+    assert got.dtype == torch.float32 and float(added.abs().max()) < large * torch.finfo(dtype).eps / 2
+    atol = float(added.abs().max()) * torch.finfo(dtype).eps + 2**-4
+    assert atol < float(added.abs().max()) / 50
+    torch.testing.assert_close(got - large, want, atol=atol, rtol=0)
+
+
+def with_strides(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+    """In another type, and still a matrix that all experts share where it was one; what lies between them goes."""
+    shared = matrices.stride(0) == 0
+    return matrices[:1].to(dtype).expand_as(matrices) if shared else matrices.to(dtype).contiguous()
+
+
+@pytest.mark.usefixtures("small_blocks")
 def test_matrices_of_experts_may_lie_far_apart() -> None:
     """Further than 32 bits count elements. Only the last expert's are in memory that there is."""
     site, held = make_expert_site(16, (8,))
