@@ -267,14 +267,18 @@ def _multiprocessors(x: Tensor) -> int:
 
 
 def configurations() -> Iterator[Configuration]:
-    """Sites of Llama-3.1-8B, of DeepSeek-V2-Lite's absorbed attention and experts, and of gpt-oss's experts.
+    """Sites of Llama-3.1-8B, one of Qwen2-7B, whose linear has a bias (which gains are told), of DeepSeek-V2-Lite's
+    absorbed attention and experts, and of gpt-oss's experts.
 
     Decode (one launch) and prefill (two); the experts' tiles have one more size.
     """
     for name, depth, slices in (("qkv", 4096, 3), ("gate_up", 4096, 2), ("down", 14336, 1)):
         for dtype in (torch.bfloat16, torch.float32) if name == "qkv" else (torch.bfloat16,):
             yield from _configurations(f"{name} {_TRITON_TYPES[dtype]}", Kind(depth, slices), dtype)
+    yield from _configurations("qwen2 qkv with bias", Kind(3584, 3), torch.bfloat16, has_bias=True)
+    yield from _configurations("v2-lite gains before absorbed query", Kind(128, 16, True), torch.bfloat16)
     yield from _configurations("v2-lite absorbed query", Kind(128, 16, True, True), torch.bfloat16)
+    yield from _configurations("v2-lite absorbed value", Kind(512, 16, True), torch.bfloat16)
     for name, experts, choices, hidden, inner, slices in (("v2-lite", 64, 6, 2048, 1408, 2),
                                                           ("gpt-oss", 128, 4, 2880, 2880, 1)):  # fmt: skip
         up, down = Kind(hidden, slices, experts=experts, choices=choices), Kind(inner, 1, experts=experts)
@@ -282,17 +286,17 @@ def configurations() -> Iterator[Configuration]:
         yield from _configurations(f"{name} expert down", down, torch.bfloat16)
 
 
-def _configurations(name: str, kind: Kind, dtype: torch.dtype) -> Iterator[Configuration]:
+def _configurations(name: str, kind: Kind, dtype: torch.dtype, has_bias: bool = False) -> Iterator[Configuration]:
     pointer = "*bf16:16" if dtype == torch.bfloat16 else "*fp32:16"
     y = "*fp32:16" if kind.choices else pointer  # products before the activation
     # a step counts the tiles of linears among its other integers, expert_tiles in a tensor of its own
     num_tiles = "*i32:16" if kind.experts else "*i32"
-    types = dict(x=pointer, y=y, z="*fp32:16", bias=y, stride_x="i32:16", stride_y="i32:16",
+    types = dict(x=pointer, y=y, z="*fp32:16", bias=pointer if has_bias else y, stride_x="i32:16", stride_y="i32:16",
                  table=Table("*i64:16", "i32", "*i32:16"), tiles=Tiles("*i32:16", num_tiles, "*i32:16"),
                  counters="*i32:16", T="i32", max_rank="i32", column_blocks="i32")  # fmt: skip
     for tile, phase in ((16, "decode"), (64, "prefill"), (32, "tile 32")):
         columns, block_depth, expand_warps = _blocks(tile, dtype.itemsize)
-        shrinking, expanding = _constants(kind, tile, dtype, False, columns, block_depth)
+        shrinking, expanding = _constants(kind, tile, dtype, has_bias, columns, block_depth)
         if tile == 16:
             yield Configuration(f"{name} {phase}", lora_kernel, types, shrinking | expanding)
         elif tile == 64 or kind.experts:
