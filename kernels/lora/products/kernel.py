@@ -88,6 +88,7 @@ def shrink(
             deep = first + k
             seen = tl.load(x + read[:, None] * stride_x + deep[None, :],
                            mask=row_mask[:, None] & (deep < K)[None, :], other=0.0)  # fmt: skip
+            # of 32 bits: at rank 4,096 and a depth of 65,536 one a has 2^28 elements
             weight_at = deep[:, None] * rank + ranks[None, :] if TRANSPOSED else ranks[None, :] * K + deep[:, None]
             weight = tl.load(a + weight_at, mask=(ranks < rank)[None, :] & (deep < K)[:, None], other=0.0)  # fmt: skip
             total = dot(seen, weight, total)
@@ -141,6 +142,7 @@ def expand(
                     z_at = _shrunk_at(z, split, part, rows, ranks, T, max_rank, SL)
                     shrunk += tl.load(z_at, mask=z_mask, other=0.0, cache_modifier=".cg")
                 wide = n[None, :].to(tl.int64)
+                # ranks * width is of 32 bits, which at rank 4,096 is enough for half a million columns; the rest of 64
                 weight_at = ranks[:, None] * width + wide if TRANSPOSED else wide * rank + ranks[:, None]
                 weight_mask = column_mask[None, :] & (ranks < rank)[:, None]
                 weight = tl.load(b + weight_at, mask=weight_mask, other=0.0)
