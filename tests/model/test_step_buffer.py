@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from kernels.adapter_rows import ShapeKey
+from kernels.adapter_rows import FEW_ROWS, ShapeKey
+from server.model.cuda_graphs import batch_sizes
 from server.model.device_inputs import Capacity, DeviceInputs, padding_step
 from server.model.inputs import HostStep, TokenField, host_inputs
 from server.model.step_buffer import StepBuffer
@@ -67,3 +68,23 @@ def test_a_table_may_add_a_field_of_its_own_on_both_paths() -> None:
     assert inputs.fill(step, 3, ShapeKey()).fields["is_first"].tolist() == [1, 0, 0]
     padded = inputs.fill(padding_step(), 4, ShapeKey())
     assert padded.fields["is_first"].tolist() == [1, -1, -1, -1]
+
+
+@pytest.mark.parametrize("choices", [1, 4, 8])
+@pytest.mark.parametrize("sequences", [1, 4, 64, 300, 512])
+def test_lora_in_experts_can_count_itself_at_every_decode(choices: int, sequences: int) -> None:
+    """With too few counters it takes a second launch. In the worst case each pair of token and choice is a tile."""
+    slices = 2  # gate and up
+    inputs = DeviceInputs(Capacity(tokens=1024, sequences=sequences, blocks=1, slices=slices, choices=choices), CPU)
+    for rows in batch_sizes(sequences):
+        tiles = inputs.fill(padding_step(), rows, ShapeKey(expert_rank=8)).rows.tiles
+        assert tiles.counters is not None
+        assert tiles.counters.numel() > rows * choices * slices and not tiles.counters.any()
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 511, 512, 513, 4096])
+def test_counters_are_as_many_as_few_rows_need(tokens: int) -> None:
+    """Prefills of more rows take two launches in any case; so room for them would be wasted."""
+    capacity = Capacity(tokens=tokens, sequences=1, blocks=1, slices=2, choices=6)
+    counters = DeviceInputs(capacity, CPU).fill(padding_step(), 1, ShapeKey(expert_rank=8)).rows.tiles.counters
+    assert counters is not None and counters.numel() > min(FEW_ROWS, tokens) * 6 * 2

@@ -2,6 +2,7 @@
 
 import math
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -275,6 +276,33 @@ def test_with_too_few_counters_there_are_two_launches() -> None:
     lora_kernel.expert_lora(y, x, site, held, routed, tiles, True, MAX_RANK, counters)
     torch.testing.assert_close(y, want, atol=ATOL, rtol=1e-5)
     assert bool((counters == 7).all())
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("is_enough", [True, False])
+def test_as_many_launches_as_there_are_counters_for(is_enough: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = {
+        name: Launches(getattr(lora_kernel, name)) for name in ("lora_kernel", "shrink_kernel", "expand_kernel")
+    }
+    for name, spy in launched.items():
+        monkeypatch.setattr(lora_kernel, name, spy)
+    site, held = make_expert_site(16, (8, 12))
+    routed, tiles = cut_batch("uniform", 6, 6)
+    x, y = torch.randn(6, 16, device=DEVICE), torch.randn(12, 20, device=DEVICE)
+    counters = torch.zeros(int(is_enough) + 2 * len(tiles.tiles), dtype=torch.int32, device=DEVICE)
+    lora_kernel.expert_lora(y, x, site, held, routed, tiles, True, MAX_RANK, counters)
+    assert [it.count for it in launched.values()] == ([1, 0, 0] if is_enough else [0, 1, 1])
+
+
+class Launches:
+    """A kernel whose launches are counted."""
+
+    def __init__(self, kernel: Any) -> None:
+        self._kernel, self.count = kernel, 0
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        self.count += 1
+        return self._kernel[grid]
 
 
 @pytest.mark.usefixtures("small_blocks")
