@@ -68,8 +68,8 @@ def counts(cells: Sequence[Cell]) -> dict[str, int]:
 
 
 def summary(sections: Sequence[Section], cells: Sequence[Cell]) -> str:
-    """The counts, as a table."""
-    shown = [result for result in RESULTS if any(cell.result == result for cell in cells)]
+    """The counts, as a table; that none is wrong is said too."""
+    shown = [result for result in RESULTS if result == "WRONG" or any(cell.result == result for cell in cells)]
     lines = [f"| | {' | '.join(shown)} |", f"|---|{'---:|' * len(shown)}"]
     for title, key in [*((section.title, section.key) for section in sections), ("**in all**", None)]:
         counted = counts([cell for cell in cells if key in (None, cell.section)])
