@@ -126,12 +126,11 @@ def stored_rank(a: TensorRef, b: TensorRef) -> int | None:
     return a.shape[0] if len(a.shape) == len(b.shape) == 2 and a.shape[0] == b.shape[1] else None
 
 
-def note_pruned(findings: Findings, count: int = 1) -> None:
+def note_pruned(findings: Findings) -> None:
     """Components that were removed do not change what the others were trained with: the configured scale."""
     findings.note(
         "x a rank below the configuration's, of which rank_pattern says nothing: read as pruned after training, at the "
-        "scale of the configured rank. If it was trained at its own rank, list that in rank_pattern.",
-        count,
+        "scale of the configured rank. If it was trained at its own rank, list that in rank_pattern."
     )
 
 
