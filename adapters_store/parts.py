@@ -5,6 +5,7 @@ Parts describe tensors by where they lie; nothing is loaded here. There may be a
 garbage collector is told to leave alone: no cycle can run through them.
 """
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from math import prod
@@ -98,7 +99,8 @@ Operand = TensorRef | Assembled
 class SourceFile(msgspec.Struct, frozen=True, gc=False):
     """A file as it was verified, so that a later change is noticed before its bytes are used.
 
-    `path` is absolute and free of links: for a hub cache the blob, not the snapshot's link. `sha256` in hexadecimal.
+    `path` is free of links (for a hub cache the blob, not the snapshot's link), and absolute; or relative, to a
+    directory that is known to whoever has the package. `sha256` in hexadecimal.
     """
 
     file: str
@@ -218,7 +220,6 @@ class AdapterPackage(msgspec.Struct, frozen=True):
     """
 
     kind: Kind
-    path: str
     revision: str
     files: tuple[SourceFile, ...]
     parts: tuple[Part, ...]
@@ -229,6 +230,11 @@ class AdapterPackage(msgspec.Struct, frozen=True):
     def num_elements(self) -> int:
         """Elements that a device holds for this adapter."""
         return sum(operand.num_elements for part in self.parts for operand in part.operands)
+
+    def located(self, root: str) -> "AdapterPackage":
+        """The same with files whose paths were relative to `root`."""
+        files = tuple(msgspec.structs.replace(it, path=os.path.join(root, it.path)) for it in self.files)
+        return msgspec.structs.replace(self, files=files)
 
     @property
     def file_bytes(self) -> int:
@@ -246,7 +252,7 @@ def by_kind(parts: Sequence[Part]) -> dict[PartKind, list[Any]]:
 def describe(package: AdapterPackage) -> dict[str, object]:
     """What was bound, for people."""
     places = {(tensor.file, tensor.offset) for part in package.parts for tensor in part.tensors}
-    described: dict[str, object] = {"bound_tensors": len(places), "notes": list(package.notes)}
+    described: dict[str, object] = {"bound_tensors": len(places)}
     for kind, parts in by_kind(package.parts).items():
         described |= kind.described(parts)
     return described

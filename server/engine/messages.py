@@ -23,7 +23,9 @@ class Configure(_Message, frozen=True):
 
 
 class AddRequest(_Message, frozen=True):
-    """`group` is the id of the first request that came with the same HTTP request: they share one turn."""
+    """`group` is the id of the first request that came with the same HTTP request: they share one turn. Of two that
+    wait the one of higher `priority` is served first; within one priority, a group has turns in proportion to its
+    `weight`."""
 
     request_id: int
     group: Group
@@ -31,6 +33,8 @@ class AddRequest(_Message, frozen=True):
     max_tokens: int
     sampling: Sampling
     stop_token_ids: frozenset[int]
+    weight: float = 1.0
+    priority: int = 0
 
 
 class Abort(_Message, frozen=True):
@@ -38,19 +42,45 @@ class Abort(_Message, frozen=True):
 
 
 class AddAdapter(_Message, frozen=True):
+    """The adapter may be asked for from now on. Sent before its first request, and again where something has changed.
+
+    `root` is the directory below which the package's files lie, where their paths are relative. A `pinned` adapter is
+    brought to the device at once and makes no room for others.
+    """
+
     ref: AdapterRef
     package: AdapterPackage
+    root: str = ""
+    pinned: bool = False
+
+
+class PackedAddAdapter(_Message, frozen=True, tag="AddAdapter"):
+    """AddAdapter with a package that is encoded already, and that its sender need not understand."""
+
+    ref: AdapterRef
+    package: msgspec.Raw
+    root: str = ""
+    pinned: bool = False
 
 
 class RemoveAdapter(_Message, frozen=True):
     ref: AdapterRef
 
 
+class CheckAdapter(_Message, frozen=True):
+    """Compare the adapter's logits with those of the base with its weights merged, over `num_tokens` tokens."""
+
+    check_id: int
+    ref: AdapterRef
+    num_tokens: int
+
+
 class Shutdown(_Message, frozen=True):
     pass
 
 
-ToEngine = Configure | AddRequest | Abort | AddAdapter | RemoveAdapter | Shutdown
+ToEngine = Configure | AddRequest | Abort | AddAdapter | RemoveAdapter | CheckAdapter | Shutdown
+FromFront = ToEngine | PackedAddAdapter  # as it is sent; what arrives of a PackedAddAdapter is an AddAdapter
 
 
 # -- to the front ---
@@ -93,7 +123,7 @@ class StartFailed(_Message, frozen=True):
     is_final: bool
 
 
-class TokenEvent(msgspec.Struct, frozen=True, array_like=True):
+class TokenEvent(msgspec.Struct, frozen=True, array_like=True, tag=0):
     """A token of one request, its end, or both. Compact: there is one for every request in every step.
 
     A request that ends without a token was refused, aborted, failed, or wanted none.
@@ -104,6 +134,27 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True):
     finish: FinishReason | None = None
     error: str | None = None
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache; set with the first event
+
+
+class AdapterGone(msgspec.Struct, frozen=True, array_like=True, tag=1):
+    """A removed adapter's last request has ended, and `num_bytes` of the device that were its own are free, or will be
+    as soon as its transfer has ended."""
+
+    ref: AdapterRef
+    num_bytes: int
+
+
+class AdapterChecked(msgspec.Struct, frozen=True, array_like=True, tag=2):
+    """What a CheckAdapter found: the largest difference between two logits, and the largest logit of those with merged
+    weights; or why it could not be found."""
+
+    check_id: int
+    max_difference: float | None
+    max_logit: float | None = None
+    error: str | None = None
+
+
+Event = TokenEvent | AdapterGone | AdapterChecked
 
 
 class AdapterOnDevice(msgspec.Struct, frozen=True):
@@ -134,7 +185,7 @@ class Stats(msgspec.Struct, frozen=True):
 class StepDone(_Message, frozen=True):
     """The events of one step; empty when the engine is idle and only says that it is alive."""
 
-    events: list[TokenEvent]
+    events: list[Event]
     stats: Stats
 
 

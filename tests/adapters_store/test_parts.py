@@ -26,7 +26,7 @@ def replacement(layer: int, expert: int) -> ExpertReplacement:
 
 def package(*parts: LowRank | ExpertReplacement) -> AdapterPackage:
     files = (SourceFile("a", "/a", 70, ""), SourceFile("b", "/b", 7, ""))
-    return AdapterPackage("lora", "", "revision", files, parts)
+    return AdapterPackage("lora", "revision", files, parts)
 
 
 def test_sizes_are_those_of_the_tensors_and_of_the_files() -> None:
@@ -47,7 +47,6 @@ def test_a_parts_tensors_come_in_the_order_of_its_formula() -> None:
 def test_a_lora_is_told_by_its_linears_with_rank_and_scale() -> None:
     assert describe(package(low_rank("q", 2, 1.5), low_rank("v", 3, 0.5))) == {
         "bound_tensors": 1,
-        "notes": [],
         "linears": {"q": {"rank": 2, "scale": 1.5}, "v": {"rank": 3, "scale": 0.5}},
     }
 
@@ -55,16 +54,15 @@ def test_a_lora_is_told_by_its_linears_with_rank_and_scale() -> None:
 def test_replaced_experts_are_told_by_layer_in_their_order() -> None:
     assert describe(package(replacement(10, 0), replacement(2, 5), replacement(2, 1))) == {
         "bound_tensors": 1,
-        "notes": [],
         "experts": {"2": [1, 5], "10": [0]},
     }
 
 
 def test_what_has_both_is_told_by_both() -> None:
     mixed = (replacement(1, 0), low_rank("q", 2, 1.0), replacement(1, 1))
-    assert set(describe(package(*mixed))) == {"bound_tensors", "notes", "linears", "experts"}
+    assert set(describe(package(*mixed))) == {"bound_tensors", "linears", "experts"}
     assert by_kind(mixed) == {ExpertReplacement: [mixed[0], mixed[2]], LowRank: [mixed[1]]}
-    assert by_kind(()) == {} and describe(package()) == {"bound_tensors": 0, "notes": []}
+    assert by_kind(()) == {} and describe(package()) == {"bound_tensors": 0}
 
 
 def test_a_block_of_a_larger_tensor_has_its_own_size_and_lies_in_the_larger_ones_bytes() -> None:
