@@ -3,7 +3,6 @@
 import asyncio
 import os
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import zmq
 
 from server.config import EngineConfig
 from server.engine.client import EngineClient
+from server.engine.introductions import Packages
 from server.engine.link import FrontLink
 from server.engine.messages import Configure, EngineInfo, Progress
 from server.errors import StartupError
@@ -24,17 +24,16 @@ SPIN_COUNT = "1000"
 class EngineChild:
     """One engine process and the link to it. `client` speaks to it once `start` has returned."""
 
-    def __init__(self) -> None:
-        # a socket file in a directory of our own (mode 0700): no port, and nobody else's to connect to
-        self._directory = tempfile.TemporaryDirectory(prefix="heddle-")
-        self._address = f"ipc://{self._directory.name}/engine"
+    def __init__(self, directory: Path, packages: Packages) -> None:
+        # a socket file in a `directory` of our own (mode 0700): no port, and nobody else's to connect to
+        self._address = f"ipc://{directory}/engine"
         try:
             self._link = FrontLink(self._address)
         except zmq.ZMQError as error:
-            raise StartupError(f"cannot make a socket below {self._directory.name!r} ({error})") from None
+            raise StartupError(f"cannot make a socket below {str(directory)!r} ({error})") from None
         self._process: asyncio.subprocess.Process | None = None
         self._is_ready = False
-        self.client = EngineClient(self._link)
+        self.client = EngineClient(self._link, packages)
 
     async def start(
         self, config: EngineConfig, on_progress: Callable[[Progress], None], timeout_s: float
@@ -89,7 +88,6 @@ class EngineChild:
                 self._process.kill()
                 await self._process.wait()
         self._link.close()
-        self._directory.cleanup()
 
 
 def describe_exit(code: int) -> str:

@@ -140,7 +140,7 @@ class Serving:
     def _make_resident(self, kind: Any, parts: tuple[Any, ...]) -> int:
         ref = AdapterRef(f"adapter-{len(self._adapters)}", f"{len(self._adapters):064x}", kind)
         self._adapters.append(ref)
-        self.residency.register(ref, AdapterPackage(kind, ".", ref.revision, (), parts))
+        self.residency.register(ref, AdapterPackage(kind, ref.revision, (), parts))
         return self.wait_for(ref)
 
     def wait_for(self, ref: AdapterRef) -> int:

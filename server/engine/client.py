@@ -5,17 +5,23 @@ Needs any link whose other end speaks messages.py: the engine process, or a Loop
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from adapters_store.parts import AdapterPackage
 from adapters_store.ref import AdapterRef
+from server.engine.awaited import Awaited
+from server.engine.introductions import Introductions, Packages
 from server.engine.messages import (
     Abort,
-    AddAdapter,
+    AdapterChecked,
+    AdapterGone,
     AddRequest,
+    CheckAdapter,
     EngineInfo,
+    Event,
+    FromFront,
+    PackedAddAdapter,
     Progress,
     Ready,
     RemoveAdapter,
@@ -23,16 +29,16 @@ from server.engine.messages import (
     StartFailed,
     Stats,
     StepDone,
-    ToEngine,
     ToFront,
     TokenEvent,
 )
+from server.engine.open_requests import OpenRequests
 from server.engine.request import LaneSpec, Sampling
 from server.errors import ConfigError, EngineDead, HeddleError, StartupError
 
 
 class Link(Protocol):
-    def send(self, message: ToEngine) -> None: ...
+    def send(self, message: FromFront) -> None: ...
 
     async def receive(self) -> ToFront: ...
 
@@ -46,6 +52,9 @@ class Submission:
     sampling: Sampling
     adapter: AdapterRef | None
     stop_token_ids: frozenset[int]
+    weight: float = 1.0
+    priority: int = 0
+    salt: str = ""
 
 
 class TokenStream:
@@ -80,6 +89,12 @@ class TokenStream:
             self._open.remove(request_id)
             self._client.abort([request_id])
 
+    def end_with(self, error: HeddleError) -> None:
+        """End whatever still runs; who iterates gets the error."""
+        if self._open:
+            self._client.abort(sorted(self._open))
+            self.put(error)
+
     def cancel(self) -> None:
         """End whatever still runs. Safe at any time, any number of times."""
         self._client.abort(sorted(self._open))
@@ -87,9 +102,13 @@ class TokenStream:
 
 
 class EngineClient:
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: Link, packages: Packages) -> None:
         self._link = link
-        self._streams: dict[int, TokenStream] = {}
+        self._requests: OpenRequests[TokenStream] = OpenRequests()
+        self._removals: Awaited[AdapterRef, int] = Awaited()
+        self._checks: Awaited[int, AdapterChecked] = Awaited()
+        self._checked: dict[int, AdapterRef] = {}  # by check, until it is answered
+        self._introductions = Introductions(packages, self._tell, self._is_used)
         self._next_id = 0
         self._death: str | None = None
         self.stats = Stats()
@@ -119,24 +138,31 @@ class EngineClient:
                 for event in message.events:
                     self._deliver(event)
 
-    def _deliver(self, event: TokenEvent) -> None:
-        stream = self._streams.get(event.request_id)
-        if stream is not None:
-            if event.finish is not None:
-                del self._streams[event.request_id]
-            stream.put(event)
+    def _deliver(self, event: Event) -> None:
+        match event:
+            case TokenEvent():
+                stream = self._requests.stream(event.request_id)
+                if stream is not None:
+                    if event.finish is not None:
+                        self._requests.end(event.request_id)
+                    stream.put(event)
+            case AdapterGone(ref=ref, num_bytes=num_bytes):
+                self._removals.resolve(ref, num_bytes)
+            case AdapterChecked(check_id=check_id):
+                self._checks.resolve(check_id, event)
 
     def declare_dead(self, reason: str) -> None:
-        """The engine is gone: every open stream ends with EngineDead, every later call raises it."""
+        """The engine is gone: every open stream and whatever else is awaited ends with EngineDead, every later call
+        raises it."""
         self._death = reason
         self.end_streams(EngineDead(reason))
+        self._removals.fail(EngineDead(reason))
+        self._checks.fail(EngineDead(reason))
 
     def end_streams(self, error: HeddleError) -> None:
         """End every open stream with this error; the engine goes on with nothing to do."""
-        streams = set(self._streams.values())
-        self.abort(list(self._streams))
-        for stream in streams:
-            stream.put(error)
+        for stream in self._requests.streams():
+            stream.end_with(error)
 
     @property
     def death(self) -> str | None:
@@ -144,7 +170,7 @@ class EngineClient:
 
     @property
     def num_requests(self) -> int:
-        return len(self._streams)
+        return len(self._requests)
 
     @property
     def silence_s(self) -> float:
@@ -158,39 +184,79 @@ class EngineClient:
     # -- requests -----------------------------------------------------------
 
     def submit(self, submissions: Sequence[Submission]) -> TokenStream:
-        """Start the requests of one HTTP request; request_ids of the stream are in the same order."""
+        """Start the requests of one HTTP request; request_ids of the stream are in the same order. Raises EngineDead,
+        and AdapterError if an adapter is not there any more."""
         self.require_alive()
+        self._introductions.introduce(it.adapter for it in submissions if it.adapter is not None)
         first = self._next_id
         self._next_id += len(submissions)
         stream = TokenStream(range(first, self._next_id), self)
         for request_id, submission in zip(stream.request_ids, submissions, strict=True):
-            self._streams[request_id] = stream
+            self._requests.add(request_id, stream, submission.adapter)
             self._link.send(
                 AddRequest(
                     request_id,
                     first,
-                    [LaneSpec(submission.prompt, submission.adapter)],
+                    [LaneSpec(submission.prompt, submission.adapter, submission.salt)],
                     submission.max_tokens,
                     submission.sampling,
                     submission.stop_token_ids,
+                    submission.weight,
+                    submission.priority,
                 )
             )
         return stream
 
     def abort(self, request_ids: Sequence[int]) -> None:
-        known = [request_id for request_id in request_ids if self._streams.pop(request_id, None) is not None]
+        known = [request_id for request_id in request_ids if self._requests.end(request_id)]
         if known and self._death is None:
             self._link.send(Abort(known))
 
     # -- adapters -----------------------------------------------------------
 
-    def add_adapter(self, ref: AdapterRef, package: AdapterPackage) -> None:
+    def add_adapter(self, ref: AdapterRef) -> None:
+        """Tell the engine of it now, as it is described now: it is pinned or no longer, or its files have moved. One
+        that is only to be used is introduced by its first request. Raises AdapterError if it is not described."""
         self.require_alive()
-        self._link.send(AddAdapter(ref, package))
+        self._introductions.again(ref)
 
-    def remove_adapter(self, ref: AdapterRef) -> None:
+    def remove_adapter(self, ref: AdapterRef) -> Awaitable[int]:
+        """No request may use it from now on. Once the last that does has ended: the bytes of the device that this gave
+        back, 0 if it was not there or is told of again before. Nobody need await it. Raises EngineDead; so does what
+        is awaited."""
         self.require_alive()
-        self._link.send(RemoveAdapter(ref))
+        is_known, is_leaving = ref in self._introductions, ref in self._removals
+        gone = self._removals.wait(ref)
+        if is_known:
+            self._introductions.forget(ref)
+            self._link.send(RemoveAdapter(ref))
+        elif not is_leaving:
+            self._removals.resolve(ref, 0)
+        return gone
+
+    async def check_adapter(self, ref: AdapterRef, num_tokens: int) -> AdapterChecked:
+        """See CheckAdapter. Raises EngineDead, and AdapterError if the adapter is not there any more."""
+        self.require_alive()
+        self._introductions.introduce([ref])
+        check_id = self._next_id
+        self._next_id += 1
+        answer = self._checks.wait(check_id)
+        self._link.send(CheckAdapter(check_id, ref, num_tokens))
+        self._checked[check_id] = ref
+        try:
+            return await answer
+        finally:
+            del self._checked[check_id]
+
+    def _is_used(self, ref: AdapterRef) -> bool:
+        return self._requests.num_of(ref) > 0 or ref in self._checked.values()
+
+    def _tell(self, message: PackedAddAdapter | RemoveAdapter) -> None:
+        if isinstance(message, PackedAddAdapter):
+            self._removals.resolve(
+                message.ref, 0
+            )  # what was being removed may stay; then the engine says nothing of it
+        self._link.send(message)
 
     def require_alive(self) -> None:
         """Raises EngineDead."""

@@ -7,10 +7,22 @@ import enum
 from collections.abc import Iterable
 
 from server.engine.adapter_users import AdapterUsers
+from server.engine.checks import Checker, Checks
 from server.engine.kv_cache import KVCache
-from server.engine.messages import Abort, AddAdapter, AddRequest, RemoveAdapter, Shutdown, Stats, ToEngine, TokenEvent
+from server.engine.messages import (
+    Abort,
+    AddAdapter,
+    AddRequest,
+    CheckAdapter,
+    Event,
+    RemoveAdapter,
+    Shutdown,
+    Stats,
+    ToEngine,
+    TokenEvent,
+)
 from server.engine.plan import Plan, Runner
-from server.engine.request import FinishReason, Request
+from server.engine.request import LEAST_WEIGHT, MOST_WEIGHT, FinishReason, Request
 from server.engine.residency import Residency
 from server.engine.scheduler import CannotServe, Scheduler, SchedulerLimits
 
@@ -19,44 +31,51 @@ class Pace(enum.Enum):
     """How soon the next step is wanted."""
 
     BUSY = enum.auto()  # at once
-    LOADING = enum.auto()  # soon: nothing can run until a transfer is over
+    LOADING = enum.auto()  # soon: nothing can run until a transfer is over, or a check's next turn
     IDLE = enum.auto()  # when a message comes
 
 
 class Engine:
-    def __init__(self, limits: SchedulerLimits, kv_cache: KVCache, runner: Runner, residency: Residency) -> None:
+    def __init__(
+        self, limits: SchedulerLimits, kv_cache: KVCache, runner: Runner, residency: Residency, checker: Checker
+    ) -> None:
         self._kv_cache, self._runner, self._residency = kv_cache, runner, residency
         self._adapters = AdapterUsers(residency)
         self.scheduler = Scheduler(limits, kv_cache, residency, self._adapters)
+        self._checks = Checks(checker, residency, self._adapters, kv_cache)
         self.pace = Pace.BUSY
         self.is_shut_down = False
         self._num_steps = 0
         self._num_computed_tokens = 0
 
-    def step(self, messages: Iterable[ToEngine]) -> list[TokenEvent]:
+    def step(self, messages: Iterable[ToEngine]) -> list[Event]:
         """Take in what has come, schedule, launch, record."""
-        events = self._apply(messages)
+        events: list[Event] = [*self._apply(messages)]
         plan, failed = self.scheduler.schedule()
         events += failed
         if plan:
             pending = self._runner.launch(plan)
             self.scheduler.advance(plan)
             events += self.scheduler.record(plan, pending.outputs())
+        events += self._checks.step(gives_way=self.scheduler.lacks_adapters)
+        events += self._adapters.take_gone()
         self._account(plan)
         return events
 
-    def _apply(self, messages: Iterable[ToEngine]) -> list[TokenEvent]:
-        events: list[TokenEvent] = []
+    def _apply(self, messages: Iterable[ToEngine]) -> list[Event]:
+        events: list[Event] = []
         for message in messages:
             match message:
                 case AddRequest():
                     events += self._add(message)
                 case Abort(request_ids=ids):
                     events += [ended for ended in map(self.scheduler.abort, ids) if ended]
-                case AddAdapter(ref=ref, package=package):
-                    self._adapters.register(ref, package)
+                case AddAdapter(ref=ref, package=package, root=root, pinned=pinned):
+                    self._adapters.register(ref, package.located(root), pinned)
                 case RemoveAdapter(ref=ref):
                     self._adapters.remove(ref)
+                case CheckAdapter():
+                    events += self._checks.add(message)
                 case Shutdown():
                     self.is_shut_down = True
                 case _:
@@ -64,11 +83,17 @@ class Engine:
         return events
 
     def _add(self, it: AddRequest) -> list[TokenEvent]:
-        if not it.lanes or not all(lane.prompt for lane in it.lanes) or it.max_tokens < 0:
-            problem = "a request has lanes, each with a prompt, and max_tokens from 0 on"
+        has_prompts = bool(it.lanes) and all(lane.prompt for lane in it.lanes)
+        if not has_prompts or it.max_tokens < 0 or not LEAST_WEIGHT <= it.weight <= MOST_WEIGHT:
+            problem = (
+                "a request has lanes, each with a prompt, max_tokens from 0 on, and a weight from "
+                f"{LEAST_WEIGHT} to {MOST_WEIGHT}"
+            )
             return [TokenEvent(it.request_id, None, FinishReason.ERROR, problem)]
         try:
-            request = Request(it.request_id, it.lanes, it.max_tokens, it.sampling, it.stop_token_ids, it.group)
+            request = Request(
+                it.request_id, it.lanes, it.max_tokens, it.sampling, it.stop_token_ids, it.group, it.weight, it.priority
+            )
             self.scheduler.add(request)
         except CannotServe as refusal:
             return [TokenEvent(it.request_id, None, FinishReason.ERROR, str(refusal))]
@@ -79,7 +104,7 @@ class Engine:
         self._num_computed_tokens += sum(scheduled.num_tokens for scheduled in plan)
         if plan:
             self.pace = Pace.BUSY
-        elif self.scheduler.has_requests or self._residency.is_loading():
+        elif self.scheduler.has_requests or self._residency.is_loading() or self._checks:
             self.pace = Pace.LOADING
         else:
             self.pace = Pace.IDLE
@@ -102,3 +127,4 @@ class Engine:
     def check(self) -> None:
         """Every invariant, recomputed."""
         self.scheduler.check()
+        self._checks.check()

@@ -2,7 +2,8 @@
 
 The next token is a hash of the adapter's revision and all tokens so far, so the right answer of a request is known
 without running anything. And it keeps a KV cache of its own: every KV slot remembers which adapter and which prefix
-wrote it, and every read is checked, so a block that leaks from one request or adapter to another is caught at once.
+wrote it, and under which salt, and every read is checked, so a block that leaks from one request, adapter or salt to
+another is caught at once.
 """
 
 import hashlib
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 
 from adapters_store.parts import AdapterPackage
 from adapters_store.ref import AdapterRef
+from server.engine.block_pool import Block
+from server.engine.checks import Found
 from server.engine.messages import AdapterOnDevice
 from server.engine.plan import Output, Plan, Scheduled
 from server.engine.request import Lane, Slot, Token
@@ -52,7 +55,8 @@ class FakeRunner:
     def __init__(self, num_blocks: int, block_size: int, vocab_size: int = 1000) -> None:
         self._block_size = block_size
         self._vocab_size = vocab_size
-        self._written: list[bytes] = [b""] * (num_blocks * block_size)  # by KV slot: the prefix that ends there
+        # by KV slot: the salt and the prefix that ends there. A salt changes no token, only who may read them
+        self._written: list[tuple[str, bytes]] = [("", b"")] * (num_blocks * block_size)
 
     def launch(self, plan: Plan) -> Known:
         tokens = {scheduled.lane: self._compute(scheduled) for scheduled in plan}
@@ -71,31 +75,66 @@ class FakeRunner:
             block, offset = lane.block_table[position // self._block_size], position % self._block_size
             kv_slot = block * self._block_size + offset
             if position >= scheduled.start:
-                self._written[kv_slot] = state
-            elif self._written[kv_slot] != state:
+                self._written[kv_slot] = lane.salt, state
+            elif self._written[kv_slot] != (lane.salt, state):
                 raise AssertionError(f"request {lane.request.id} reads another prefix's KV at position {position}")
         return int.from_bytes(state, "little") % self._vocab_size
+
+
+class FakeChecker:
+    """One that finds no difference, and whose comparisons read nothing."""
+
+    def refusal(self, num_tokens: int) -> str | None:
+        return None
+
+    def compare(self, ref: AdapterRef, num_tokens: int) -> "FakeComparison":
+        return FakeComparison()
+
+
+class FakeComparison:
+    def run_adapter(self, slot: Slot, blocks: Sequence[Block]) -> None:
+        assert slot and blocks
+
+    def is_ready(self) -> bool:
+        return True
+
+    def run_merged(self, blocks: Sequence[Block]) -> Found:
+        assert blocks
+        return Found(0.0, 1.0)
 
 
 class FakeResidency:
     """Adapters that become resident after a number of polls, in a fixed number of slots, least recently used first."""
 
+    BYTES_EACH = 1000
+
     def __init__(self, slots: int, polls_to_load: int = 0) -> None:
         self._polls_to_load = polls_to_load
         self._free_slots = array("i", range(slots, 0, -1))
         self._known: set[AdapterRef] = set()
+        self._pinned: set[AdapterRef] = set()
+        self._wanted: dict[AdapterRef, None] = {}  # pinned and not there
         self._slot: dict[AdapterRef, Slot] = {}  # in order of last use
         self._countdown: dict[AdapterRef, int] = {}
         self._pins: dict[AdapterRef, int] = {}
 
-    def register(self, ref: AdapterRef, package: AdapterPackage) -> None:
+    def register(self, ref: AdapterRef, package: AdapterPackage, pinned: bool = False) -> None:
         self._known.add(ref)
+        (self._pinned.add if pinned else self._pinned.discard)(ref)
+        self._note_wanted(ref)
 
-    def forget(self, ref: AdapterRef) -> None:
+    def unpin(self, ref: AdapterRef) -> None:
+        self._pinned.discard(ref)
+        self._note_wanted(ref)
+
+    def forget(self, ref: AdapterRef) -> int:
         assert not self._pins.get(ref)
         self._known.remove(ref)
-        if ref in self._slot:
-            self._evict(ref)
+        self.unpin(ref)
+        if ref not in self._slot:
+            return 0
+        self._evict(ref)
+        return self.BYTES_EACH
 
     def refusal(self, refs: Collection[AdapterRef]) -> str | None:
         together = len(self._free_slots) + len(self._slot)
@@ -103,19 +142,13 @@ class FakeResidency:
 
     def poll(self) -> None:
         self._countdown = {ref: max(0, polls - 1) for ref, polls in self._countdown.items()}
+        for ref in tuple(self._wanted):
+            self._bring(ref)
 
     def acquire(self, ref: AdapterRef) -> Slot | Wait:
         assert ref in self._known
-        if ref not in self._slot:
-            idle = next(
-                (other for other in self._slot if not self._pins.get(other) and not self._countdown[other]), None
-            )
-            if not self._free_slots and idle is None:
-                return Wait.NO_ROOM
-            if not self._free_slots and idle is not None:
-                self._evict(idle)
-            self._slot[ref] = self._free_slots.pop()
-            self._countdown[ref] = self._polls_to_load
+        if ref not in self._slot and not self._bring(ref):
+            return Wait.NO_ROOM
         if self._countdown[ref] > 0:
             return Wait.LOADING
         self._slot[ref] = self._slot.pop(ref)
@@ -129,13 +162,36 @@ class FakeResidency:
         return any(self._countdown.values())
 
     def report(self) -> tuple[AdapterOnDevice, ...]:
-        return tuple(AdapterOnDevice(ref, "resident", 0, self._pins.get(ref, 0)) for ref in self._slot)
+        return tuple(AdapterOnDevice(ref, "resident", self.BYTES_EACH, self._pins.get(ref, 0)) for ref in self._slot)
 
     def check(self) -> None:
         slots = [*self._slot.values(), *self._free_slots]
         assert len(set(slots)) == len(slots)
         assert all(pins >= 0 for pins in self._pins.values())
         assert all(ref in self._slot for ref, pins in self._pins.items() if pins)
+        assert set(self._slot) | self._pinned <= self._known
+        assert set(self._wanted) == self._pinned - set(self._slot)
+
+    def _bring(self, ref: AdapterRef) -> bool:
+        """Start its transfer, if there is a slot or one can be made free."""
+        if not self._free_slots:
+            idle = next(filter(self._may_go, self._slot), None)
+            if idle is None:
+                return False
+            self._evict(idle)
+        self._slot[ref] = self._free_slots.pop()
+        self._countdown[ref] = self._polls_to_load
+        self._note_wanted(ref)
+        return True
+
+    def _may_go(self, ref: AdapterRef) -> bool:
+        return not self._pins.get(ref) and not self._countdown[ref] and ref not in self._pinned
+
+    def _note_wanted(self, ref: AdapterRef) -> None:
+        if ref in self._pinned and ref not in self._slot:
+            self._wanted[ref] = None
+        else:
+            self._wanted.pop(ref, None)
 
     def _evict(self, ref: AdapterRef) -> None:
         self._free_slots.append(self._slot.pop(ref))

@@ -10,14 +10,16 @@ from server.engine.block_pool import Block, BlockPool
 from server.engine.request import Lane, Request
 
 
-def chain_root(adapter: AdapterRef | None) -> bytes:
+def chain_root(adapter: AdapterRef | None, salt: str = "") -> bytes:
     """Where the hash chain of a lane's blocks starts.
 
     Keys and values depend on the adapter's weights, so the chain starts from its revision, never from its name: a
-    name can come to mean other weights. Each part is tagged with its domain and length, so that no value of one part
-    (a salt that equals an adapter's name, say) can read as another.
+    name can come to mean other weights, and the same weights can have two. Each part is tagged with its domain and
+    length, so that no value of one part (a salt that equals an adapter's revision, say) can read as another.
     """
     parts = [b"adapter", adapter.revision.encode()] if adapter else [b"base"]
+    if salt:
+        parts += [b"salt", salt.encode()]
     return _digest(b"".join(len(part).to_bytes(4, "little") + part for part in parts))
 
 
@@ -133,6 +135,6 @@ class KVCache:
     def _extend_hashes(self, lane: Lane, count: int) -> None:
         while len(lane.block_hashes) < count:
             index = len(lane.block_hashes)
-            parent = lane.block_hashes[-1] if index else chain_root(lane.adapter)
+            parent = lane.block_hashes[-1] if index else chain_root(lane.adapter, lane.salt)
             tokens = lane.tokens[index * self.block_size : (index + 1) * self.block_size]
             lane.block_hashes.append(_digest(parent + array("q", tokens).tobytes()))

@@ -9,7 +9,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from server.engine.messages import ToEngine, ToFront
+from server.engine.messages import FromFront, ToEngine, ToFront
 
 Sent = TypeVar("Sent")
 Received = TypeVar("Received")
@@ -60,7 +60,7 @@ class FrontLink:
     """The front's end, for its event loop."""
 
     def __init__(self, address: str) -> None:
-        self._codec: _Codec[ToEngine, ToFront] = _Codec(ToFront)
+        self._codec: _Codec[FromFront, ToFront] = _Codec(ToFront)
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.PAIR)
         self._socket.setsockopt(zmq.LINGER, 0)
@@ -68,7 +68,7 @@ class FrontLink:
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.bind(address)
 
-    def send(self, message: ToEngine) -> None:
+    def send(self, message: FromFront) -> None:
         """Never waits: the queue has no limit, and what enters it is bounded by admission.
 
         So a request can be aborted from a cleanup path, where awaiting would be a hazard.

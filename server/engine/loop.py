@@ -7,7 +7,7 @@ from typing import Protocol
 import msgspec
 
 from server.engine.core import Engine, Pace
-from server.engine.messages import StepDone, ToEngine, ToFront, TokenEvent
+from server.engine.messages import Event, StepDone, ToEngine, ToFront
 
 # how long the next step may wait for a message. An idle engine says that it is alive this often
 _WAIT_MS = {Pace.BUSY: 0, Pace.LOADING: 5, Pace.IDLE: 500}
@@ -41,7 +41,7 @@ class Loop:
         if events or self._engine.pace is not Pace.BUSY or self._is_silent():
             self._say(events)
 
-    def _say(self, events: list[TokenEvent]) -> None:
+    def _say(self, events: list[Event]) -> None:
         stats = msgspec.structs.replace(self._engine.stats(), longest_step_s=self._longest_step_s)
         self._publish(StepDone(events, stats))
         self._last_said = time.monotonic()

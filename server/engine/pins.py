@@ -41,6 +41,12 @@ def unpin(residency: Residency, adapters: Iterable[AdapterRef]) -> None:
         residency.release(adapter)
 
 
+def worded(failure: AdapterFailed, request: Request) -> str:
+    """What a request that needs the adapter is told: under its own name for it, since weights may have several."""
+    name = next(ref for ref in request.adapters if ref == failure.ref)
+    return str(AdapterFailed(name, failure.reason))
+
+
 def starved(waiting: Iterable[Request], running: Iterable[Request], max_skips: int) -> Request | None:
     """The request that was passed over most often for want of adapter room, if that was too often."""
     starving = [request for request in waiting if request.num_skips > max_skips]

@@ -1,14 +1,32 @@
-"""The order in which waiting requests are served: round over groups, by arrival within one.
+"""The order in which waiting requests are served: by priority, in turns of groups, by arrival within one.
 
-A group is the requests of one HTTP request: several prompts, or several completions of one. Without rounds, whoever
+A group is the requests of one HTTP request: several prompts, or several completions of one. Without turns, whoever
 sends a thousand completions at once is served a thousand times before the next client is served once.
+
+Turns are dealt by stride scheduling (Waldspurger and Weihl, 1995): a group has a *pass*, a turn adds 1 / weight to it,
+and the smallest pass is next. So a group has turns in proportion to its weight, and with equal weights one after
+another. Priority is strict: as long as requests of a higher one keep coming, those of a lower one may wait for ever.
 """
 
-from collections import OrderedDict, deque
+from bisect import bisect_left, insort
+from collections import OrderedDict
 from collections.abc import Iterator
-from itertools import islice
+from heapq import heappop, heappush
+from itertools import count
 
 from server.engine.request import Group, Request
+
+# level (-priority), pass, number among equal passes, group: the smallest is next
+_Turn = tuple[int, float, int, Group]
+
+
+class _Members:
+    """A group that has requests waiting, in the order of service. All have its weight and priority."""
+
+    def __init__(self, first: Request) -> None:
+        self.level, self.stride = -first.priority, 1 / first.weight
+        self.turn: _Turn = (self.level, 0.0, 0, first.group)
+        self.requests: OrderedDict[int, Request] = OrderedDict()
 
 
 class WaitingQueue:
@@ -17,54 +35,78 @@ class WaitingQueue:
     a: 1 2 3
     b: 4          order: 1 4 5 2 6 3, and once 1 is taken, a's turn comes last: 4 5 2 6 3
     c: 5 6
+
+    If a had three times the weight of the others: 1 2 4 5 3 6. If c had a higher priority: 5 6 1 4 2 3.
     """
 
     def __init__(self) -> None:
-        self._groups: OrderedDict[Group, OrderedDict[int, Request]] = OrderedDict()
+        self._groups: dict[Group, _Members] = {}
+        self._turns: list[_Turn] = []  # of all groups, sorted
+        self._passed: dict[int, float] = {}  # by level: the largest pass that had its turn
+        self._last, self._first = count(), count(-1, -1)  # numbers
         self._length = 0
 
     def push(self, request: Request) -> None:
-        """Behind what waits: last in its group, and a group that had nothing waiting gets its turn last."""
-        self._group(request)[request.id] = request
+        """Behind what waits: last in its group. A group that had nothing waiting starts one stride behind the turn that
+        was dealt last, so that nobody saves up turns by staying away."""
+        group = self._groups.get(request.group)
+        if group is None:
+            group = self._groups[request.group] = _Members(request)
+            self._deal(request.group, self._passed.get(group.level, 0.0) + group.stride)
+        group.requests[request.id] = request
         self._length += 1
 
     def push_front(self, request: Request) -> None:
-        """One that ran already and gave way: first in its group, whose turn comes first unless it had one."""
-        is_new = request.group not in self._groups
-        group = self._group(request)
-        group[request.id] = request
-        group.move_to_end(request.id, last=False)
-        if is_new:
-            self._groups.move_to_end(request.group, last=False)
+        """One that ran already and gave way: first in its group, whose turn is the first of its priority unless it had
+        one."""
+        group = self._groups.get(request.group)
+        if group is None:
+            group = self._groups[request.group] = _Members(request)
+            group.turn = (group.level, self._smallest_pass(group.level), next(self._first), request.group)
+            insort(self._turns, group.turn)
+        group.requests[request.id] = request
+        group.requests.move_to_end(request.id, last=False)
         self._length += 1
 
     def remove(self, request: Request) -> None:
         """It waits no longer, and its group keeps its turn."""
         group = self._groups[request.group]
-        del group[request.id]
-        if not group:
+        del group.requests[request.id]
+        if not group.requests:
+            self._withdraw(group)
             del self._groups[request.group]
+            if not self._groups:
+                self._passed.clear()  # passes are only compared
         self._length -= 1
 
     def charge(self, group: Group) -> None:
-        """The group has had its turn."""
-        if group in self._groups:
-            self._groups.move_to_end(group)
+        """The group has its turn. To be said before the request is removed, else the turn of one that leaves with it is
+        forgotten."""
+        members = self._groups.get(group)
+        if members is not None:
+            # no less than was dealt to others: one that had to be passed over saves up no turns either
+            passed = max(members.turn[1], self._passed.get(members.level, 0.0))
+            self._passed[members.level] = passed
+            self._withdraw(members)
+            self._deal(group, passed + members.stride)
 
     def order(self) -> Iterator[Request]:
         """Requests in order of service; nobody who waits now is missed. Some may have left when they come up: look at
         their status. Copies are made as they are needed, since most steps look at the first few only."""
-        turns: deque[Iterator[Request]] = deque()
-        for name in tuple(self._groups):
-            members = iter(tuple(self._groups.get(name, {}).values()))
-            turns.append(members)
-            yield from islice(members, 1)
-        while turns:
-            members = turns.popleft()
-            request = next(members, None)
-            if request is not None:
-                yield request
-                turns.append(members)
+        passed, numbers = self._passed.copy(), count(next(self._last))
+        again: list[_Turn] = []
+        left: dict[Group, tuple[list[Request], float]] = {}  # the last first, and the stride
+        for level, own, _, name in _merged(self._turns.copy(), again):
+            if name not in left:
+                if name not in self._groups:
+                    continue
+                group = self._groups[name]
+                left[name] = list(reversed(group.requests.values())), group.stride
+            requests, stride = left[name]
+            yield requests.pop()
+            passed[level] = max(own, passed.get(level, 0.0))
+            if requests:
+                heappush(again, (level, passed[level] + stride, next(numbers), name))
 
     def has_others(self, group: Group) -> bool:
         """Whether requests of another group wait."""
@@ -75,15 +117,48 @@ class WaitingQueue:
 
     def __iter__(self) -> Iterator[Request]:
         """In no order that matters."""
-        return (request for group in self._groups.values() for request in group.values())
+        return (request for group in self._groups.values() for request in group.requests.values())
 
     def __contains__(self, request: Request) -> bool:
-        return request.id in self._groups.get(request.group, ())
+        group = self._groups.get(request.group)
+        return group is not None and request.id in group.requests
 
-    def _group(self, request: Request) -> OrderedDict[int, Request]:
-        return self._groups.setdefault(request.group, OrderedDict())
+    # -- turns -----------------------------------------------------------
+
+    def _deal(self, name: Group, to: float) -> None:
+        """A turn at this pass, behind those of the same pass."""
+        group = self._groups[name]
+        group.turn = (group.level, to, next(self._last), name)
+        insort(self._turns, group.turn)
+
+    def _withdraw(self, group: _Members) -> None:
+        del self._turns[bisect_left(self._turns, group.turn)]
+
+    def _smallest_pass(self, level: int) -> float:
+        """No group of the level has a smaller one, nor has one had its turn since that was larger."""
+        passed, index = self._passed.get(level, 0.0), bisect_left(self._turns, (level,))
+        is_there = index < len(self._turns) and self._turns[index][0] == level
+        return min(passed, self._turns[index][1]) if is_there else passed
 
     def check(self) -> None:
-        assert self._length == sum(len(group) for group in self._groups.values())
+        assert self._length == sum(len(group.requests) for group in self._groups.values())
+        assert self._turns == sorted(group.turn for group in self._groups.values())
         for name, group in self._groups.items():
-            assert group and all(request.group == name and request.id == key for key, request in group.items())
+            assert group.turn[0] == group.level and group.turn[3] == name
+            # nobody is further behind than one turn: so a group waits for a bounded number of others' turns
+            assert group.turn[1] <= self._passed.get(group.level, 0.0) + group.stride
+            assert group.requests
+            for key, request in group.requests.items():
+                assert request.group == name and request.id == key
+                assert (-request.priority, 1 / request.weight) == (group.level, group.stride)
+
+
+def _merged(turns: list[_Turn], again: list[_Turn]) -> Iterator[_Turn]:
+    """Both in order. `turns` is sorted; `again` is a heap, to which more may come between: most groups are one request,
+    and never come to it."""
+    for turn in turns:
+        while again and again[0] < turn:
+            yield heappop(again)
+        yield turn
+    while again:
+        yield heappop(again)

@@ -10,6 +10,7 @@ from adapters_store.ref import AdapterRef
 Group = int  # the requests of one HTTP request, by the id of its first
 Slot = int  # adapter slot: a place for one adapter on the device
 BASE_SLOT: Slot = 0
+LEAST_WEIGHT, MOST_WEIGHT = 0.001, 1000.0  # of a group: turns of one are counted in floating point beside the others'
 
 
 class Sampling(msgspec.Struct, frozen=True):
@@ -44,10 +45,15 @@ class Status(enum.Enum):
 
 
 class LaneSpec(msgspec.Struct, frozen=True):
-    """What a lane starts from: its prompt, and the adapter that its tokens go through (None: the base)."""
+    """What a lane starts from: its prompt, and the adapter that its tokens go through (None: the base).
+
+    Lanes find each other's prefixes in the KV cache under the same `salt` only. A prefix hit shows in the time that an
+    answer takes: with a salt of one's own, nobody else can tell by it what one has asked.
+    """
 
     prompt: list[int]
     adapter: AdapterRef | None = None
+    salt: str = ""
 
 
 class Lane:
@@ -64,6 +70,7 @@ class Lane:
         assert spec.prompt
         self.request = request
         self.adapter = spec.adapter
+        self.salt = spec.salt
         self.tokens = list(spec.prompt)
         self.prompt_len = len(spec.prompt)
         self.num_computed_tokens = 0
@@ -97,11 +104,14 @@ class Request:
         sampling: Sampling,
         stop_token_ids: frozenset[int] = frozenset(),
         group: Group | None = None,
+        weight: float = 1.0,
+        priority: int = 0,
     ) -> None:
-        """`group` None: the request is alone in its own."""
-        assert lanes and max_tokens >= 0
+        """`group` None: the request is alone in its own. `weight` and `priority` are its group's (queue.py)."""
+        assert lanes and max_tokens >= 0 and weight > 0
         self.id = request_id
         self.group = request_id if group is None else group
+        self.weight, self.priority = weight, priority
         self.max_tokens = max_tokens
         self.sampling = sampling
         self.stop_token_ids = stop_token_ids

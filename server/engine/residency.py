@@ -18,27 +18,37 @@ class Wait(enum.Enum):
 
 
 class AdapterFailed(Exception):
-    """The adapter cannot be brought to the device; the message is for the user."""
+    """The adapter cannot be brought to the device. The message is for a user who knows it by this reference's name."""
 
     def __init__(self, ref: AdapterRef, reason: str) -> None:
         super().__init__(f"the adapter {ref.name!r} could not be loaded: {reason}")
-        self.ref = ref
+        self.ref, self.reason = ref, reason
 
 
 class Residency(Protocol):
     """Adapters on the device, by revision. Called from the step loop: nothing here waits."""
 
-    def register(self, ref: AdapterRef, package: AdapterPackage) -> None:
-        """The adapter exists and may be asked for."""
+    def register(self, ref: AdapterRef, package: AdapterPackage, pinned: bool = False) -> None:
+        """The adapter exists and may be asked for.
 
-    def forget(self, ref: AdapterRef) -> None:
-        """Nobody will ask again, and nobody holds a pin: its room may be used."""
+        A pinned one is brought in as soon as there is room, unasked, and never makes room for another. That the others
+        still have room is up to whoever pins. Where its transfer fails, nothing more is done until somebody asks for it
+        or it is registered again.
+        """
+
+    def unpin(self, ref: AdapterRef) -> None:
+        """It may make room again."""
+
+    def forget(self, ref: AdapterRef) -> int:
+        """Nobody will ask again, and nobody holds a pin: its room may be used. The bytes that it occupies, which are
+        free now, or as soon as its transfer has ended."""
 
     def refusal(self, refs: Collection[AdapterRef]) -> str | None:
         """Why these can never be on the device together, if so. Asked for several that one request needs at once."""
 
     def poll(self) -> None:
-        """Take note of finished transfers. Once a step: within a step, what is loading stays so."""
+        """Take note of finished transfers, and start those of pinned adapters. Once a step: within a step, what is
+        loading stays so."""
 
     def acquire(self, ref: AdapterRef) -> Slot | Wait:
         """Pin the adapter and say where it is; or start to bring it in, pin nothing, and say why it must wait.

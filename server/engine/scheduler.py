@@ -18,7 +18,7 @@ from itertools import islice
 from server.engine.adapter_users import AdapterUsers
 from server.engine.kv_cache import KVCache
 from server.engine.messages import TokenEvent
-from server.engine.pins import Pins, is_held_back, starved, unpin
+from server.engine.pins import Pins, is_held_back, starved, unpin, worded
 from server.engine.plan import Draft, Output, Plan, Scheduled
 from server.engine.queue import WaitingQueue
 from server.engine.request import BASE_SLOT, FinishReason, Group, Lane, Request, Slot, Status, Token
@@ -52,6 +52,7 @@ class Scheduler:
         self.running: list[Request] = []  # in order of admission
         self._num_running_lanes = 0
         self.num_preemptions = 0
+        self.lacks_adapters = False  # whether, in the last step, a request waited for adapters to come to the device
 
     # -- requests come and go -----------------------------------------------------------
 
@@ -102,6 +103,7 @@ class Scheduler:
     def schedule(self) -> tuple[list[Scheduled], list[TokenEvent]]:
         """The tokens of the next step, and requests that ended instead because their adapter failed to load."""
         self._residency.poll()
+        self.lacks_adapters = False
         draft = Draft(self._limits.tokens_per_step)
         preemptions = self.num_preemptions
         self._serve_running(draft)
@@ -174,10 +176,11 @@ class Scheduler:
                 slots = pins.pin(request)
             except AdapterFailed as error:
                 together = [it for it in self.waiting if error.ref in it.adapters]
-                failed += [self._finish(it, FinishReason.ERROR, str(error)) for it in together]
+                failed += [self._finish(it, FinishReason.ERROR, worded(error, it)) for it in together]
                 continue
             if isinstance(slots, Wait):  # passed over, never a wall: those behind it may run
                 request.num_skips += slots is Wait.NO_ROOM
+                self.lacks_adapters = True
                 if starving is None and len(set(request.adapters)) > 1:
                     starving = request  # else two such requests evict each other's adapters before all of one are there
                 continue
@@ -221,8 +224,8 @@ class Scheduler:
         if not request.was_admitted:
             self._kv_cache.count_prefix(request)
             request.was_admitted = True
-        self.waiting.remove(request)
         self.waiting.charge(request.group)
+        self.waiting.remove(request)
         self.running.append(request)
         self._num_running_lanes += len(request.lanes)
         request.status = Status.RUNNING

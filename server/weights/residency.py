@@ -7,7 +7,7 @@ from functools import reduce
 from itertools import chain
 from typing import Any
 
-from adapters_store.parts import AdapterPackage, PartKind, SourceFile, by_kind
+from adapters_store.parts import AdapterPackage, Part, PartKind, SourceFile, by_kind
 from adapters_store.ref import AdapterRef
 from kernels.adapter_rows import ShapeKey
 from server.engine.messages import AdapterOnDevice
@@ -38,6 +38,7 @@ class _Adapter:
     slot: Slot = 0
     pages: int = 0
     pins: int = 0
+    pinned: bool = False  # stays when nobody uses it, unlike one that only has pins
     transfer: Transfer | None = None
     error: str = ""
     forgotten: bool = False  # nobody wants it, but its transfer must end before its room is reused
@@ -62,29 +63,41 @@ class DeviceResidency:
     ) -> None:
         self._pool, self._tables = pool, tuple(tables)
         self._arenas, self._transfers, self._copier = arenas, transfers, copier
-        self._adapters: dict[AdapterRef, _Adapter] = {}  # residents in order of last use
+        self._adapters: dict[AdapterRef, _Adapter] = {}  # all that are known: never gone through in a step
+        # those of each state, so that a step looks at what is on the device and at no others; residents by last use
+        self._in: dict[State, dict[AdapterRef, _Adapter]] = {it: {} for it in State if it is not State.ABSENT}
+        self._wanted: dict[AdapterRef, _Adapter] = {}  # pinned and absent: tried in every poll
         self._num_slots = num_slots
         self._free_slots = list(range(num_slots, 0, -1))  # popped from the end, the lowest first
 
     # -- Residency, for the scheduler -----------------------------------------------------------
 
-    def register(self, ref: AdapterRef, package: AdapterPackage) -> None:
+    def register(self, ref: AdapterRef, package: AdapterPackage, pinned: bool = False) -> None:
         known = self._adapters.setdefault(ref, _Adapter(ref))
         # the same weights, perhaps in other files; looked at when a transfer starts
         known.files, known.parts = package.files, by_kind(package.parts)
         known.forgotten = False  # it may have been, while its transfer runs
-        if known.state is State.FAILED:  # what failed was the old place; nobody need hear of it now
-            known.state = State.ABSENT
+        known.pinned = pinned
+        # what failed was the old place; nobody need hear of it now
+        self._enter(known, State.ABSENT if known.state is State.FAILED else known.state)
 
-    def forget(self, ref: AdapterRef) -> None:
+    def unpin(self, ref: AdapterRef) -> None:
+        self._adapters[ref].pinned = False
+        self._wanted.pop(ref, None)
+
+    def forget(self, ref: AdapterRef) -> int:
         adapter = self._adapters[ref]
         assert adapter.pins == 0
+        self.unpin(ref)
+        num_bytes = adapter.pages * self._pool.page_bytes
         if adapter.state is State.LOADING:
             adapter.forgotten = True
-            return
+            return num_bytes
         if adapter.state is State.RESIDENT:
             self._evict(adapter)
+        self._enter(adapter, State.ABSENT)
         del self._adapters[ref]
+        return num_bytes
 
     def refusal(self, refs: Collection[AdapterRef]) -> str | None:
         if len(refs) < 2:
@@ -97,21 +110,27 @@ class DeviceResidency:
         return f"the request's {len(refs)} adapters together: {self._too_large(needed)}"
 
     def poll(self) -> None:
-        for adapter in list(self._adapters.values()):
+        for adapter in tuple(self._in[State.LOADING].values()):
             if adapter.transfer is not None and adapter.transfer.done:
                 self._finish_transfer(adapter, adapter.transfer)
+        for adapter in tuple(self._wanted.values()):
+            try:
+                self._start_transfer(adapter)
+            except AdapterFailed as error:  # told to the first who asks for it, and not tried again until then
+                self._fail(adapter, error.reason)
 
     def acquire(self, ref: AdapterRef) -> Slot | Wait:
         adapter = self._adapters[ref]
         if adapter.state is State.FAILED:
-            adapter.state = State.ABSENT
+            self._enter(adapter, State.ABSENT)
             raise AdapterFailed(ref, adapter.error)
         if adapter.state is State.ABSENT and not self._start_transfer(adapter):
             return Wait.NO_ROOM
         if adapter.state is State.LOADING:
             return Wait.LOADING
         adapter.pins += 1
-        self._adapters[ref] = self._adapters.pop(ref)  # most recently used
+        residents = self._in[State.RESIDENT]
+        residents[ref] = residents.pop(ref)  # most recently used
         return adapter.slot
 
     def release(self, ref: AdapterRef) -> None:
@@ -120,17 +139,21 @@ class DeviceResidency:
         adapter.pins -= 1
 
     def is_loading(self) -> bool:
-        return any(adapter.state is State.LOADING for adapter in self._adapters.values())
+        return bool(self._in[State.LOADING])
 
     def report(self) -> tuple[AdapterOnDevice, ...]:
         return tuple(
             AdapterOnDevice(adapter.ref, adapter.state.value, adapter.pages * self._pool.page_bytes, adapter.pins)
-            for adapter in self._adapters.values()
-            if adapter.state is not State.ABSENT
+            for adapter in chain.from_iterable(it.values() for it in self._in.values())
         )
 
     def check(self) -> None:
-        holding = [a for a in self._adapters.values() if a.state in (State.LOADING, State.RESIDENT)]
+        for state, adapters in self._in.items():
+            assert adapters == {ref: it for ref, it in self._adapters.items() if it.state is state}
+        wanted = {ref: it for ref, it in self._adapters.items() if it.pinned and it.state is State.ABSENT}
+        assert self._wanted == wanted
+        assert all((it.transfer is not None) == (it.state is State.LOADING) for it in self._adapters.values())
+        holding = [*self._in[State.LOADING].values(), *self._in[State.RESIDENT].values()]
         slots = [adapter.slot for adapter in holding] + self._free_slots
         assert len(set(slots)) == len(slots) and 0 not in slots
         assert all(a.pins == 0 or a.state is State.RESIDENT for a in self._adapters.values())
@@ -138,6 +161,13 @@ class DeviceResidency:
         for table in self._tables:
             table.check()
             assert all(table.has(a.slot) == (table.kind in a.parts) for a in holding)
+
+    # -- for checks -----------------------------------------------------------
+
+    def source(self, ref: AdapterRef) -> tuple[tuple[SourceFile, ...], list[Part]]:
+        """Of one that is registered: its files, and what they hold of it."""
+        adapter = self._adapters[ref]
+        return adapter.files, list(chain.from_iterable(adapter.parts.values()))
 
     # -- AdapterTables, for the model -----------------------------------------------------------
 
@@ -161,7 +191,8 @@ class DeviceResidency:
         except ArenaError as error:
             self._give_back(slot)
             raise AdapterFailed(adapter.ref, str(error)) from None
-        adapter.slot, adapter.pages, adapter.state = slot, self._pool.num_used - used, State.LOADING
+        adapter.slot, adapter.pages = slot, self._pool.num_used - used
+        self._enter(adapter, State.LOADING)
         places = chain.from_iterable(it.places for it in mapped)
         cleared = [tensor for it in mapped for tensor in it.cleared]
         derive = [step for it in mapped for step in it.derive]
@@ -190,7 +221,7 @@ class DeviceResidency:
         self._free_slots.sort(reverse=True)
 
     def _make_room(self, adapter: _Adapter) -> Slot | None:
-        victims = [a for a in self._adapters.values() if a.state is State.RESIDENT and a.pins == 0]
+        victims = [it for it in self._in[State.RESIDENT].values() if it.pins == 0 and not it.pinned]
         problem = self._refusal(adapter)
         if problem is not None:
             raise AdapterFailed(adapter.ref, problem)
@@ -227,13 +258,14 @@ class DeviceResidency:
 
     def _finish_transfer(self, adapter: _Adapter, transfer: Transfer) -> None:
         adapter.transfer = None
-        adapter.state = State.RESIDENT
-        if transfer.error is not None or adapter.forgotten:
+        self._enter(adapter, State.RESIDENT)
+        if adapter.forgotten:
             self._evict(adapter)
-            if transfer.error is not None:
-                adapter.state, adapter.error = State.FAILED, transfer.error
-            if adapter.forgotten:
-                del self._adapters[adapter.ref]
+            del self._adapters[adapter.ref]
+            return
+        if transfer.error is not None:
+            self._evict(adapter)
+            self._fail(adapter, transfer.error)
             return
         transfer.join()
         for table, _ in self._divided(adapter):
@@ -246,4 +278,22 @@ class DeviceResidency:
                 table.unmap(adapter.slot)
         self._transfers.start(pages)
         self._give_back(adapter.slot)
-        adapter.state, adapter.slot, adapter.pages = State.ABSENT, 0, 0
+        adapter.slot, adapter.pages = 0, 0
+        self._enter(adapter, State.ABSENT)
+
+    def _fail(self, adapter: _Adapter, reason: str) -> None:
+        adapter.error = reason
+        self._enter(adapter, State.FAILED)
+
+    def _enter(self, adapter: _Adapter, state: State) -> None:
+        """It is in this state from now on. Entering the one it is in notes whether it is pinned."""
+        if state is not adapter.state:
+            if adapter.state is not State.ABSENT:
+                del self._in[adapter.state][adapter.ref]
+            if state is not State.ABSENT:
+                self._in[state][adapter.ref] = adapter
+            adapter.state = state
+        if adapter.pinned and state is State.ABSENT:
+            self._wanted[adapter.ref] = adapter
+        else:
+            self._wanted.pop(adapter.ref, None)

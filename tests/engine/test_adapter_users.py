@@ -7,9 +7,10 @@ import pytest
 from adapters_store.parts import AdapterPackage
 from adapters_store.ref import AdapterRef
 from server.engine.adapter_users import AdapterUsers
+from server.engine.messages import AdapterGone
 from server.engine.request import LaneSpec, Request, Sampling
 
-A, B = AdapterRef("a", "1", "lora"), AdapterRef("b", "1", "lora")
+A, B = AdapterRef("a", "1", "lora"), AdapterRef("b", "2", "lora")
 
 
 class Told:
@@ -21,8 +22,12 @@ class Told:
     def register(self, *what: Any) -> None:
         self.told.append(("register", *what))
 
-    def forget(self, *what: Any) -> None:
+    def unpin(self, *what: Any) -> None:
+        self.told.append(("unpin", *what))
+
+    def forget(self, *what: Any) -> int:
         self.told.append(("forget", *what))
+        return 7
 
 
 def package(files: str = "") -> AdapterPackage:
@@ -47,9 +52,9 @@ def test_what_was_registered_is_served_until_it_is_removed() -> None:
     assert not it.is_served(A)
     it.register(A, package("here"))
     assert it.is_served(A) and not it.is_served(B)
-    assert told == [("register", A, package("here"))]
+    assert told == [("register", A, package("here"), False)]
     it.remove(A)
-    assert not it.is_served(A) and told[1:] == [("forget", A)]
+    assert not it.is_served(A) and told[1:] == [("unpin", A), ("forget", A)]
     it.check([])
 
 
@@ -62,13 +67,15 @@ def test_one_that_is_held_is_forgotten_when_the_last_that_holds_it_ends() -> Non
     it.remove(A)
     assert not it.is_served(A) and it.is_served(B)
     it.let_go(second)
-    assert told == []
+    assert told == [("unpin", A)] and it.take_gone() == []
     it.check([first])
     it.let_go(first)
-    assert told == [("forget", A)]
+    assert told == [("unpin", A), ("forget", A)]
     it.check([])
+    assert it.take_gone() == [AdapterGone(A, 7)] and it.take_gone() == []
     it.remove(A)  # nothing is left to remove
-    assert told == [("forget", A)] and it.is_served(B)
+    assert it.take_gone() == [AdapterGone(A, 0)]
+    assert told == [("unpin", A), ("forget", A)] and it.is_served(B)
 
 
 def test_one_that_two_lanes_of_a_request_hold_is_forgotten_once() -> None:
@@ -77,7 +84,7 @@ def test_one_that_two_lanes_of_a_request_hold_is_forgotten_once() -> None:
     it.hold(both)
     it.remove(A)
     it.let_go(both)
-    assert told == [("forget", A)]
+    assert told == [("unpin", A), ("forget", A)]
 
 
 def test_registering_again_lifts_a_removal_and_keeps_the_count() -> None:
@@ -86,10 +93,10 @@ def test_registering_again_lifts_a_removal_and_keeps_the_count() -> None:
     it.hold(old)
     it.remove(A)
     it.register(A, package("moved"))
-    assert it.is_served(A) and told == [("register", A, package("moved"))]
+    assert it.is_served(A) and told == [("unpin", A), ("register", A, package("moved"), False)]
     it.check([old])
     it.let_go(old)
-    assert it.is_served(A) and ("forget", A) not in told
+    assert it.is_served(A) and ("forget", A) not in told and it.take_gone() == []
     it.check([])
 
 

@@ -5,24 +5,39 @@ import queue
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import msgspec
 import pytest
 
+from adapters_store.errors import AdapterNotFound
 from adapters_store.parts import AdapterPackage
 from adapters_store.ref import AdapterRef
 from server.engine.client import EngineClient, Submission, TokenStream
 from server.engine.core import Engine
-from server.engine.fake_runner import FakeResidency, FakeRunner, expected_tokens
+from server.engine.fake_runner import FakeChecker, FakeResidency, FakeRunner, expected_tokens
 from server.engine.kv_cache import KVCache
 from server.engine.loop import Loop
-from server.engine.messages import ToEngine, ToFront
-from server.engine.request import FinishReason, Sampling
+from server.engine.messages import (
+    AdapterChecked,
+    AdapterGone,
+    AddAdapter,
+    AddRequest,
+    CheckAdapter,
+    FromFront,
+    PackedAddAdapter,
+    RemoveAdapter,
+    Stats,
+    StepDone,
+    ToEngine,
+    ToFront,
+)
+from server.engine.request import FinishReason, LaneSpec, Sampling
 from server.engine.scheduler import SchedulerLimits
-from server.errors import EngineDead
+from server.errors import EngineDead, Overloaded
 
 BLOCKS, BLOCK, VOCAB = 40, 4, 1000
-REF = AdapterRef("a", "revision", "lora")
+REF, OTHER_NAME = AdapterRef("a", "revision", "lora"), AdapterRef("b", "revision", "lora")
 
 
 class QueueLink:
@@ -33,7 +48,7 @@ class QueueLink:
         self._to_front: asyncio.Queue[bytes] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
 
-    def send(self, message: ToEngine) -> None:
+    def send(self, message: FromFront) -> None:
         self._to_engine.put(msgspec.msgpack.encode(message))
 
     async def receive(self) -> ToFront:
@@ -52,15 +67,25 @@ class QueueLink:
             return [msgspec.msgpack.decode(frame, type=ToEngine) for frame in frames]  # type: ignore[arg-type]
 
 
+class Described:
+    """Every adapter but those that are called `gone`."""
+
+    def packed(self, ref: AdapterRef) -> PackedAddAdapter:
+        if ref.name == "gone":
+            raise AdapterNotFound(ref.name)
+        package = AdapterPackage("lora", ref.revision, (), ())
+        return PackedAddAdapter(ref, msgspec.Raw(msgspec.msgpack.encode(package)))
+
+
 @asynccontextmanager
 async def served_engine() -> AsyncIterator[EngineClient]:
     link = QueueLink()
     limits = SchedulerLimits(tokens_per_step=16, max_running=8, max_waiting=50, max_skips=20)
     residency = FakeResidency(slots=2, polls_to_load=2)
-    engine = Engine(limits, KVCache(BLOCKS, BLOCK), FakeRunner(BLOCKS, BLOCK, VOCAB), residency)
+    engine = Engine(limits, KVCache(BLOCKS, BLOCK), FakeRunner(BLOCKS, BLOCK, VOCAB), residency, FakeChecker())
     thread = threading.Thread(target=Loop(engine, link, link.publish).run, args=(lambda: True,))
     thread.start()
-    client = EngineClient(link)
+    client = EngineClient(link, Described())
     pump = asyncio.ensure_future(client.pump())
     try:
         yield client
@@ -93,7 +118,6 @@ def in_engine(test: Callable[[EngineClient], Awaitable[None]]) -> Callable[[], N
 
 @in_engine
 async def test_base_and_adapter_requests_get_their_own_answers(client: EngineClient) -> None:
-    client.add_adapter(REF, AdapterPackage("lora", "", REF.revision, (), ()))
     streams = [client.submit([submission([index], 9, ref)]) for index in range(4) for ref in (None, REF)]
     answers = await asyncio.gather(*(tokens(stream) for stream in streams))
     assert answers == [expected_tokens(ref, [index], 9, VOCAB) for index in range(4) for ref in (None, REF)]
@@ -125,8 +149,9 @@ async def test_cancelling_frees_the_engine(client: EngineClient) -> None:
 async def test_what_can_never_run_ends_with_the_reason(client: EngineClient) -> None:
     too_long = [event async for event in client.submit([submission([1] * 150, 20)])]
     assert too_long[0].finish is FinishReason.ERROR and "there are 160" in str(too_long[0].error)
-    unknown = [event async for event in client.submit([submission([1], 1, REF)])]
-    assert "no longer served" in str(unknown[0].error)
+    with pytest.raises(AdapterNotFound):
+        client.submit([submission([1], 1), submission([1], 1, AdapterRef("gone", "x", "lora"))])
+    assert client.num_requests == 0
 
 
 @in_engine
@@ -138,3 +163,131 @@ async def test_a_dead_engine_ends_streams_and_refuses_work(client: EngineClient)
     with pytest.raises(EngineDead):
         client.submit([submission([1], 1)])
     client._death = None  # so that the fixture can end the real one
+
+
+@in_engine
+async def test_a_removed_adapter_gives_its_bytes_back_when_its_last_request_has_ended(client: EngineClient) -> None:
+    stream = client.submit([submission([1], 150, REF)])
+    async for _ in stream:
+        break
+    first, second = client.remove_adapter(REF), client.remove_adapter(OTHER_NAME)
+    stream.cancel()
+    assert await first == await second == FakeResidency.BYTES_EACH
+    assert await client.remove_adapter(REF) == 0  # it is not there
+    assert await tokens(client.submit([submission([1], 9, REF)])) == expected_tokens(REF, [1], 9, VOCAB)
+
+
+@in_engine
+async def test_a_stream_can_be_ended_with_an_error_and_the_others_go_on(client: EngineClient) -> None:
+    mixed = client.submit([submission([1], 150), submission([2], 150, REF)])
+    other = client.submit([submission([3], 9, AdapterRef("b", "other", "lora"))])
+    mixed.end_with(Overloaded("it is deleted"))
+    with pytest.raises(Overloaded, match="deleted"):
+        await tokens(mixed)
+    assert client.num_requests == 1
+    assert len(await tokens(other)) == 9
+    while client.stats.running or client.stats.waiting:
+        await asyncio.sleep(0.01)
+
+
+class Engineless:
+    """A link to nobody: what is sent, and what a test has said to the front."""
+
+    def __init__(self) -> None:
+        self.sent: list[FromFront] = []
+        self._said: asyncio.Queue[ToFront] = asyncio.Queue()
+
+    def send(self, message: FromFront) -> None:
+        self.sent.append(message)
+
+    async def receive(self) -> ToFront:
+        return await self._said.get()
+
+    def say(self, *events: Any) -> None:
+        self._said.put_nowait(StepDone(list(events), Stats()))
+
+
+def alone(test: Callable[[EngineClient, Engineless], Awaitable[None]]) -> Callable[[], None]:
+    async def run() -> None:
+        link = Engineless()
+        client = EngineClient(link, Described())
+        pump = asyncio.ensure_future(client.pump())
+        await asyncio.wait_for(test(client, link), 5)
+        pump.cancel()
+
+    def wrapped() -> None:
+        asyncio.run(run())
+
+    wrapped.__name__, wrapped.__doc__ = test.__name__, test.__doc__  # type: ignore[attr-defined]
+    return wrapped
+
+
+@alone
+async def test_a_request_is_sent_behind_its_adapters_with_its_weight_and_priority(
+    client: EngineClient, link: Engineless
+) -> None:
+    it = Submission([1], 5, Sampling(), REF, frozenset(), weight=2.0, priority=-1, salt="mine")
+    client.submit([it, it])
+    introduced, *requests = link.sent
+    assert isinstance(introduced, PackedAddAdapter) and introduced.ref == REF
+    assert [(it.weight, it.priority) for it in requests if isinstance(it, AddRequest)] == [(2.0, -1)] * 2
+    assert [it.lanes for it in requests if isinstance(it, AddRequest)] == [[LaneSpec([1], REF, "mine")]] * 2
+    client.submit([it])
+    assert len(link.sent) == 4  # it is known
+    as_read = msgspec.msgpack.decode(msgspec.msgpack.encode(introduced), type=ToEngine)  # type: ignore[arg-type]
+    assert as_read == AddAdapter(REF, AdapterPackage("lora", REF.revision, (), ()))
+
+
+@alone
+async def test_who_waits_for_an_adapter_to_go_hears_if_it_stays_or_the_engine_dies(
+    client: EngineClient, link: Engineless
+) -> None:
+    client.add_adapter(REF)
+    staying = client.remove_adapter(REF)
+    client.submit([submission([1], 1, REF)])
+    assert await staying == 0
+    client.remove_adapter(REF)  # nobody waits for this one
+    going, given_up = client.remove_adapter(REF), asyncio.ensure_future(wait_for(client.remove_adapter(REF)))
+    await asyncio.sleep(0)
+    given_up.cancel()
+    assert [type(it) for it in link.sent] == [
+        PackedAddAdapter,
+        RemoveAdapter,
+        PackedAddAdapter,
+        AddRequest,
+        RemoveAdapter,
+    ]
+    link.say(AdapterGone(OTHER_NAME, 70))
+    assert await going == 70
+    link.say(AdapterGone(REF, 80))  # nobody waits
+    client.add_adapter(REF)
+    late = client.remove_adapter(REF)
+    client.declare_dead("it was killed")
+    with pytest.raises(EngineDead, match="killed"):
+        await late
+    with pytest.raises(EngineDead):
+        client.remove_adapter(REF)
+
+
+async def wait_for(it: Awaitable[int]) -> int:
+    return await it
+
+
+@alone
+async def test_a_check_is_answered_by_its_number(client: EngineClient, link: Engineless) -> None:
+    checks = [asyncio.ensure_future(client.check_adapter(REF, count)) for count in (5, 6, 7)]
+    await asyncio.sleep(0)
+    introduced, *asked = link.sent
+    assert isinstance(introduced, PackedAddAdapter) and client._is_used(REF)
+    first, second, third = (it for it in asked if isinstance(it, CheckAdapter))
+    assert [it.num_tokens for it in (first, second, third)] == [5, 6, 7]
+    answer = AdapterChecked(second.check_id, 0.5, 9.0)
+    link.say(AdapterChecked(-1, None), answer)
+    assert await checks[1] == answer and not checks[0].done()
+    checks[0].cancel()
+    await asyncio.sleep(0)
+    link.say(AdapterChecked(first.check_id, 0.5))
+    client.declare_dead("it was killed")
+    with pytest.raises(EngineDead):
+        await checks[2]
+    assert not client._is_used(REF)

@@ -1,15 +1,17 @@
 """One step of the engine: messages in, events out, and how soon the next one is wanted."""
 
+import msgspec
 import pytest
 
-from adapters_store.parts import AdapterPackage
+from adapters_store.parts import AdapterPackage, SourceFile
 from adapters_store.ref import AdapterRef
 from server.config import EngineConfig
 from server.engine.core import Engine, Pace
-from server.engine.fake_runner import FakeResidency, FakeRunner, Known, expected_tokens
+from server.engine.fake_runner import FakeChecker, FakeResidency, FakeRunner, Known, expected_tokens
 from server.engine.kv_cache import KVCache
 from server.engine.messages import (
     Abort,
+    AdapterGone,
     AdapterOnDevice,
     AddAdapter,
     AddRequest,
@@ -25,7 +27,7 @@ from tests.support.fake_engine import FakeEngine
 
 BLOCKS, BLOCK, VOCAB = 10, 4, 1000
 REF = AdapterRef("name", "revision", "lora")
-PACKAGE = AdapterPackage("lora", "here", "revision", (), ())
+PACKAGE = AdapterPackage("lora", "revision", (), ())
 
 
 class Runner(FakeRunner):
@@ -48,14 +50,14 @@ class Residency(FakeResidency):
         super().__init__(2, polls_to_load)
         self.packages: dict[AdapterRef, AdapterPackage] = {}
 
-    def register(self, ref: AdapterRef, package: AdapterPackage) -> None:
-        super().register(ref, package)
+    def register(self, ref: AdapterRef, package: AdapterPackage, pinned: bool = False) -> None:
+        super().register(ref, package, pinned)
         self.packages[ref] = package
 
 
 def engine(polls_to_load: int = 0, max_waiting: int = 10, max_running: int = 4) -> Engine:
     limits = SchedulerLimits(tokens_per_step=8, max_running=max_running, max_waiting=max_waiting, max_skips=5)
-    return Engine(limits, KVCache(BLOCKS, BLOCK), Runner(), Residency(polls_to_load))
+    return Engine(limits, KVCache(BLOCKS, BLOCK), Runner(), Residency(polls_to_load), FakeChecker())
 
 
 def add(number: int, prompt: list[int], max_tokens: int = 2, adapter: AdapterRef | None = None,
@@ -109,9 +111,47 @@ def test_adapters_come_and_go_by_messages() -> None:
     it = engine()
     assert it.step([AddAdapter(REF, PACKAGE), add(1, [5], 1, REF)]) == said(1, [5], 1, REF)
     assert it._residency.packages == {REF: PACKAGE}  # type: ignore[attr-defined]
-    assert it.stats().adapters == (AdapterOnDevice(REF, "resident", 0, 0),)
-    it.step([RemoveAdapter(REF)])
+    assert it.stats().adapters == (AdapterOnDevice(REF, "resident", 1000, 0),)
+    assert it.step([RemoveAdapter(REF)]) == [AdapterGone(REF, 1000)]
     assert it.stats().adapters == ()
+    it.step([AddAdapter(REF, PACKAGE)])
+    absent, unknown = AdapterRef("other", REF.revision, "lora"), AdapterRef("x", "unheard of", "lora")
+    assert it.step([RemoveAdapter(absent), RemoveAdapter(unknown)]) == [AdapterGone(absent, 0), AdapterGone(unknown, 0)]
+
+
+def test_an_adapter_is_gone_with_the_last_request_that_holds_it_and_not_if_it_comes_back_before() -> None:
+    it = engine()
+    it.step([AddAdapter(REF, PACKAGE), add(1, [5], 3, REF), RemoveAdapter(REF)])
+    assert it.step([AddAdapter(REF, PACKAGE)]) == said(1, [5], 3, REF)[1:2]
+    assert it.step([]) == said(1, [5], 3, REF)[2:]  # it is served again
+    it.step([add(2, [6], 3, REF)])
+    it.step([RemoveAdapter(REF)])
+    assert it.step([RemoveAdapter(REF)]) == [*said(2, [6], 3, REF)[2:], AdapterGone(REF, 1000)]  # once
+
+
+def test_one_that_goes_while_it_is_loading_has_bytes_too() -> None:
+    it = engine(polls_to_load=5)
+    it.step([AddAdapter(REF, PACKAGE), add(1, [5], 3, REF)])
+    aborted = TokenEvent(1, None, FinishReason.ABORT)
+    assert it.step([RemoveAdapter(REF), Abort([1])]) == [aborted, AdapterGone(REF, 1000)]
+
+
+def test_the_files_of_an_adapter_lie_below_its_root() -> None:
+    it = engine()
+    files = (SourceFile("weights", "there/weights", 1, ""), SourceFile("other", "/elsewhere/other", 1, ""))
+    it.step([AddAdapter(REF, msgspec.structs.replace(PACKAGE, files=files), root="/store")])
+    paths = [file.path for file in it._residency.packages[REF].files]  # type: ignore[attr-defined]
+    assert paths == ["/store/there/weights", "/elsewhere/other"]
+
+
+def test_a_pinned_adapter_comes_unasked_and_the_loop_looks_after_it() -> None:
+    it = engine(polls_to_load=2)
+    it.step([AddAdapter(REF, PACKAGE, pinned=True)])
+    assert it.pace is Pace.LOADING and it.stats().adapters == (AdapterOnDevice(REF, "resident", 1000, 0),)
+    it.step([])
+    it.step([])
+    assert it.pace is Pace.IDLE
+    assert it.step([add(1, [5], 1, REF)]) == said(1, [5], 1, REF)
 
 
 def test_it_goes_on_until_it_is_told_to_stop() -> None:
@@ -191,6 +231,20 @@ def test_its_check_is_the_schedulers() -> None:
     it.scheduler._num_running_lanes += 1
     with pytest.raises(AssertionError):
         it.check()
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf"), 1e-300])
+def test_a_weight_that_turns_cannot_be_dealt_by_is_refused(weight: float) -> None:
+    (event,) = engine().step([AddRequest(7, 7, [LaneSpec([1])], 1, Sampling(), frozenset(), weight)])
+    assert isinstance(event, TokenEvent) and event.error is not None and "a weight from 0.001 to 1000.0" in event.error
+
+
+def test_weight_and_priority_are_the_messages() -> None:
+    it = engine(max_running=1)
+    it.step([add(1, [5], 9)])
+    it.step([AddRequest(7, 7, [LaneSpec([1])], 1, Sampling(), frozenset(), 2.5, -3)])
+    request = it.scheduler.request(7)
+    assert request is not None and (request.weight, request.priority) == (2.5, -3)
 
 
 NO_REQUESTS = [([], 1), ([LaneSpec([])], 1), ([LaneSpec([1]), LaneSpec([])], 1), ([LaneSpec([1])], -1)]

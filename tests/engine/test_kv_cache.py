@@ -144,6 +144,19 @@ def test_the_same_tokens_through_another_adapter_are_another_prefix() -> None:
     assert len(chain_root(None)) == 16  # bytes: every block of every request keeps one
 
 
+def test_the_same_tokens_under_another_salt_are_another_prefix() -> None:
+    cache = KVCache(20, BLOCK)
+    other_name = AdapterRef("other name", ADAPTER.revision, "lora")
+    compute(cache, Request(0, [LaneSpec([7] * 8, ADAPTER, "salt")], 1, Sampling()))
+    for adapter, salt, found in ((ADAPTER, "", 0), (ADAPTER, "other", 0), (None, "salt", 0), (other_name, "salt", 4)):
+        it = Request(0, [LaneSpec([7] * 8, adapter, salt)], 1, Sampling())
+        cache.attach_prefix(it)
+        assert it.first.num_computed_tokens == found
+    refs = (None, ADAPTER, AdapterRef("name", "salt", "lora"))
+    assert len({chain_root(ref, salt) for ref in refs for salt in ("", "salt", "revision", "adapter")}) == 12
+    assert chain_root(ADAPTER, "") == chain_root(ADAPTER)
+
+
 def test_first_admissions_are_counted() -> None:
     cache = KVCache(20, BLOCK)
     compute(cache, request(list(range(9))))

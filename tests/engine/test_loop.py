@@ -7,7 +7,7 @@ import pytest
 from server.engine import loop as loop_module
 from server.engine.core import Pace
 from server.engine.loop import MAX_SILENCE_S, Loop
-from server.engine.messages import Shutdown, Stats, StepDone, ToEngine, ToFront, TokenEvent
+from server.engine.messages import Event, Shutdown, Stats, StepDone, ToEngine, ToFront, TokenEvent
 from server.engine.request import Token
 
 EVENT = TokenEvent(1, Token(5))
@@ -35,11 +35,11 @@ class ScriptedEngine:
         self.clock = clock
         self.pace = Pace.BUSY
         self.is_shut_down = False
-        self.script: list[tuple[Pace, list[TokenEvent], float]] = []
+        self.script: list[tuple[Pace, list[Event], float]] = []
         self.heard: list[list[ToEngine]] = []
         self.num_checks = 0
 
-    def step(self, messages: list[ToEngine]) -> list[TokenEvent]:
+    def step(self, messages: list[ToEngine]) -> list[Event]:
         self.heard.append(messages)
         self.is_shut_down = Shutdown() in messages
         self.pace, events, seconds = self.script.pop(0)
@@ -70,7 +70,7 @@ class Served:
         arrived, self.arriving = self.arriving, []
         return arrived
 
-    def turn(self, pace: Pace, events: list[TokenEvent] | None = None, seconds: float = 0.0) -> list[ToFront]:
+    def turn(self, pace: Pace, events: list[Event] | None = None, seconds: float = 0.0) -> list[ToFront]:
         """Make one; what was published."""
         self.engine.script.append((pace, events or [], seconds))
         self.published.clear()

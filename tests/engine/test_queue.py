@@ -1,6 +1,9 @@
 """The order of service: round over groups, by arrival within one."""
 
+import random
+from collections import Counter
 from collections.abc import Iterable
+from itertools import islice
 
 import pytest
 
@@ -10,19 +13,20 @@ from server.engine.request import Group, LaneSpec, Request, Sampling
 A, B, C = 100, 200, 300
 
 
-def request(number: int, group: Group) -> Request:
-    return Request(number, [LaneSpec([1])], 1, Sampling(), group=group)
+def request(number: int, group: Group, weight: float = 1.0, priority: int = 0) -> Request:
+    return Request(number, [LaneSpec([1])], 1, Sampling(), group=group, weight=weight, priority=priority)
 
 
 def numbers(requests: Iterable[Request]) -> list[int]:
     return [it.id for it in requests]
 
 
-def example() -> tuple[WaitingQueue, dict[int, Request]]:
+def example(weight_of_a: float = 1.0, priority_of_c: int = 0) -> tuple[WaitingQueue, dict[int, Request]]:
     """The one of its docstring."""
     waiting, requests = WaitingQueue(), {}
     for number, group in ((1, A), (4, B), (2, A), (5, C), (3, A), (6, C)):
-        requests[number] = request(number, group)
+        weight, priority = weight_of_a if group == A else 1.0, priority_of_c if group == C else 0
+        requests[number] = request(number, group, weight, priority)
         waiting.push(requests[number])
         waiting.check()
     return waiting, requests
@@ -32,6 +36,8 @@ def test_groups_take_turns_and_the_requests_of_one_come_as_they_came() -> None:
     waiting, _ = example()
     assert numbers(waiting.order()) == [1, 4, 5, 2, 6, 3]
     assert numbers(WaitingQueue().order()) == []
+    assert numbers(example(weight_of_a=3.0)[0].order()) == [1, 2, 4, 5, 3, 6]
+    assert numbers(example(priority_of_c=1)[0].order()) == [5, 6, 1, 4, 2, 3]
 
 
 def test_the_turn_of_a_group_that_was_served_comes_last() -> None:
@@ -75,6 +81,132 @@ def test_what_leaves_while_the_order_is_read_hides_nobody_who_waits() -> None:
     assert len(left) == len(set(left))
 
 
+def take(waiting: WaitingQueue) -> Request:
+    """Serve the next one."""
+    it = next(waiting.order())
+    waiting.charge(it.group)
+    waiting.remove(it)
+    waiting.check()
+    return it
+
+
+@pytest.mark.parametrize("arriving", ["all at once", "one at a time"])
+def test_groups_have_turns_in_proportion_to_their_weights(arriving: str) -> None:
+    weights = {A: 1.0, B: 2.0, C: 0.5}
+    waiting, served = WaitingQueue(), Counter[Group]()
+    for number in range(3000):
+        group = (A, B, C)[number % 3]
+        if arriving == "all at once" or number < 3:
+            waiting.push(request(number, group, weights[group]))
+    planned = Counter(it.group for it in islice(waiting.order(), 700))
+    for number in range(700):
+        it = take(waiting)
+        served[it.group] += 1
+        if arriving == "one at a time":
+            waiting.push(request(10_000 + number, it.group, it.weight))
+    if arriving == "all at once":
+        assert served == planned == {A: 200, B: 400, C: 100}
+    else:  # a group that leaves with its only request and comes again has lost nothing, and won nothing
+        assert all(abs(served[group] - weight * 200) < 3 for group, weight in weights.items())
+
+
+def test_groups_of_one_request_each_are_not_starved_by_others_of_more_weight() -> None:
+    waiting = WaitingQueue()
+    waiting.push(request(0, 0, weight=0.25))
+    for number in range(1, 100):
+        waiting.push(request(number, number, weight=1.0))
+        if take(waiting).id == 0:
+            break
+    assert number in (4, 5)
+
+
+def test_nobody_saves_up_turns() -> None:
+    waiting = WaitingQueue()
+    for number in range(50):
+        waiting.push(request(number, A))
+        waiting.push(request(100 + number, B))
+    waiting.push(request(200, C))
+    passed_over = next(it for it in waiting if it.group == C)
+    for _ in range(40):  # c cannot be served, its adapter is loading, say
+        it = next(it for it in waiting.order() if it.group != C)
+        waiting.charge(it.group)
+        waiting.remove(it)
+    assert next(waiting.order()) is passed_over
+    for number in (201, 202, 203):
+        waiting.push(request(number, C))
+        waiting.push(request(number + 100, 999))  # and one that comes only now
+    assert [it.group for it in islice(waiting.order(), 8)] == [C, A, B, 999] * 2
+
+
+def test_priority_comes_before_turns_and_is_no_matter_of_share() -> None:
+    waiting = WaitingQueue()
+    for number in range(3):
+        waiting.push(request(number, A, weight=100.0))
+        waiting.push(request(10 + number, B, weight=0.1, priority=1))
+        waiting.push(request(20 + number, C, priority=-1))
+    waiting.push_front(request(30, 400, priority=-1))
+    waiting.push_front(request(31, 500, priority=1))
+    assert numbers(waiting.order()) == [31, 10, 11, 12, 0, 1, 2, 30, 20, 21, 22]
+    assert [take(waiting).id for _ in range(len(waiting))] == [31, 10, 11, 12, 0, 1, 2, 30, 20, 21, 22]
+
+
+class Rotation:
+    """What turns of equal weights are: a list that is rotated."""
+
+    def __init__(self) -> None:
+        self.groups: dict[Group, list[int]] = {}
+
+    def order(self) -> list[int]:
+        longest = max(map(len, self.groups.values()), default=0)
+        return [group[turn] for turn in range(longest) for group in self.groups.values() if turn < len(group)]
+
+    def charge(self, group: Group) -> None:
+        if group in self.groups:
+            self.groups[group] = self.groups.pop(group)
+
+    def remove(self, number: int, group: Group) -> None:
+        self.groups[group].remove(number)
+        if not self.groups[group]:
+            del self.groups[group]
+
+    def push_front(self, number: int, group: Group) -> None:
+        if group in self.groups:
+            self.groups[group].insert(0, number)
+        else:
+            self.groups = {group: [number], **self.groups}
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.3, 7.0])
+@pytest.mark.parametrize("seed", range(5))
+def test_with_equal_weights_turns_are_a_rotation(weight: float, seed: int) -> None:
+    rng, waiting, rotation = random.Random(seed), WaitingQueue(), Rotation()
+    there: dict[int, Request] = {}
+    for number in range(2000):
+        it = request(number, rng.randrange(12), weight)
+        match rng.randrange(6):
+            case 0 | 1:
+                waiting.push(it)
+                rotation.groups.setdefault(it.group, []).append(number)
+                there[number] = it
+            case 2 if rng.random() < 0.5:
+                waiting.push_front(it)
+                rotation.push_front(number, it.group)
+                there[number] = it
+            case 3 if there:  # served, and not always the first: others may be waiting for their adapters
+                it = rng.choice(list(islice(waiting.order(), 4)))
+                waiting.charge(it.group)
+                rotation.charge(it.group)
+                waiting.remove(it)
+                rotation.remove(it.id, it.group)
+                del there[it.id]
+            case 4 if there:
+                it = there.pop(rng.choice(list(there)))
+                waiting.remove(it)
+                rotation.remove(it.id, it.group)
+        waiting.check()
+        assert numbers(waiting.order()) == rotation.order()
+
+
 def test_it_knows_whether_others_wait() -> None:
     waiting = WaitingQueue()
     assert not waiting.has_others(A)
@@ -104,7 +236,7 @@ def test_its_check_finds_what_does_not_belong() -> None:
         waiting.check()
 
     waiting, requests = example()
-    waiting._groups[400] = waiting._groups[A].__class__()
+    waiting._groups[400] = waiting._groups[A].__class__(request(9, 400))
     with pytest.raises(AssertionError):
         waiting.check()
 

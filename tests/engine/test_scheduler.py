@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 
 from adapters_store.ref import AdapterRef
+from server.engine import kv_cache
 from server.engine.fake_runner import FakeResidency, expected_tokens
 from server.engine.kv_cache import chain_root
-from server.engine.request import FinishReason
+from server.engine.messages import AdapterGone
+from server.engine.request import FinishReason, LaneSpec
 from server.engine.residency import AdapterFailed, Wait
 from tests.support.fake_engine import FakeEngine
 
@@ -76,6 +78,26 @@ def test_the_same_prompt_through_two_adapters_shares_no_block() -> None:
     assert len({chain_root(ref) for ref in refs}) == 4
 
 
+def test_a_salt_changes_no_token_and_shares_no_block() -> None:
+    setup = FakeEngine()
+    prompt = list(range(17))
+    for salt, cached in (("", 0), ("mine", 0), ("yours", 0), ("mine", 16), ("", 16)):
+        request = setup.add(prompt, 3, salt=salt)
+        setup.run(20)
+        assert request.num_cached_tokens == cached
+        assert request.tokens == expected_tokens(None, prompt, 3, 1000)
+
+
+def test_a_cache_that_forgot_the_salt_would_be_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_cache, "chain_root", lambda adapter, salt: chain_root(adapter))
+    setup = FakeEngine()
+    setup.add(list(range(17)), 3, salt="mine")
+    setup.run(20)
+    setup.add(list(range(17)), 3, salt="yours")
+    with pytest.raises(AssertionError, match="reads another prefix's KV"):
+        setup.run(20)
+
+
 def test_a_preempted_request_gives_the_same_answer() -> None:
     setup = FakeEngine(blocks=8)
     requests = [setup.add([index] * 9, 12) for index in range(3)]
@@ -130,6 +152,38 @@ def test_an_adapter_that_fails_to_load_ends_all_its_requests_and_no_others() -> 
     for answer in broken:
         assert answer.finish is FinishReason.ERROR
         assert answer.error == "the adapter 'broken' could not be loaded: the file is gone"
+
+
+def test_two_names_of_the_same_weights_share_everything_but_their_errors() -> None:
+    setup = FakeEngine(slots=1)
+    first, second = setup.adapter("first", "weights"), setup.adapter("second", "weights")
+    prompt = list(range(9))
+    answers = [setup.add(prompt, 3, ref) for ref in (first, second)]
+    setup.step()
+    assert [(it.ref, it.pins) for it in setup.residency.report()] == [(first, 2)]
+    setup.run(5)
+    again = setup.add(prompt, 3, second, beside=[LaneSpec([1], first)])
+    setup.step()
+    setup.remove(second)  # no name is left
+    setup.step()
+    late = [setup.add([1], 1, ref) for ref in (first, second)]
+    setup.run(5)
+    for answer in (*answers, again):
+        assert answer.tokens == expected_tokens(first, prompt, 3, 1000)
+    assert again.num_cached_tokens == 8
+    assert [it.error for it in late] == [f"the adapter {name!r} is no longer served" for name in ("first", "second")]
+    assert setup.gone == [AdapterGone(first, 1000)]
+
+
+def test_a_failure_names_the_adapter_as_each_request_did() -> None:
+    setup = FakeEngine(residency=BrokenResidency(1))
+    refs = [setup.adapter(name, "weights") for name in ("first", "second")]
+    answers = [setup.add([1], 2, refs[1]), setup.add([1], 2, beside=[LaneSpec([1], refs[0])])]
+    setup.step()
+    assert [it.error for it in answers] == [
+        "the adapter 'second' could not be loaded: the file is gone",
+        "the adapter 'first' could not be loaded: the file is gone",
+    ]
 
 
 def test_waiting_groups_take_turns_and_each_keeps_its_own_order() -> None:

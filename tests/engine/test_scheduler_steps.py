@@ -331,6 +331,51 @@ def test_adapters_that_fail_in_one_step_end_their_requests_and_let_others_of_the
     assert all(it.pins == 0 for it in residency.report())
 
 
+def test_a_pinned_adapter_comes_unasked_makes_no_room_and_does_so_again_once_it_is_unpinned() -> None:
+    setup = FakeEngine(slots=1)
+    idle = setup.add([1], 1, setup.adapter("idle"))
+    setup.step()
+    pinned, other = setup.adapter("pinned", pinned=True), setup.adapter("other")
+    setup.step()
+    assert idle.finish is FinishReason.LENGTH and [it.ref for it in setup.residency.report()] == [pinned]
+    waiting, base = setup.add([2], 1, other), setup.add([3], 1)
+    setup.run(10)
+    assert waiting.finish is None and base.finish is FinishReason.LENGTH
+    assert setup.adapter("pinned") == pinned  # again, and not pinned
+    setup.step()
+    assert waiting.finish is FinishReason.LENGTH and [it.ref for it in setup.residency.report()] == [other]
+
+
+def test_one_that_is_removed_is_pinned_no_longer_though_requests_still_wait_for_it() -> None:
+    setup = FakeEngine(slots=1, max_skips=3)
+    pinned, other = setup.adapter("pinned", pinned=True), setup.adapter("other")
+    setup.step()
+    starving = setup.add([1], 1, other)
+    setup.run(6)
+    held_back = setup.add([2], 1, pinned)
+    setup.step()
+    setup.remove(pinned)
+    assert held_back.finish is None
+    setup.run(5)
+    assert starving.finish is held_back.finish is FinishReason.LENGTH
+
+
+def test_a_pinned_adapter_waits_until_those_in_use_make_room() -> None:
+    setup = FakeEngine(slots=1)
+    used = setup.add([1], 5, setup.adapter("used"))
+    setup.step()
+    pinned = setup.adapter("pinned", pinned=True)
+    for _ in range(4):
+        assert [it.ref for it in setup.residency.report()] == [used.adapter]
+        setup.step()
+    assert used.finish is FinishReason.LENGTH
+    setup.step()
+    assert [it.ref for it in setup.residency.report()] == [pinned]
+    setup.remove(pinned)
+    setup.step()
+    assert setup.residency.report() == ()
+
+
 # -- ends -----------------------------------------------------------
 
 

@@ -4,9 +4,21 @@ from collections.abc import Sequence
 
 from adapters_store.parts import AdapterPackage
 from adapters_store.ref import AdapterRef
+from server.engine.checks import Checker
 from server.engine.core import Engine
+from server.engine.fake_runner import FakeChecker
 from server.engine.kv_cache import KVCache
-from server.engine.messages import Abort, AddAdapter, AddRequest, RemoveAdapter, ToEngine, TokenEvent
+from server.engine.messages import (
+    Abort,
+    AdapterChecked,
+    AdapterGone,
+    AddAdapter,
+    AddRequest,
+    CheckAdapter,
+    RemoveAdapter,
+    ToEngine,
+    TokenEvent,
+)
 from server.engine.plan import Pending, Plan, Runner
 from server.engine.request import FinishReason, Group, LaneSpec, Request, Sampling
 from server.engine.residency import Residency
@@ -48,12 +60,22 @@ class Watched:
 
 
 class Driver:
-    def __init__(self, limits: SchedulerLimits, kv_cache: KVCache, runner: Runner, residency: Residency) -> None:
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        kv_cache: KVCache,
+        runner: Runner,
+        residency: Residency,
+        checker: Checker | None = None,
+    ) -> None:
         self.kv_cache, self.residency = kv_cache, residency
         self._watched = Watched(runner)
-        self.engine = Engine(limits, kv_cache, self._watched, residency)
+        self.engine = Engine(limits, kv_cache, self._watched, residency, checker or FakeChecker())
         self.scheduler = self.engine.scheduler
         self.answers: dict[int, Answer] = {}
+        self.gone: list[AdapterGone] = []
+        self.checked: dict[int, AdapterChecked] = {}  # answers to checks, by their numbers
+        self._num_checks = 0
         self._outbox: list[ToEngine] = []
 
     # -- messages, delivered with the next step ---
@@ -67,13 +89,15 @@ class Driver:
         stop_token_ids: frozenset[int] = frozenset(),
         group: Group | None = None,
         beside: Sequence[LaneSpec] = (),
+        weight: float = 1.0,
+        priority: int = 0,
+        salt: str = "",
     ) -> Answer:
         """`beside`: lanes behind the first."""
         number = len(self.answers)
-        lanes = [LaneSpec(list(prompt), adapter), *beside]
-        message = AddRequest(
-            number, number if group is None else group, lanes, max_tokens, sampling, stop_token_ids
-        )  # fmt: skip
+        lanes = [LaneSpec(list(prompt), adapter, salt), *beside]
+        group = number if group is None else group
+        message = AddRequest(number, group, lanes, max_tokens, sampling, stop_token_ids, weight, priority)
         self._outbox.append(message)
         self.answers[number] = Answer(message)
         return self.answers[number]
@@ -81,12 +105,19 @@ class Driver:
     def abort(self, answer: Answer) -> None:
         self._outbox.append(Abort([answer.id]))
 
-    def register(self, ref: AdapterRef, package: AdapterPackage | None = None) -> AdapterRef:
-        self._outbox.append(AddAdapter(ref, package or AdapterPackage("lora", "", ref.revision, (), ())))
+    def register(self, ref: AdapterRef, package: AdapterPackage | None = None, pinned: bool = False) -> AdapterRef:
+        package = package or AdapterPackage("lora", ref.revision, (), ())
+        self._outbox.append(AddAdapter(ref, package, pinned=pinned))
         return ref
 
     def remove(self, ref: AdapterRef) -> None:
         self._outbox.append(RemoveAdapter(ref))
+
+    def ask_for_check(self, ref: AdapterRef, num_tokens: int = 10) -> int:
+        """Returns the check's number."""
+        self._num_checks += 1
+        self._outbox.append(CheckAdapter(self._num_checks, ref, num_tokens))
+        return self._num_checks
 
     # -- steps ---
 
@@ -95,7 +126,14 @@ class Driver:
         self._watched.plan = ()
         outbox, self._outbox = self._outbox, []
         for event in self.engine.step(outbox):
-            self.answers[event.request_id].take(event)
+            match event:
+                case TokenEvent(request_id=request_id):
+                    self.answers[request_id].take(event)
+                case AdapterGone():
+                    self.gone.append(event)
+                case AdapterChecked():
+                    assert event.check_id not in self.checked
+                    self.checked[event.check_id] = event
         self.engine.check()
         return self._watched.plan
 

@@ -32,11 +32,12 @@ class Engine(Driver):
                         adapter_bytes=1 << 26, adapter_slots=4)  # fmt: skip
         config = EngineConfig(**{**defaults, **settings})  # type: ignore[arg-type]
         self.assembly = assemble(model, config, frozenset(), device=device)
-        super().__init__(self.assembly.limits, self.assembly.kv_cache, self.assembly.runner, self.assembly.residency)
+        it = self.assembly
+        super().__init__(it.limits, it.kv_cache, it.runner, it.residency, it.checker)
         self.slots_of_steps: list[set[int]] = []  # adapter slots of each
 
-    def register(self, ref: AdapterRef, package: AdapterPackage | None = None) -> AdapterRef:
-        super().register(ref, package)
+    def register(self, ref: AdapterRef, package: AdapterPackage | None = None, pinned: bool = False) -> AdapterRef:
+        super().register(ref, package, pinned)
         self._deliver()
         return ref
 

@@ -21,8 +21,8 @@ class FakeEngine(Driver):
         super().__init__(SchedulerLimits(**{**defaults, **limits}), KVCache(blocks, BLOCK),
                          runner or FakeRunner(blocks, BLOCK), residency or FakeResidency(slots))  # fmt: skip
 
-    def adapter(self, name: str, revision: str | None = None) -> AdapterRef:
-        return self.register(AdapterRef(name, revision or name, "lora"))
+    def adapter(self, name: str, revision: str | None = None, pinned: bool = False) -> AdapterRef:
+        return self.register(AdapterRef(name, revision or name, "lora"), pinned=pinned)
 
     def computed(self) -> dict[int, int]:
         """Make a step; tokens computed by request."""

@@ -2,8 +2,8 @@
 
 import time
 
-from adapters_store.catalog import CatalogEntry
 from adapters_store.parts import SourceFile
+from adapters_store.rules import Adapter
 from server.engine.residency import Wait
 from server.weights.residency import DeviceResidency
 from server.weights.transfer import Job, Transfer
@@ -25,7 +25,7 @@ class SteppedTransfers:
         job.run()
 
 
-def wait_until_resident(residency: DeviceResidency, entry: CatalogEntry) -> int:
+def wait_until_resident(residency: DeviceResidency, entry: Adapter) -> int:
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         residency.poll()

@@ -3,10 +3,13 @@
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from adapters_store.parts import ExpertReplacement
+from adapters_store.parts import AdapterPackage, ExpertReplacement
+from adapters_store.ref import AdapterRef
+from server.engine.messages import AdapterGone
 from server.engine.request import FinishReason
 from server.engine.residency import AdapterFailed, Wait
 from server.model.probe import PROBE
@@ -128,6 +131,64 @@ def test_registering_again_forgives_a_failure_that_nobody_heard_of(tmp_path: Pat
     wait_until_resident(engine.residency, again)  # raises if the old failure is still told
 
 
+def test_a_pinned_adapter_is_brought_in_unasked_and_makes_no_room(tmp_path: Path) -> None:
+    engine = Engine(make_model("llama", attention=PROBE), adapter_slots=1)
+    residency = engine.residency
+    paths = [save_lora(tmp_path / str(seed), make_model("llama"), seed, ("q_proj",)) for seed in (1, 2)]
+    first, second = (register(engine, path) for path in paths)
+    wait_until_resident(residency, first)
+    residency.register(second.ref, second.package, pinned=True)
+    residency.poll()
+    assert not residency.is_loading()  # the first one is in use
+    residency.release(first.ref)
+    residency.poll()
+    assert residency.is_loading() and residency.acquire(first.ref) is Wait.NO_ROOM
+    assert wait_until_resident(residency, second) == 1
+    residency.release(second.ref)
+    assert residency.acquire(first.ref) is Wait.NO_ROOM
+    residency.register(second.ref, second.package)
+    assert wait_until_resident(residency, first) == 1
+    residency.check()
+
+
+def test_a_pinned_adapter_that_fails_is_not_tried_again_until_somebody_asks(tmp_path: Path) -> None:
+    engine = Engine(make_model("llama", attention=PROBE))
+    residency, transfers = engine.residency, SteppedTransfers()
+    residency._transfers = transfers  # type: ignore[assignment]
+    entry = register(engine, save_lora(tmp_path / "a", make_model("llama"), 1, ("q_proj",)))
+
+    def fail() -> None:
+        residency.poll()
+        transfers.run_next(fails=True)
+        residency.poll()
+        transfers.run_next(fails=False)  # its pages are given back
+        for _ in range(5):
+            residency.poll()
+            assert [it.state for it in residency.report()] == ["failed"] and not transfers.pending
+        residency.check()
+
+    residency.register(entry.ref, entry.package, pinned=True)
+    fail()
+    residency.register(entry.ref, entry.package, pinned=True)
+    fail()
+    with pytest.raises(AdapterFailed, match="is not among the adapter's files"):
+        residency.acquire(entry.ref)
+    residency.poll()
+    transfers.run_next(fails=False)
+    residency.poll()
+    assert residency.acquire(entry.ref) == 1
+
+
+def test_a_pinned_adapter_that_can_never_fit_says_so_to_who_asks_for_it(tmp_path: Path) -> None:
+    engine = Engine(make_model("llama", attention=PROBE), adapter_bytes=16 * PAGE)
+    entry = register(engine, save_lora(tmp_path / "big", make_model("llama"), 1, ("q_proj",), rank=64))
+    engine.register(entry.ref, entry.package, pinned=True)
+    assert [it.state for it in engine.residency.report()] == ["failed"]
+    answer = engine.add([1], 1, entry.ref)
+    engine.run()
+    assert f"may use {16 * PAGE:,}" in str(answer.error)
+
+
 def test_more_experts_than_a_slot_has_room_for_are_refused(tmp_path: Path) -> None:
     engine = Engine(make_model("qwen3_moe", attention=PROBE), max_experts_per_adapter=2)
     entry = register(engine, save_esft(tmp_path / "esft", make_model("qwen3_moe"), 1, {1: [0, 2, 5]}))
@@ -145,11 +206,12 @@ def test_residency_under_random_events_keeps_its_books(tmp_path: Path) -> None:
     paths += [save_esft(tmp_path / f"e{i}", model, i, {1: [i, 5], 3: [0, 2, 7][: i + 1]}) for i in range(3)]
     entries = [register(engine, path) for path in paths]
     known = {entry.ref: 0 for entry in entries}  # pins
+    pinned: set[AdapterRef] = set()
     seen: set[str] = set()
     for _ in range(3000):
         entry = rng.choice(entries)
         match rng.randrange(6):
-            case 0 | 1 if entry.ref in known:
+            case 0 | 1 if known.get(entry.ref, 2) < 2:  # so that they are not all in use for ever
                 try:
                     slot = residency.acquire(entry.ref)
                 except AdapterFailed:
@@ -168,9 +230,17 @@ def test_residency_under_random_events_keeps_its_books(tmp_path: Path) -> None:
             case 5 if entry.ref not in known:
                 residency.register(entry.ref, entry.package)
                 known[entry.ref] = 0
+            case 5 if rng.random() < 0.3:
+                residency.register(entry.ref, entry.package, pinned=entry.ref not in pinned)
+        before = {it.ref for it in residency.report() if it.state == "resident"} & pinned
         residency.poll()
         residency.check()
-    assert {"failed", "Wait.LOADING", "Wait.NO_ROOM", "1", "2", "3"} <= seen
+        pinned = {ref for ref, it in residency._adapters.items() if it.pinned}
+        seen |= {f"pinned {it.state}" for it in residency.report() if it.ref in pinned}
+        seen |= {"pinned absent"} if residency._wanted else set()
+        assert before & pinned <= {it.ref for it in residency.report() if it.state == "resident"}
+    assert {"failed", "Wait.LOADING", "Wait.NO_ROOM", "1", "2", "3", "pinned absent", "pinned loading",
+            "pinned resident", "pinned failed"} <= seen  # fmt: skip
     while transfers.pending:
         transfers.run_next(fails=False)
         residency.poll()
@@ -184,6 +254,67 @@ def test_residency_under_random_events_keeps_its_books(tmp_path: Path) -> None:
         transfers.run_next(fails=False)
     assert residency.report() == () and residency._pool.num_used == 0
     assert engine.assembly.tables.lora._slabs._arena.num_backed_pages == 0  # type: ignore[attr-defined]
+
+
+def test_two_names_of_the_same_weights_have_one_slot_and_their_pages_once(tmp_path: Path) -> None:
+    engine = Engine(make_model("llama", attention=PROBE))
+    path = save_lora(tmp_path / "a", make_model("llama"), 1, ("q_proj",), rank=64)
+    first, second = (register(engine, path, name) for name in ("first", "second"))
+    assert first.ref == second.ref
+    expected = reference(merge(make_model("llama"), first), prompts()[1], 8)
+    slots = [wait_until_resident(engine.residency, entry) for entry in (first, second)]
+    (on_device,) = engine.residency.report()
+    assert slots == [1, 1] and on_device.pins == 2
+    assert on_device.bytes == 32 * PAGE and engine.residency._pool.num_used == 32
+    for entry in (second, first):
+        engine.residency.release(entry.ref)
+    answers = [engine.add(prompts()[1], 8, entry.ref) for entry in (first, second)]
+    engine.run()
+    assert [it.tokens for it in answers] == [expected] * 2
+    engine.remove(second.ref)
+    assert engine.gone == [AdapterGone(first.ref, 32 * PAGE)] and engine.residency.report() == ()
+    engine.residency.check()
+
+
+def test_an_adapter_that_is_forgotten_says_how_much_it_occupied(tmp_path: Path) -> None:
+    engine = Engine(make_model("llama", attention=PROBE))
+    residency, transfers = engine.residency, SteppedTransfers()
+    residency._transfers = transfers  # type: ignore[assignment]
+    entry = register(engine, save_lora(tmp_path / "a", make_model("llama"), 1, ("q_proj",), rank=64))
+    assert residency.forget(entry.ref) == 0
+    residency.register(entry.ref, entry.package)
+    assert residency.acquire(entry.ref) is Wait.LOADING
+    assert residency.forget(entry.ref) == 32 * PAGE
+    transfers.run_next(fails=False)
+    residency.poll()
+    assert residency._pool.num_used == 0
+    residency.check()
+
+
+class Unwalked(dict[AdapterRef, Any]):
+    """Nobody may go through all of it."""
+
+    def _refuse(self, *_: object) -> Any:
+        raise AssertionError("a step went through all known adapters")
+
+    __iter__ = keys = values = items = _refuse
+
+
+def test_a_step_looks_at_what_is_on_the_device_and_not_at_all_that_is_known(tmp_path: Path) -> None:
+    engine = Engine(make_model("llama", attention=PROBE), adapter_slots=1)
+    residency = engine.residency
+    for number in range(20_000):
+        residency.register(AdapterRef(f"n{number}", f"r{number}", "lora"), AdapterPackage("lora", f"r{number}", (), ()))
+    paths = [save_lora(tmp_path / str(seed), make_model("llama"), seed, ("q_proj",)) for seed in (1, 2)]
+    first, second = (register(engine, path) for path in paths)
+    residency._adapters = Unwalked(residency._adapters)
+    assert residency.report() == () and not residency.is_loading()
+    for entry in (first, second):  # the second takes the first one's place
+        wait_until_resident(residency, entry)
+        residency.release(entry.ref)
+        assert [it.ref for it in residency.report()] == [entry.ref] and not residency.is_loading()
+    residency.forget(second.ref)
+    assert residency.report() == ()
 
 
 def test_the_same_name_with_other_weights_never_reuses_a_prefix(tmp_path: Path) -> None:
