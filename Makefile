@@ -6,17 +6,20 @@ INSTALLED := $(VENV)/.installed
 
 export HF_HUB_OFFLINE = 1
 
-.PHONY: serve test unit lint simulate census bench bench-against clean
+.PHONY: serve test unit thorough lint simulate census catalogue bench bench-against clean
 
 serve: $(INSTALLED)  ## serve the demo, or: make serve ARGS="MODEL_DIR --adapters DIR"
 	$(BIN)/heddle serve $(ARGS)
 
 test: $(INSTALLED) lint  ## everything: style, types, unit and whole-system tests
-	$(BIN)/pytest --numprocesses auto --dist loadfile -m "not alone"
-	$(BIN)/pytest -m alone
+	$(BIN)/pytest --numprocesses auto --dist loadfile -m "not alone and not thorough"
+	$(BIN)/pytest -m "alone and not thorough"
 
 unit: $(INSTALLED)  ## the fast part, under a minute
 	$(BIN)/pytest -m "not slow"
+
+thorough: $(INSTALLED)  ## what `make test` leaves out: the same promises for more families, minutes
+	$(BIN)/pytest --numprocesses auto --dist loadfile -m thorough
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -28,6 +31,9 @@ simulate: $(INSTALLED)  ## a million steps of the engine without a model
 
 census: $(INSTALLED)  ## which adapters are served exactly, refused or served wrongly; rewrites docs/adapters.md
 	$(BIN)/python -m tests.census
+
+catalogue: $(INSTALLED)  ## ten thousand adapters, hundreds of kill -9; rewrites benchmarks/results/catalogue.md
+	$(BIN)/python -m benchmarks.catalogue --write
 
 bench: $(INSTALLED)  ## throughput beside Transformers and PEFT; rewrites README's table
 	$(BIN)/python -m benchmarks.throughput

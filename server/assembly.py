@@ -24,12 +24,14 @@ from server.model.injections import inject
 from server.model.inputs import CurrentStep, TokenField
 from server.model.loader import OnProgress
 from server.model.lora_op import LoraOps
+from server.model.parity import ParityChecker, Prefills
 from server.model.probe import probe
 from server.model.runner import ModelRunner
 from server.model.site_op import SiteOps
 from server.model.warm_up import warm_up
 from server.weights.choice import choose_arenas, choose_copier
 from server.weights.kv_memory import KVMemory
+from server.weights.merged import MergedAdapter
 from server.weights.page_pool import PagePool
 from server.weights.residency import DeviceResidency
 from server.weights.tables.experts import ExpertTable
@@ -51,6 +53,7 @@ class Assembly:
     kv_cache: KVCache
     runner: ModelRunner
     residency: DeviceResidency
+    checker: ParityChecker
     tables: Tables
     info: EngineInfo
     limits: SchedulerLimits
@@ -112,7 +115,16 @@ def assemble(
         stop_token_ids=stops,
         graph_rank=config.max_rank if isinstance(forward, GraphedForward) else None,
     )
-    return Assembly(cache, ModelRunner(forward, residency, config.block_size), residency, tables, info, limits)
+    checker = ParityChecker(
+        model,
+        injected.experts,
+        Prefills(forward, residency, config.block_size),
+        lambda ref: MergedAdapter(*residency.source(ref)),
+        min(limits.tokens_per_step, info.max_model_len),
+        info.vocab_size,
+    )
+    runner = ModelRunner(forward, residency, config.block_size)
+    return Assembly(cache, runner, residency, checker, tables, info, limits)
 
 
 def _block_bytes(injected: Injected, config: EngineConfig, dtype: torch.dtype) -> int:

@@ -67,7 +67,7 @@ def main() -> int:
         link.close()
         return 1
     link.send(Ready(assembly.info))
-    engine = Engine(assembly.limits, assembly.kv_cache, runner, assembly.residency)
+    engine = Engine(assembly.limits, assembly.kv_cache, runner, assembly.residency, assembly.checker)
     # without a front nobody could talk to us, and we would hold memory for nothing
     Loop(engine, link, link.send).run(may_go_on=lambda: os.getppid() == options.parent)
     link.close()

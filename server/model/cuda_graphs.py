@@ -98,6 +98,9 @@ class GraphedForward:
         replay()
         return self._output[: len(step.token_ids)]
 
+    def all_logits(self, step: HostStep) -> Tensor:
+        return self.eager.all_logits(step)
+
     def key(self, step: HostStep) -> GraphKey | None:
         """Of the graph that serves this step; None if it is none for a graph."""
         count = len(step.token_ids)

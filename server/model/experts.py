@@ -79,7 +79,7 @@ class RoutedExperts(nn.Module):
         self.gate_up_bias: Tensor | None = original.gate_up_proj_bias if spec.biased else None
         self.down_bias: Tensor | None = original.down_proj_bias if spec.biased else None
         self._layout = Layout(spec.transposed, spec.interleaved)
-        self._activation = _activation(original)
+        self.activation = _activation(original)
 
     @property
     def choices(self) -> int:
@@ -91,12 +91,12 @@ class RoutedExperts(nn.Module):
         stacks, routed = self.stacks, self.route(logits)
         begun = [finish for op in self._ops if (finish := op.begin(routed)) is not None]
         # what adapters add to gate and up comes before the activation, which then is a launch of its own
-        activation = None if begun else self._activation
+        activation = None if begun else self.activation
         gated = gate_up(hidden, stacks.gate_up, routed, activation, self._layout, self.gate_up_bias)
         if begun:
             for finish in begun:
                 finish.gate_up(gated, hidden)
-            gated = activate(gated, self._activation, self._layout.interleaved, routed, hidden.dtype)
+            gated = activate(gated, self.activation, self._layout.interleaved, routed, hidden.dtype)
         rows = down(gated, stacks.down, routed, self._layout, self.down_bias)
         for finish in begun:
             finish.down(rows, gated)

@@ -8,12 +8,15 @@ from torch import Tensor
 
 from server.model.device_inputs import DeviceInputs
 from server.model.families import Foreign
-from server.model.inputs import CurrentStep, HostStep, StepInputs, TokenField, host_inputs
+from server.model.inputs import CurrentStep, HostStep, StepInputs, TokenField, host_inputs, of_all_rows
 
 
 class Forward(Protocol):
     def logits(self, step: HostStep) -> Tensor:
         """[sampled rows, V]; valid until the next step."""
+
+    def all_logits(self, step: HostStep) -> Tensor:
+        """[T, V]: of every token, whether it is sampled or not. From no captured graph."""
 
 
 class Model:
@@ -44,7 +47,13 @@ class HostForward:
         self._token_fields = tuple(token_fields)
 
     def logits(self, step: HostStep) -> Tensor:
-        return self._model(host_inputs(step, self._block_size, self._dtype, self._token_fields))
+        return self._model(self._inputs(step))
+
+    def all_logits(self, step: HostStep) -> Tensor:
+        return self._model(of_all_rows(self._inputs(step)))
+
+    def _inputs(self, step: HostStep) -> StepInputs:
+        return host_inputs(step, self._block_size, self._dtype, self._token_fields)
 
 
 class KernelForward:
@@ -54,4 +63,10 @@ class KernelForward:
         self.model, self.inputs = model, inputs
 
     def logits(self, step: HostStep) -> Tensor:
-        return self.model(self.inputs.fill(step, len(step.token_ids), step.shape))
+        return self.model(self._fill(step))
+
+    def all_logits(self, step: HostStep) -> Tensor:
+        return self.model(of_all_rows(self._fill(step)))
+
+    def _fill(self, step: HostStep) -> StepInputs:
+        return self.inputs.fill(step, len(step.token_ids), step.shape)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Protocol
 
@@ -108,6 +108,13 @@ class StepInputs:
     num_tokens: Tensor | None = None  # [1]
     route_counters: Tensor | None = None  # [2], zero; left zero
     fields: Mapping[str, Tensor] = field(default_factory=dict)  # [T] each, by name of their TokenField
+
+
+def of_all_rows(inputs: StepInputs) -> StepInputs:
+    """The same step, with every token's logits wanted: adapters' rows of them are those of the tokens."""
+    it = inputs.sample_rows
+    rows = torch.arange(len(inputs.token_ids), dtype=it.dtype, device=it.device)
+    return replace(inputs, sample_rows=rows, rows=inputs.rows._replace(sampled=inputs.rows.tiles))
 
 
 class CurrentStep:

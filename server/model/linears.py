@@ -49,7 +49,7 @@ class LinearSlice(nn.Module):
     def __init__(self, fused: AdaptedLinear, shared: SharedInput, index: int) -> None:
         super().__init__()
         self.fused = fused  # in the module tree, so that it moves to a device with the model
-        self._shared, self._index = shared, index
+        self.index, self._shared = index, shared
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._shared.take(self._index, x)
+        return self._shared.take(self.index, x)

@@ -93,7 +93,7 @@ class LatentLayer:
     """The latents of one layer, and absorbed attention over them."""
 
     def __init__(self, projection: AbsorbedProjection, shape: KVShape, step: CurrentStep) -> None:
-        self.shape, self._projection, self._step = shape, projection, step
+        self.shape, self.projection, self._step = shape, projection, step
         self._entering_ops: list[SiteOp] = []
         self._query_ops: list[SiteOp] = []
         self._value_ops: list[SiteOp] = []
@@ -110,7 +110,7 @@ class LatentLayer:
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
     ) -> Tensor:
         """query [T, H, key_dim + rope]; key and value: the latent [T, 1, latent] and the rotated key [T, 1, rope]."""
-        inputs, it = self._step.inputs, self._projection
+        inputs, it = self._step.inputs, self.projection
         clear(self._cache, inputs.fresh_blocks)
         store_latent(key[:, 0], value[:, 0], self._cache, inputs.slot_mapping)
         content, position = query.split([it.key_dim, query.shape[-1] - it.key_dim], dim=-1)

@@ -65,7 +65,7 @@ class Router(nn.Module):
     def __init__(self, original: Foreign, logits: AdaptedLinear) -> None:
         super().__init__()
         self.routing = RULES[type(original).__name__](original)
-        self._logits = logits
+        self.logits = logits
         self.correction: Tensor | None
         correction = getattr(original, "e_score_correction_bias", None)
         self.register_buffer("correction", None if correction is None else correction.float())
@@ -73,9 +73,9 @@ class Router(nn.Module):
     @property
     def weight(self) -> Tensor:
         """[M, H] float32."""
-        return self._logits.product.weight
+        return self.logits.product.weight
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """hidden [.., H] -> logits [T, M] float32, thrice: a block passes on what it takes for weights and ids."""
-        logits = self._logits(hidden.reshape(-1, hidden.shape[-1]).float())
+        logits = self.logits(hidden.reshape(-1, hidden.shape[-1]).float())
         return logits, logits, logits

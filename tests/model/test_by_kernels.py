@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 
 from kernels.adapter_rows import ShapeKey
 from kernels.compiled import everywhere
@@ -62,11 +63,15 @@ class StandIns:
         return replay
 
 
+def thorough(*names: str) -> list[ParameterSet]:
+    return [pytest.param(name, marks=pytest.mark.thorough) for name in names]
+
+
 stands_in = pytest.mark.skipif(DEVICE == "cuda", reason="stands in for graphs, which test_a_step_by_kernels has here")
 
 
 @stands_in
-@pytest.mark.parametrize("name", ["llama", "deepseek_v2"])
+@pytest.mark.parametrize("name", ["llama", *thorough("deepseek_v2")])
 def test_padded_decodes_of_static_inputs(name: str, tmp_path: Path) -> None:
     """What was captured before any adapter came serves every later batch: other sizes, other adapters, other blocks."""
     overrides = {**SMALL, "first_k_dense_replace": 1} if name.startswith("deepseek") else SMALL
@@ -85,6 +90,7 @@ def test_padded_decodes_of_static_inputs(name: str, tmp_path: Path) -> None:
 
 
 @stands_in
+@pytest.mark.thorough
 def test_a_rank_beyond_the_captured_ones_is_launched_kernel_by_kernel(tmp_path: Path) -> None:
     """In the steps that it takes part in, and only there."""
     plain = make_model("llama", **SMALL)
@@ -114,7 +120,7 @@ def test_warm_up() -> None:
     assert graphs.forward.num_captured == 8  # one and two rows; the base's, and three kinds of adapters
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "deepseek_v2", "deepseek_v3", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "deepseek_v2", *thorough("deepseek_v3", "qwen3_moe")])
 def test_a_step_by_kernels(name: str, tmp_path: Path) -> None:
     overrides = {**SMALL, "first_k_dense_replace": 1} if name.startswith("deepseek") else SMALL
     plain = make_model(name, **overrides)

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from adapters_store.catalog import CatalogEntry, entry_of
 from adapters_store.parts import AdapterPackage, ExpertReplacement, LowRank
-from adapters_store.verify import Verified
+from adapters_store.ref import AdapterRef
+from adapters_store.rules import Adapter
 from kernels.adapter_rows import ShapeKey
 from server.engine.residency import AdapterFailed, Wait
 from server.model.probe import PROBE
@@ -21,15 +21,15 @@ from tests.support.tiny_adapters import merge, register, save_esft, save_lora
 from tests.support.tiny_models import make_model, reference
 
 
-def both(engine: Engine, folder: Path) -> CatalogEntry:
+def both(engine: Engine, folder: Path) -> Adapter:
     """One adapter of the parts of two, which no format writes yet."""
     model = make_model("qwen3_moe")
     first = register(engine, save_lora(folder / "lora", model, 1, ("q_proj", "o_proj")))
     second = register(engine, save_esft(folder / "esft", model, 2, {1: [0, 5], 3: [2]}))
     parts = (*first.package.parts, *second.package.parts)
     files = (*first.package.files, *second.package.files)
-    package = AdapterPackage("lora", "", "f" * 64, files, parts)
-    entry = entry_of("both", Verified(package, "."))
+    package = AdapterPackage("lora", "f" * 64, files, parts)
+    entry = Adapter(AdapterRef("both", package.revision, "lora"), package)
     engine.register(entry.ref, entry.package)
     return entry
 
@@ -98,13 +98,13 @@ class Full:
 
 
 @pytest.fixture
-def residency(tmp_path: Path) -> Iterator[tuple[DeviceResidency, CatalogEntry]]:
+def residency(tmp_path: Path) -> Iterator[tuple[DeviceResidency, Adapter]]:
     engine = Engine(make_model("qwen3_moe", attention=PROBE))
     yield engine.residency, both(engine, tmp_path)
 
 
 def test_where_one_table_cannot_take_its_part_the_others_give_theirs_back(
-    residency: tuple[DeviceResidency, CatalogEntry],
+    residency: tuple[DeviceResidency, Adapter],
 ) -> None:
     it, entry = residency
     first, second = Full(LowRank), Full(ExpertReplacement, refuses="the driver is out of memory")
@@ -117,7 +117,7 @@ def test_where_one_table_cannot_take_its_part_the_others_give_theirs_back(
     assert it.report() == ()
 
 
-def test_a_part_that_no_table_takes_is_refused_by_name(residency: tuple[DeviceResidency, CatalogEntry]) -> None:
+def test_a_part_that_no_table_takes_is_refused_by_name(residency: tuple[DeviceResidency, Adapter]) -> None:
     it, entry = residency
     it._tables = (Full(LowRank),)
     with pytest.raises(AdapterFailed, match="this engine has no table for ExpertReplacement"):
@@ -126,7 +126,7 @@ def test_a_part_that_no_table_takes_is_refused_by_name(residency: tuple[DeviceRe
 
 
 def test_tables_are_installed_together_when_the_transfer_is_over(
-    residency: tuple[DeviceResidency, CatalogEntry],
+    residency: tuple[DeviceResidency, Adapter],
 ) -> None:
     it, entry = residency
     tables = (Full(LowRank), Full(ExpertReplacement))
