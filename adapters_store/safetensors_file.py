@@ -16,16 +16,13 @@ import numpy as np
 
 from adapters_store.errors import CoverageError, InvalidAdapter, shown
 from adapters_store.files import OpenFile
-from adapters_store.json_file import parse_json
 from adapters_store.limits import Limits
 from adapters_store.parts import BYTES_PER_ELEMENT, SourceFile, TensorRef
+from adapters_store.safetensors_header import SAVE_AGAIN, check_filled, described, entries, read_raw
 
-_MAX_DIMENSIONS = 8
 _MAX_KEY = 512  # characters: keys are matched against patterns
 MAX_WEIGHT = 65_504  # the largest float16: what is trained stays far below, and products of larger ones overflow
 _CHUNK_BYTES = 4 << 20
-_COPY_AGAIN = "it may have been cut short: copy or download it again"
-_SAVE_AGAIN = "save it again with the safetensors library"
 # how a dtype's bits are read; those of |w|; those of the largest weight that is served; the first that is not finite
 _BITS: dict[str, tuple[type[np.unsignedinteger[Any]], int, int, int]] = {
     "F32": (np.uint32, 0x7FFF_FFFF, 0x477F_E000, 0x7F80_0000),
@@ -45,34 +42,11 @@ class Weights(msgspec.Struct, frozen=True):
 
 def read_header(file: OpenFile, limits: Limits) -> Weights:
     """The tensors of a safetensors file. Raises InvalidAdapter; reads the header only."""
-    name = shown(file.name)
-    length = int.from_bytes(file.read(0, 8), "little") if file.size >= 8 else -1
-    if not 0 <= length <= file.size - 8:
-        raise InvalidAdapter(f"{name} is not a safetensors file: its header does not fit in it; {_COPY_AGAIN}")
-    if length > limits.header_bytes:
-        raise InvalidAdapter(
-            f"{name} has a header of {length:,} bytes; at most {limits.header_bytes:,} are read for this base: save "
-            "the adapter's own tensors only"
-        )
-    raw = file.read(0, 8 + length)
-    header = parse_json(raw[8:], f"the header of {name}")
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise InvalidAdapter(f"{name} has a __metadata__ that is no object of texts; {_SAVE_AGAIN}")
-    limits.check_count(len(header), name)
+    raw = read_raw(file, limits.header_bytes, "for this base: save the adapter's own tensors only")
+    header = entries(raw, file.name)
+    limits.check_count(len(header), shown(file.name))
     tensors = sorted((_tensor(file, key, entry, len(raw)) for key, entry in header.items()), key=lambda it: it.offset)
-    end = len(raw)
-    for tensor in tensors:
-        if tensor.offset != end:
-            raise InvalidAdapter(
-                f"{name} is not a sound safetensors file: {shown(tensor.key)} begins at byte {tensor.offset:,}, where "
-                f"{end:,} is due; {_COPY_AGAIN}"
-            )
-        end += tensor.num_bytes
-    if end != file.size:
-        raise InvalidAdapter(
-            f"{name} is not a sound safetensors file: its tensors end at {end:,} of {file.size:,} bytes; {_COPY_AGAIN}"
-        )
+    check_filled(file, len(raw), tensors)
     return Weights(file, raw, tuple(tensors))
 
 
@@ -83,35 +57,25 @@ def _tensor(file: OpenFile, key: str, entry: object, data_begin: int) -> TensorR
             f"{what} has a name of {len(key):,} characters; at most {_MAX_KEY} are served, and a module's name is far "
             "shorter: rename it"
         )
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise InvalidAdapter(f"{what} is not described by dtype, shape and data_offsets; {_SAVE_AGAIN}")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in BYTES_PER_ELEMENT:
+    dtype, shape, (begin, end) = described(entry, what)
+    if dtype not in BYTES_PER_ELEMENT:
         named = f"dtype {dtype}" if dtype in _OTHER_DTYPES else "an unknown dtype"
         raise InvalidAdapter(
             f"{what} has {named}; served are {', '.join(BYTES_PER_ELEMENT)}: convert the adapter to one of these "
             "(tensor.float() in torch) and save it again"
         )
-    if not _are_counts(shape) or len(shape) > _MAX_DIMENSIONS or not _are_counts(offsets) or len(offsets) != 2:
-        raise InvalidAdapter(f"{what} has a shape or offsets that are no sizes; {_SAVE_AGAIN}")
     if not shape or min(shape) == 0:
         raise InvalidAdapter(
-            f"{what} has the empty shape {shape}: a DeepSpeed ZeRO-3 run that was saved before its weights were "
+            f"{what} has the empty shape {list(shape)}: a DeepSpeed ZeRO-3 run that was saved before its weights were "
             "gathered looks so; save with stage3_gather_16bit_weights_on_model_save, or rebuild it with zero_to_fp32.py"
         )
-    tensor = TensorRef(file.name, key, tuple(shape), dtype, data_begin + offsets[0])
-    if tensor.num_bytes != offsets[1] - offsets[0]:
-        raise InvalidAdapter(
-            f"{what} has {offsets[1] - offsets[0]:,} bytes; its shape needs {tensor.num_bytes:,}; {_SAVE_AGAIN}"
-        )
+    tensor = TensorRef(file.name, key, shape, dtype, data_begin + begin)
+    if tensor.num_bytes != end - begin:
+        raise InvalidAdapter(f"{what} has {end - begin:,} bytes; its shape needs {tensor.num_bytes:,}; {SAVE_AGAIN}")
     return tensor
 
 
 _OTHER_DTYPES = ("F64", "F8_E4M3", "F8_E5M2", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
-
-
-def _are_counts(values: object) -> bool:
-    return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 48 for value in values)
 
 
 def hash_and_check(weights: Weights, idle: Collection[str] = ()) -> SourceFile:

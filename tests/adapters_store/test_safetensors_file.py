@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from adapters_store import safetensors_file
+from adapters_store import safetensors_file, safetensors_header
 from adapters_store.errors import InvalidAdapter
 from adapters_store.files import OpenFile, open_resolved
 from adapters_store.limits import MIN_HEADER_BYTES, Limits
@@ -247,7 +247,7 @@ def test_a_header_over_a_mebibyte_is_refused_before_it_is_read(tmp_path: Path, m
     with path.open("wb") as file:
         file.write((MIN_HEADER_BYTES + 1).to_bytes(8, "little"))
         file.truncate(64 << 20)
-    monkeypatch.setattr(safetensors_file, "parse_json", None)
+    monkeypatch.setattr(safetensors_header, "parse_json", None)
     with pytest.raises(InvalidAdapter, match="header of 1,048,577 bytes; at most 1,048,576"):
         read_adapter(path.parent, BASE)
 
