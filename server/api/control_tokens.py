@@ -15,9 +15,10 @@ import json
 import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from server.errors import InvalidRequest
 
@@ -25,36 +26,83 @@ from server.errors import InvalidRequest
 _BRACKETS = set("<>[]{}|\uff5c")
 
 
-class ControlTokens:
-    """Control tokens: the special ones, and added ones in brackets that the chat template writes, since some models'
-    turns are not marked as special. `template` is its source, `rehearsed` what it makes of conversations of all roles.
+class Twin:
+    """A tokenizer in which every token that may be a control token has a name that nobody can guess; made once, for all
+    templates, when it is first asked for.
 
-    `unsealable` says why the tokenizer cannot be rebuilt with other names for them, if it cannot.
+    `added` are those tokens, special ones and others in brackets; `sealed` are their names there; `problem` says why it
+    cannot be made, if it cannot.
     """
 
-    def __init__(self, tokenizer: Tokenizer, template: str, rehearsed: Sequence[str]) -> None:
-        description = json.loads(tokenizer.to_str())
-        written = "".join((template, *rehearsed))
-        added = [
-            it
-            for it in description["added_tokens"]
-            if it["special"] or (it["content"] in written and _BRACKETS & set(it["content"]))
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        added = tokenizer.get_added_tokens_decoder().values()
+        self.added: list[AddedToken] = [
+            it for it in added if it.content and (it.special or _BRACKETS & set(it.content))
         ]
-        names = [name for name in dict.fromkeys(it["content"] for it in added) if name]
-        sealed, opaque = _number(), _number()
-        self._sealed = {name: f"{sealed}{index:05d}" for index, name in enumerate(names)}
+        number = _number()
+        named = (it.content for it in self.added if it.special or not it.single_word)
+        self.sealed = {name: f"{number}{index:05d}" for index, name in enumerate(dict.fromkeys(named))}
+        self._any = _any_of(self.sealed)
+        self.problem = ""
+
+    @cached_property
+    def twin(self) -> Tokenizer | None:
+        return self._rebuilt(json.loads(self.tokenizer.to_str()))
+
+    def seal(self, text: str) -> str:
+        return self._any.sub(lambda found: self.sealed[found[0]], text)
+
+    def finds_as(self, text: str) -> bool:
+        """Whether it makes of the sealed text what the tokenizer makes of this."""
+        found = self.twin and self.twin.encode(self.seal(text), add_special_tokens=False).ids
+        return found == self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def _rebuilt(self, description: dict[str, Any]) -> Tokenizer | None:
+        ids = {it["content"]: it["id"] for it in description["added_tokens"]}
+        for token in description["added_tokens"]:
+            token["content"] = self.sealed.get(token["content"], token["content"])
+        model = description["model"]
+        model["vocab"] = _renamed(model["vocab"], self.sealed)
+        if model.get("unk_token") in self.sealed:
+            model["unk_token"] = self.sealed[model["unk_token"]]
+        try:
+            rebuilt = Tokenizer.from_str(json.dumps(description))
+        except Exception as error:  # the library raises nothing narrower
+            self.problem = str(error)[:200]
+            return None
+        moved = [name for name, sealed in self.sealed.items() if rebuilt.token_to_id(sealed) != ids[name]]
+        if moved:
+            self.problem = f"{moved[0]!r} would get another id"
+            return None
+        return rebuilt
+
+
+class ControlTokens:
+    """Those of one template: the special ones, and added ones in brackets that it writes, since some models' turns are
+    not marked as special. `template` is its source, `rehearsed` what it makes of conversations of all roles.
+
+    `unsealable` says why the tokenizer cannot have other names for them, if it cannot.
+    """
+
+    def __init__(self, twin: Twin, template: str, rehearsed: Sequence[str]) -> None:
+        written = "".join((template, *rehearsed))
+        added = [it for it in twin.added if it.special or it.content in written]
+        names = list(dict.fromkeys(it.content for it in added))
+        opaque = _number()
         self._opaque = {name: f"{opaque}{index:05d}" for index, name in enumerate(names)}
         self._names = {number: name for name, number in self._opaque.items()}
         self._any, self._any_opaque = _any_of(names), re.compile(rf"{opaque}\d{{5}}")
-        self._normalizer = tokenizer.normalizer
-        self.unsealable = "a token must stand alone as a word" if any(it["single_word"] for it in added) else ""
-        self._twin = None if self.unsealable else self._rebuilt(description)
-        if self._twin is not None and any(
-            self._twin.encode(self._seal(text), add_special_tokens=False).ids
-            != tokenizer.encode(text, add_special_tokens=False).ids
-            for text in rehearsed
-        ):
-            self.unsealable, self._twin = "under other names its control tokens are not found", None
+        self._normalizer = twin.tokenizer.normalizer
+        self._twin = twin
+        if any(it.single_word for it in added):
+            self.unsealable = "a token must stand alone as a word"
+        elif twin.twin is None:
+            self.unsealable = twin.problem
+        elif not all(map(twin.finds_as, rehearsed)):
+            self.unsealable = "under other names its control tokens are not found"
+        else:
+            self.unsealable = ""
 
     def hide(self, message: str) -> str:
         """The message as the template may see it, without any control token."""
@@ -63,7 +111,7 @@ class ControlTokens:
     def may_be_spelled(self, messages: Iterable[str]) -> bool:
         """Whether the tokenizer itself could find a control token in what these messages say. It looks at some after
         it has normalized the text, and then finds them in letters that only look alike."""
-        if self._normalizer is not None and self._twin is not None:
+        if self._normalizer is not None and not self.unsealable:
             return True  # the twin is exact, so there is no need to look
         texts = messages if self._normalizer is None else map(self._normalizer.normalize_str, messages)
         return any(self._any.search(text) for text in texts)
@@ -73,36 +121,13 @@ class ControlTokens:
 
         Raises InvalidRequest if the tokenizer is `unsealable`.
         """
-        if self._twin is None:
+        if self.unsealable or self._twin.twin is None:
             raise InvalidRequest(
                 f"a message spells a control token; this tokenizer cannot read it as text ({self.unsealable})",
                 param="messages",
             )
-        return self._twin, self._seal(rendered)
-
-    def _seal(self, rendered: str) -> str:
-        sealed = self._any.sub(lambda found: self._sealed[found[0]], rendered)
-        return self._any_opaque.sub(lambda found: self._names.get(found[0], found[0]), sealed)
-
-    def _rebuilt(self, description: dict[str, Any]) -> Tokenizer | None:
-        """The same tokenizer, in which control tokens have their sealed names."""
-        ids = {it["content"]: it["id"] for it in description["added_tokens"]}
-        for token in description["added_tokens"]:
-            token["content"] = self._sealed.get(token["content"], token["content"])
-        model = description["model"]
-        model["vocab"] = _renamed(model["vocab"], self._sealed)
-        if model.get("unk_token") in self._sealed:
-            model["unk_token"] = self._sealed[model["unk_token"]]
-        try:
-            rebuilt = Tokenizer.from_str(json.dumps(description))
-        except Exception as error:  # the library raises nothing narrower
-            self.unsealable = str(error)[:200]
-            return None
-        moved = [name for name, sealed in self._sealed.items() if rebuilt.token_to_id(sealed) != ids[name]]
-        if moved:
-            self.unsealable = f"{moved[0]!r} would get another id"
-            return None
-        return rebuilt
+        sealed = self._twin.seal(rendered)
+        return self._twin.twin, self._any_opaque.sub(lambda found: self._names.get(found[0], found[0]), sealed)
 
 
 def _any_of(names: Iterable[str]) -> re.Pattern[str]:

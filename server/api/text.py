@@ -1,32 +1,61 @@
 """Text to tokens and back, without torch or Transformers: the tokenizer's own file, and the model's chat template."""
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError, nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import Template, TemplateError
 from tokenizers import Encoding, Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from server.api.control_tokens import ControlTokens
+from adapters_store.errors import InvalidManifest
+from server.api.control_tokens import ControlTokens, Twin
+from server.api.template_sandbox import Sandbox
 from server.errors import ConfigError, InvalidRequest
 
 
 class Text:
-    """The tokenizer and chat template of the base model. Adapters share them."""
+    """The tokenizer and chat template of the base model, or an adapter's template with the same tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer, chat_template: str | None, special_tokens: Mapping[str, str]) -> None:
         self._tokenizer = tokenizer
         self._special_tokens = special_tokens
         self._longest_token = max(map(len, tokenizer.get_vocab()), default=1)
-        self._template = _environment().from_string(chat_template) if chat_template else None
-        self._control_tokens = ControlTokens(tokenizer, chat_template, self._rehearse()) if chat_template else None
+        self._sandbox, self._twin = Sandbox(), Twin(tokenizer)
+        self._template: Template | None = None
+        self._control_tokens: ControlTokens | None = None
+        if chat_template:
+            self._take(chat_template)
+
+    def with_template(self, template: str) -> "Text":
+        """The same with an adapter's chat template. Raises InvalidManifest for one that does not compile, and for one
+        that fails on a plain message of a user.
+
+        Takes milliseconds, and on a base without a template, the first time, as long as its tokenizer does to load.
+        """
+        text = copy.copy(self)
+        try:
+            text._template = self._sandbox.compiled(template)
+        except Exception as error:  # a deep one is too much for Python's compiler, in several ways
+            reason = str(error) if isinstance(error, TemplateError) else type(error).__name__
+            raise InvalidManifest(f"the adapter's chat template is broken: {reason}; correct it") from None
+        try:
+            text.render_chat([{"role": "user", "content": "Hello."}])
+            text._control_tokens = ControlTokens(self._twin, template, text._rehearse())
+        except InvalidRequest as error:
+            reason = error.message
+        except (TypeError, UnicodeEncodeError):  # a lone surrogate
+            reason = "what it makes is not valid Unicode"
+        else:
+            return text
+        raise InvalidManifest(f"the adapter's chat template fails on a plain message of a user: {reason}; correct it")
+
+    def _take(self, template: str) -> None:
+        self._template = self._sandbox.compiled(template)
+        self._control_tokens = ControlTokens(self._twin, template, self._rehearse())
 
     @classmethod
     def load(cls, model_dir: Path) -> "Text":
@@ -55,7 +84,7 @@ class Text:
             ) from None
         try:
             return cls(tokenizer, template, special)
-        except TemplateError as error:
+        except (TemplateError, RecursionError, SyntaxError) as error:
             raise ConfigError(f"the chat template of {model_dir.name!r} is broken: {error}") from None
 
     @property
@@ -105,9 +134,8 @@ class Text:
         if self._template is None:
             raise InvalidRequest("this model has no chat template; use /v1/completions", param="messages")
         try:
-            return self._template.render(
-                messages=messages, add_generation_prompt=True, tools=None, **self._special_tokens
-            )
+            variables = dict(messages=messages, add_generation_prompt=True, tools=None, **self._special_tokens)
+            return self._sandbox.rendered(self._template, variables)
         except TemplateError as error:  # by the template itself, for roles it does not take
             raise InvalidRequest(f"the chat template refuses these messages: {error}", param="messages") from None
         except Exception as error:  # a template is a program, and not ours
@@ -172,16 +200,6 @@ class StopMatcher:
         return next((size for size in range(longest, 0, -1) if self._held.endswith(stop[:size])), 0)
 
 
-class _GenerationTag(Extension):
-    """`{% generation %}` marks, for training, what the assistant says; for rendering it is what it encloses."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
 def _encoded(tokenizer: Tokenizer, texts: Sequence[str], param: str, add_special_tokens: bool) -> list[Encoding]:
     """In batch, which lets other threads run meanwhile."""
     try:
@@ -203,21 +221,3 @@ def _ids(encoding: Encoding, max_tokens: int, param: str) -> list[int]:
 
 def _content(token: str | dict[str, Any]) -> str:
     return token if isinstance(token, str) else str(token["content"])
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    """As Transformers renders chat templates; sandboxed, since a template comes with a downloaded model."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationTag]
-    )
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    def tojson(value: object, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=False, **options)
-
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
-    return environment
