@@ -16,15 +16,18 @@ import msgspec
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from server.api.errors import error_body
+from server.api.file_bodies import carries_files
 
 log = logging.getLogger("heddle.api")
+MIN_FILE_BYTES_PER_S = 4096  # of a body of files: less is no sender in earnest, and keeps a place from others
 LINGER_S = 1.0  # for a refused client to read why, before its unread bytes make the kernel reset the connection
 
 
 @dataclass(frozen=True)
 class ConnectionLimits:
     """Seconds from the first byte of a request to the end of its head, from there to the end of its body, and for which
-    the answer may wait for its reader; a connection that says nothing at all has as long as for a head."""
+    the answer may wait for its reader; a connection that says nothing at all has as long as for a head. A body of files
+    has no end to be at, but must not stall: `body_s` is then for a least number of bytes, again and again."""
 
     max_connections: int
     header_s: float
@@ -45,6 +48,7 @@ class Connection(H11Protocol):
         self._phase: tuple[object, bool] | None = None
         self._deadline: asyncio.TimerHandle | None = None  # of the phase
         self._unread: asyncio.TimerHandle | None = None  # of an answer that waits for its reader
+        self._num_received = 0  # bytes, since the deadline was set
         self._is_refused = False
         self.silent_since = self.loop.time()
 
@@ -63,6 +67,7 @@ class Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         if not self._is_refused:
+            self._num_received += len(data)
             super().data_received(data)
             self._watch()
 
@@ -100,19 +105,36 @@ class Connection(H11Protocol):
         self.silent_since = self.loop.time()
         _cancel(self._deadline)
         if state is h11.IDLE or state is h11.SEND_BODY:
-            limit = self.limits.header_s if state is h11.IDLE else self.limits.body_s
-            self._deadline = self.loop.call_later(limit, self._give_up_reading, limit)
+            self._set_deadline(self.limits.header_s if state is h11.IDLE else self.limits.body_s)
+
+    def _set_deadline(self, limit: float) -> None:
+        self._num_received = 0
+        self._deadline = self.loop.call_later(limit, self._give_up_reading, limit)
 
     @property
     def _has_begun_a_head(self) -> bool:
         return self.conn.their_state is h11.IDLE and bool(self.conn.trailing_data[0])
 
+    @property
+    def _awaits_files(self) -> bool:
+        """Whether a body of files arrives, and nobody has refused it."""
+        is_awaited = self.conn.their_state is h11.SEND_BODY and self.conn.our_state is h11.SEND_RESPONSE
+        return is_awaited and carries_files(self.scope["method"], self.scope["path"], self.scope["headers"])
+
+    @property
+    def _is_in_pace(self) -> bool:
+        """Whether bytes arrive as fast as they must, or wait for our disk."""
+        return self.flow.read_paused or self._num_received >= MIN_FILE_BYTES_PER_S * self.limits.body_s
+
     def _give_up_reading(self, limit: float) -> None:
-        if self.conn.their_state is h11.IDLE and not self._has_begun_a_head:
+        if self._awaits_files and self._is_in_pace:
+            self._set_deadline(limit)
+        elif self.conn.their_state is h11.IDLE and not self._has_begun_a_head:
             self.transport.close()  # it never asked for anything
         elif self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             what = "head" if self.conn.their_state is h11.IDLE else "body"
-            self._refuse(408, f"the {what} of the request did not arrive within {limit:g} s", "request_timeout")
+            pace = " as fast as it must" if self._awaits_files else ""
+            self._refuse(408, f"the {what} of the request did not arrive{pace} within {limit:g} s", "request_timeout")
         else:
             self.transport.abort()  # an answer has begun
 
