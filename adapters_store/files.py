@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import PurePath
 
-from adapters_store.errors import AdapterPathRefused, InvalidAdapter, shown
+from adapters_store.errors import AdapterPathRefused, InvalidAdapter, NoAdapterThere, shown
+from adapters_store.parts import SourceFile
 
 MAX_ENTRIES = 10_000  # of a directory
 _STEP = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -43,10 +44,12 @@ def read_exactly(descriptor: int, offset: int, into: memoryview) -> None:
 
 
 class OpenFile:
-    """A regular file of an adapter. `path` is where it was found, links resolved; its size is bytes."""
+    """A regular file of an adapter. `path` is where it was found, links resolved; its size is bytes. `parsed` is all of
+    a small one, as it was read: what was understood is what is kept."""
 
     def __init__(self, descriptor: int, name: str, path: str) -> None:
         self.descriptor, self.name, self.path = descriptor, name, path
+        self.parsed: bytes | None = None
         status = os.fstat(descriptor)
         self.size, self.is_regular = status.st_size, stat.S_ISREG(status.st_mode)
 
@@ -67,7 +70,7 @@ class Folder:
     """An adapter's directory, held open with the files that were opened in it; a context manager.
 
     `path` is the directory with links resolved, `root` the one of `roots` that it lies in. `names` are those of what is
-    not a directory. Raises AdapterPathRefused for what lies outside the roots, InvalidAdapter for what is no directory,
+    not a directory. Raises AdapterPathRefused for what lies outside the roots, NoAdapterThere for what is no directory,
     and OSError.
     """
 
@@ -82,7 +85,7 @@ class Folder:
             try:
                 self._descriptor = open_resolved(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             except (FileNotFoundError, NotADirectoryError):
-                raise InvalidAdapter(f"{shown(self.name)!r} is not a directory; send that of the adapter") from None
+                raise NoAdapterThere(f"{shown(self.name)!r} is not a directory; send that of the adapter") from None
             closing.callback(os.close, self._descriptor)
             self.names, self.directories = self._list()
             self._closing = closing.pop_all()
@@ -98,6 +101,11 @@ class Folder:
         if name not in self._files:
             self._files[name] = self._open(name)
         return self._files[name]
+
+    @property
+    def opened(self) -> list[OpenFile]:
+        """What an adapter was read from."""
+        return list(self._files.values())
 
     def _open(self, name: str) -> OpenFile:
         if name not in self.names:
@@ -141,6 +149,27 @@ class Folder:
                 "move it there, or start the server with --adapter-root"
             )
         return resolved
+
+
+class StoredFolder(Folder):
+    """An adapter that lies in a store: its files by the names that they had, each somewhere below `root`."""
+
+    def __init__(self, name: str, root: str, files: Sequence[SourceFile]) -> None:
+        self.path, self.root, self.name = root, root, name
+        self._places = {file.file: os.path.join(root, file.path) for file in files}
+        self.names, self.directories = sorted(self._places), []
+        self._files = {}
+        self._closing = ExitStack()
+
+    def _open(self, name: str) -> OpenFile:
+        if name not in self._places:
+            raise InvalidAdapter(f"{shown(name)} is missing in the store; register the adapter again")
+        try:
+            descriptor = open_resolved(self._places[name])
+        except OSError as error:
+            raise InvalidAdapter(f"{shown(name)} cannot be read from the store: {error.strerror}") from None
+        self._closing.callback(os.close, descriptor)
+        return OpenFile(descriptor, name, self._places[name])
 
 
 def _is_below(path: str, root: str) -> bool:

@@ -16,7 +16,8 @@ def read_json(folder: Folder, name: str, max_bytes: int | None = None) -> dict[s
         raise InvalidAdapter(
             f"{name} has {file.size:,} bytes; at most {max_bytes:,} are read: leave out what the adapter does not need"
         )
-    return parse_json(file.read(0, file.size), name)
+    file.parsed = file.read(0, file.size)
+    return parse_json(file.parsed, name)
 
 
 def parse_json(raw: bytes, name: str) -> dict[str, Any]:

@@ -1,16 +1,14 @@
 """Verification, and the process that does it for the server: `python -m adapters_store.verify`.
 
 A directory is read that somebody else filled: a parser may take minutes over it, a regular expression may never end,
-a file may be endless. So the server has this done by a process that it can kill (verifier.py). Jobs come in and answers
-go out as msgspec messages, each behind its length in eight bytes. The process limits its own memory, and, lest it
-outlive its parent, its time on the processor.
+a file may be endless. So the server has this done by a process that it can kill (verifier.py, worker.py). The process
+limits its own memory, and, lest it outlive its parent, its time on the processor.
 """
 
 import math
 import os
 import resource
-import sys
-from typing import BinaryIO, Literal
+from typing import Literal
 
 import msgspec
 
@@ -20,44 +18,84 @@ from adapters_store.errors import (
     AdapterPathRefused,
     CoverageError,
     InvalidAdapter,
+    InvalidManifest,
+    NoAdapterThere,
+    StoreFailed,
+    StoreFull,
     Unforeseen,
     UnsupportedAdapter,
 )
-from adapters_store.files import Folder
+from adapters_store.files import Folder, StoredFolder
 from adapters_store.formats import read_adapter
-from adapters_store.parts import AdapterPackage
+from adapters_store.json_file import read_json
+from adapters_store.manifest import FILE as MANIFEST
+from adapters_store.manifest import Manifest, parse_manifest
+from adapters_store.parts import AdapterPackage, SourceFile, describe
+from adapters_store.records import Content, Weights, weights_of
 from adapters_store.room import Room
+from adapters_store.store.blobs import Desk
+from adapters_store.worker_process import limit, serve
 
 MAX_MEMORY_BYTES = 512 << 20  # of addresses: Python and numpy take 110 MB, an adapter a few tens
-MAX_ANSWER_BYTES = 64 << 20
-READY = b"\n"  # written once, when all is imported
+MAX_MANIFEST_BYTES = 128 << 10
 
 
 class Job(msgspec.Struct, frozen=True):
-    """`roots` are absolute and free of links; a relative path is taken below the first. `cpu_seconds` are what the
-    process may spend on it at most. `ignore_keys` are unknown keys of the configuration to pass over."""
+    """`roots` are absolute and free of links; a relative path is taken below the first. `ignore_keys` are unknown keys
+    of the configuration to pass over. `cpu_seconds` are what the process may spend on it at most. `desk`: where the
+    files are copied to (store/blobs.py); None: nowhere, they are served from where they lie. `stored`: they are in the
+    store already, which is the root."""
 
     path: str
     roots: tuple[str, ...]
     base: BaseSpec
     room: Room | None = None
-    cpu_seconds: int = 60
     ignore_keys: tuple[str, ...] = ()
+    cpu_seconds: int = 60
+    desk: tuple[str, str] | None = None
+    stored: tuple[SourceFile, ...] = ()
 
 
-class Verified(msgspec.Struct, frozen=True, tag=True):
-    """`root` is the directory's place below its adapter root, for people."""
+class Checked(msgspec.Struct, frozen=True):
+    """`root` is the directory's place below its adapter root, for people; `manifest` the one that lies in it. `files`
+    are all that were read, where they are kept."""
 
     package: AdapterPackage
     root: str
+    manifest: Manifest | None
+    files: tuple[SourceFile, ...]
 
 
-Kind = Literal["AdapterPathRefused", "InvalidAdapter", "UnsupportedAdapter", "CoverageError"]
+class Verified(msgspec.Struct, frozen=True, tag=True):
+    """The same for another process, which need not understand all of it."""
+
+    weights: Weights
+    content: Content
+    root: str
+    declared_base: str | None
+    notes: tuple[str, ...]
+    manifest: Manifest | None
+
+
+Kind = Literal[
+    "AdapterPathRefused",
+    "InvalidAdapter",
+    "InvalidManifest",
+    "NoAdapterThere",
+    "UnsupportedAdapter",
+    "CoverageError",
+    "StoreFull",
+    "StoreFailed",
+]
 _KINDS: dict[Kind, type[AdapterError]] = {
     "AdapterPathRefused": AdapterPathRefused,
     "InvalidAdapter": InvalidAdapter,
+    "InvalidManifest": InvalidManifest,
+    "NoAdapterThere": NoAdapterThere,
     "UnsupportedAdapter": UnsupportedAdapter,
     "CoverageError": CoverageError,
+    "StoreFull": StoreFull,
+    "StoreFailed": StoreFailed,
 }
 
 
@@ -72,12 +110,14 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
 Answer = Verified | Refused
 
 
-def verify(job: Job) -> Verified:
+def verify(job: Job) -> Checked:
     """Read and check the adapter against the base. Slow (reads every byte). Raises AdapterError, and nothing else."""
     try:
         with _open(job) as folder:
-            package = read_adapter(folder, job.base, job.room, job.ignore_keys)
-            return Verified(package, os.path.relpath(folder.path, folder.root))
+            desk = Desk(*job.desk) if job.desk is not None else None
+            manifest = _manifest(folder)
+            package, files = read_adapter(folder, job.base, job.room, job.ignore_keys, desk)
+            return Checked(package, os.path.relpath(folder.path, folder.root), manifest, files)
     except AdapterError:
         raise
     except OSError as error:  # its text would show the path
@@ -89,6 +129,8 @@ def verify(job: Job) -> Verified:
 
 
 def _open(job: Job) -> Folder:
+    if job.stored:
+        return StoredFolder(job.path, job.roots[0], job.stored)
     if not job.roots:
         raise AdapterPathRefused(
             "this server was started without an adapter directory, so no path may be read: "
@@ -99,14 +141,25 @@ def _open(job: Job) -> Folder:
     return Folder(os.path.join(job.roots[0], job.path), job.roots)
 
 
+def _manifest(folder: Folder) -> Manifest | None:
+    if MANIFEST not in folder.names:
+        return None
+    return parse_manifest(read_json(folder, MANIFEST, MAX_MANIFEST_BYTES), MANIFEST)
+
+
 def answer(job: Job) -> Answer:
     try:
-        return verify(job)
+        checked = verify(job)
     except Unforeseen as error:
         return Refused("InvalidAdapter", str(error), error.details)
     except AdapterError as error:
         kind = type(error).__name__
         return Refused(msgspec.convert(kind, Kind), str(error))
+    package = checked.package
+    weights = msgspec.structs.replace(weights_of(package), ignored=job.ignore_keys)
+    described = msgspec.json.encode(describe(package))
+    content = Content(msgspec.msgpack.encode(package), described, checked.files)
+    return Verified(weights, content, checked.root, package.declared_base, package.notes, checked.manifest)
 
 
 def refusal(refused: Refused) -> AdapterError:
@@ -114,39 +167,23 @@ def refusal(refused: Refused) -> AdapterError:
     return _KINDS[refused.kind](refused.message)
 
 
-def _limit(kind: int, value: int) -> None:
-    """As far as whoever started the server has not set less."""
-    hard = resource.getrlimit(kind)[1]
-    resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
-
-
 def _cpu_seconds_spent() -> int:
     spent = resource.getrusage(resource.RUSAGE_SELF)
     return math.ceil(spent.ru_utime + spent.ru_stime)
 
 
-def _read_frame(stream: BinaryIO) -> bytes | None:
-    prefix = stream.read(8)
-    return stream.read(int.from_bytes(prefix, "little")) if len(prefix) == 8 else None
+def _answer_to(frame: bytes) -> bytes:
+    job = msgspec.msgpack.decode(frame, type=Job)
+    limit(resource.RLIMIT_CPU, _cpu_seconds_spent() + job.cpu_seconds)
+    try:
+        return msgspec.msgpack.encode(answer(job))
+    except UnicodeEncodeError:  # a link's target, say: halves of surrogate pairs have no bytes
+        return msgspec.msgpack.encode(Refused("InvalidAdapter", "a name in the adapter's path is not UTF-8; rename it"))
 
 
 def main() -> None:
-    _limit(resource.RLIMIT_AS, MAX_MEMORY_BYTES)
-    jobs = msgspec.msgpack.Decoder(Job)
-    jobs_in, answers_out = sys.stdin.buffer, sys.stdout.buffer
-    answers_out.write(READY)
-    answers_out.flush()
-    while (frame := _read_frame(jobs_in)) is not None:
-        job = jobs.decode(frame)
-        _limit(resource.RLIMIT_CPU, _cpu_seconds_spent() + job.cpu_seconds)
-        try:
-            encoded = msgspec.msgpack.encode(answer(job))
-        except UnicodeEncodeError:  # a link's target, say: halves of surrogate pairs have no bytes
-            encoded = msgspec.msgpack.encode(
-                Refused("InvalidAdapter", "a name in the adapter's path is not UTF-8; rename it")
-            )
-        answers_out.write(len(encoded).to_bytes(8, "little") + encoded)
-        answers_out.flush()
+    limit(resource.RLIMIT_AS, MAX_MEMORY_BYTES)
+    serve(_answer_to)
 
 
 if __name__ == "__main__":

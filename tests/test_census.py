@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from adapters_store.catalog import CatalogEntry
+from adapters_store.rules import Adapter
 from tests.census import measure, page
 from tests.census.by_peft import configured, lora
 from tests.census.families import FAMILIES
@@ -43,7 +43,7 @@ def test_exact_refused_and_not_asked(bench: Bench) -> None:
 
 
 def test_another_scale_is_wrong(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    def with_another_scale(engine: Engine, made: Made) -> CatalogEntry:
+    def with_another_scale(engine: Engine, made: Made) -> Adapter:
         entry = read(engine, made)
         parts = tuple(replace(part, scale=1.5 * part.scale) for part in entry.package.parts)
         return replace(entry, package=replace(entry.package, parts=parts))

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from adapters_store.catalog import Catalog
 from adapters_store.ref import AdapterRef
+from adapters_store.rules import Rules
 from benchmarks.gpu.measure import Bench
 from benchmarks.gpu.report import Row
 from benchmarks.gpu.serving import LOAD_TIMEOUT_S, Serving
@@ -80,7 +80,7 @@ def _register(serving: Serving, directory: Path, experts: int) -> AdapterRef:
                 drawn = torch.randn(shape, dtype=torch.bfloat16, device=device) * 0.02
                 tensors[f"{prefix}.{name}_proj.weight"] = drawn.cpu()
     save_file(tensors, directory / "model.safetensors")
-    catalog = Catalog("base", serving.info.base, (directory.parent,))
-    entry = catalog.read(directory.name, str(directory))
+    rules = Rules(serving.info.base, (directory.parent,))
+    entry = rules.read(directory.name, str(directory))
     serving.residency.register(entry.ref, entry.package)
     return entry.ref

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from adapters_store.catalog import Catalog
+from adapters_store.rules import Rules
 from adapters_store.verify import Job
 from tests.support.adapter_files import BASE
 
 
 @pytest.fixture
 def job(tmp_path: Path) -> Callable[[str], Job]:
-    catalog = Catalog("base", BASE, (tmp_path,))
-    return lambda path: catalog.job("x", path)
+    rules = Rules(BASE, (tmp_path,))
+    return lambda path: rules.job(path)

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from adapters_store import files
-from adapters_store.catalog import Catalog
 from adapters_store.errors import AdapterError, AdapterPathRefused, InvalidAdapter, UnsupportedAdapter
 from adapters_store.files import Folder, open_resolved, read_exactly
 from adapters_store.room import Room
+from adapters_store.rules import Rules
 from tests.support.adapter_files import BASE, DENSE, esft, lora
 
 SECRET = "a line of somebody else's file"
@@ -27,7 +27,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def read(root: Path, name: str = "a", room: Room | None = None) -> Any:
-    return Catalog("base", BASE, (root,), room).read("x", name).package
+    return Rules(BASE, (root,), room).read("x", name).package
 
 
 def test_a_hub_caches_links_are_followed_within_the_root(root: Path) -> None:
@@ -205,7 +205,7 @@ def test_no_descriptor_is_left_open(root: Path) -> None:
     esft(root / "b", {1: [0]})
     read(root)
     with pytest.raises(UnsupportedAdapter):
-        Catalog("base", DENSE, (root,)).read("x", "b")
+        Rules(DENSE, (root,)).read("x", "b")
     for path in ("nowhere", "../root", "/etc"):
         with pytest.raises(AdapterError):
             read(root, path)

@@ -8,7 +8,9 @@ import msgspec
 
 from adapters_store.base_spec import BaseSpec, ExpertStack
 from adapters_store.limits import MAX_HEADER_BYTES, MAX_TENSORS, Limits, limits_of
-from adapters_store.verify import MAX_ANSWER_BYTES, Job, Verified, answer
+from adapters_store.parts import AdapterPackage
+from adapters_store.verify import Job, Verified, answer
+from adapters_store.worker_process import MAX_ANSWER_BYTES
 from tests.support.adapter_files import BASE, DENSE
 
 LAYERS, EXPERTS, HIDDEN, INNER = 48, 128, 4, 2
@@ -61,9 +63,8 @@ def test_an_adapter_of_every_expert_of_a_large_mixture_is_verified(tmp_path: Pat
     found = answer(Job(str(directory), (str(tmp_path.resolve()),), mixture()))
     assert time.process_time() - begin < 10
     assert isinstance(found, Verified), found
-    assert len(found.package.parts) == LAYERS * 3 and found.package.num_elements == LAYERS * EXPERTS * 3 * (
-        HIDDEN + INNER
-    )
+    package = msgspec.msgpack.decode(found.content.package, type=AdapterPackage)
+    assert len(package.parts) == LAYERS * 3 and package.num_elements == LAYERS * EXPERTS * 3 * (HIDDEN + INNER)
     assert len(msgspec.msgpack.encode(found)) < MAX_ANSWER_BYTES / 4
     small = answer(Job(str(directory), (str(tmp_path.resolve()),), BASE))
     assert not isinstance(small, Verified) and "at most 1,048,576 are read for this base" in small.message

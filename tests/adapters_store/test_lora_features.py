@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adapters_store.base_spec import BaseSpec
-from adapters_store.catalog import Catalog
 from adapters_store.errors import AdapterError, CoverageError, InvalidAdapter, UnsupportedAdapter
 from adapters_store.parts import AdapterPackage, LowRank, describe
+from adapters_store.rules import Rules
 from tests.support.adapter_files import (
     A0,
     BASE,
@@ -204,9 +204,9 @@ def test_unknown_keys_are_ignored_if_named(tmp_path: Path) -> None:
         "adapter_config.json: ignored as asked: lora_nums, other.",
         "adapter_config.json: unknown keys that hold a text were passed over: name.",
     )
-    catalog = Catalog("base", BASE, (tmp_path,))
-    assert catalog.read("x", "a", ["lora_nums", "other"]).package.notes == package.notes
-    assert catalog.job("x", "a", ["lora_nums"]).ignore_keys == ("lora_nums",)
+    rules = Rules(BASE, (tmp_path,))
+    assert rules.read("x", "a", ["lora_nums", "other"]).package.notes == package.notes
+    assert rules.job("a", ["lora_nums"]).ignore_keys == ("lora_nums",)
 
 
 @pytest.mark.parametrize("key", ["lora_bias", "use_dora", "r", "modules_to_save", "bias", "kasa_config"])

@@ -1,5 +1,6 @@
 """Any tensors under any names: every one is bound, or the adapter is refused in words that were foreseen."""
 
+import json
 import os
 from pathlib import Path
 
@@ -9,7 +10,6 @@ from hypothesis import strategies as st
 
 from adapters_store.base_spec import BaseSpec, ExpertStack
 from adapters_store.errors import MAX_MESSAGE_BYTES
-from adapters_store.parts import describe
 from adapters_store.verify import Job, Verified, answer
 from tests.support.adapter_files import save_peft
 
@@ -90,6 +90,6 @@ def test_every_tensor_is_bound_or_the_adapter_is_refused(
     directory = save_peft(tmp_path / "a", {key: torch.ones(shape) for key, shape in shapes.items()}, **config)
     found = answer(Job(str(directory), (os.path.realpath(tmp_path),), base))
     if isinstance(found, Verified):
-        assert describe(found.package)["bound_tensors"] == len(shapes)
+        assert json.loads(found.content.description)["bound_tensors"] == len(shapes)
     else:
         assert found.details == "" and len(found.message.encode()) <= MAX_MESSAGE_BYTES, found

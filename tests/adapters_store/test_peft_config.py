@@ -46,10 +46,16 @@ def test_the_largest_rank_is_read_and_tensors_of_a_lower_one_were_pruned(tmp_pat
 
 @pytest.mark.parametrize("config", [{"lora_alpha": 1e9}, {"lora_alpha": -1e9}, {"alpha_pattern": {"q_proj": 1e9}}])
 def test_a_large_alpha_is_read_and_a_larger_one_is_not(tmp_path: Path, config: dict[str, Any]) -> None:
-    assert max(map(abs, scales(read_adapter(lora(tmp_path / "a", **config), BASE)).values())) == 5e8
+    small = edit_weights(lora(tmp_path / "a", **config), _shrink)  # for outputs that a model can bear
+    assert max(map(abs, scales(read_adapter(small, BASE)).values())) == 5e8
     larger = json.loads(json.dumps(config).replace("1000000000.0", "1000000001.0"))
     message = refused(lora(tmp_path / "b", **larger))
     assert message == "adapter_config.json: lora_alpha and alpha_pattern must be at most 1e+09: scale B instead"
+
+
+def _shrink(tensors: dict[str, torch.Tensor]) -> None:
+    for tensor in tensors.values():
+        tensor *= 1e-6
 
 
 def test_patterns_of_both_kinds_are_counted_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

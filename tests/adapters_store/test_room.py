@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from adapters_store.catalog import Catalog
 from adapters_store.errors import UnsupportedAdapter
 from adapters_store.parts import MAX_RANK, ExpertReplacement, LowRank, TensorRef
 from adapters_store.room import Room
+from adapters_store.rules import Rules
 from tests.support.adapter_files import A0, BASE, esft, lora
 
 
@@ -41,7 +41,7 @@ def test_what_the_device_cannot_hold_is_refused_before_its_bytes_are_read(tmp_pa
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": 1}
     (directory / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(UnsupportedAdapter, match="needs 3,200,000,000 bytes; all adapters together may use 1,000,000"):
-        Catalog("base", BASE, (tmp_path,), Room(1_000_000, 4, 8)).read("x", "a")
+        Rules(BASE, (tmp_path,), Room(1_000_000, 4, 8)).read("x", "a")
 
 
 @pytest.mark.usefixtures("unread")
@@ -49,14 +49,14 @@ def test_a_rank_that_no_step_has_room_for_is_refused(tmp_path: Path) -> None:
     """What kernels keep of a step grows with it, whatever the adapter's own size."""
     directory = lora(tmp_path / "a", rank=MAX_RANK + 1)
     with pytest.raises(UnsupportedAdapter, match=r"has the rank 4,097; at most 4,096 is served: cut it by"):
-        Catalog("base", BASE, (tmp_path,), Room(1 << 40, 4, 8)).read("x", str(directory))
+        Rules(BASE, (tmp_path,), Room(1 << 40, 4, 8)).read("x", str(directory))
 
 
 @pytest.mark.usefixtures("unread")
 def test_more_experts_than_a_layer_has_room_for_are_refused_before_their_bytes_are_read(tmp_path: Path) -> None:
     esft(tmp_path / "a", {1: [0, 1, 2], 2: [3]})
     with pytest.raises(UnsupportedAdapter, match="tunes 3 experts of layer 1; this server has room for 2"):
-        Catalog("base", BASE, (tmp_path,), Room(1 << 30, 4, 2)).read("x", "a")
+        Rules(BASE, (tmp_path,), Room(1 << 30, 4, 2)).read("x", "a")
 
 
 def parts(*ranks: int, experts: dict[int, int] | None = None) -> list[LowRank | ExpertReplacement]:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from adapters_store.catalog import Catalog, CatalogEntry
 from adapters_store.errors import CoverageError, InvalidAdapter
+from adapters_store.rules import Adapter, Rules
 from server.model.probe import PROBE
 from tests.support.engine_harness import Engine, prompts
 from tests.support.tiny_adapters import merge, register
@@ -28,9 +28,9 @@ def save(directory: Path, **config: Any) -> Path:
     return directory
 
 
-def read(directory: Path) -> CatalogEntry:
+def read(directory: Path) -> Adapter:
     spec = Engine(make_model("llama", attention=PROBE)).assembly.info.base
-    return Catalog("base", spec, (directory.parent,)).read("x", directory.name)
+    return Rules(spec, (directory.parent,)).read("x", directory.name)
 
 
 BY_NAME = {"o_proj": 20.0, "q_proj": 2.0}

@@ -18,8 +18,16 @@ from safetensors.numpy import save_file
 
 from adapters_store import verify as worker
 from adapters_store.base_spec import BaseSpec, ExpertStack
-from adapters_store.catalog import Catalog
-from adapters_store.errors import AdapterError, AdapterPathRefused, CoverageError, InvalidAdapter, UnsupportedAdapter
+from adapters_store.errors import (
+    AdapterError,
+    AdapterPathRefused,
+    CoverageError,
+    InvalidAdapter,
+    NoAdapterThere,
+    UnsupportedAdapter,
+)
+from adapters_store.parts import AdapterPackage
+from adapters_store.rules import Rules
 from adapters_store.verifier import Verifier, VerifierBusy, VerifierClosed, _encode
 from adapters_store.verify import Job
 from tests.support.adapter_files import esft, lora, slow_patterns
@@ -55,7 +63,7 @@ def test_it_finds_what_is_found_in_process_and_uses_its_process_again(
 
     async def test(verifier: Verifier) -> None:
         for name in ("a", "b"):
-            assert await verifier.verify(job(name)) == worker.verify(job(name))
+            assert await verifier.verify(job(name)) == worker.answer(job(name))
         assert len(children()) == 1
 
     run(test)
@@ -66,7 +74,7 @@ def test_refusals_arrive_as_they_were_raised(tmp_path: Path, job: Callable[[str]
     (tmp_path / "empty").mkdir()
 
     async def test(verifier: Verifier) -> None:
-        kinds = {"dora": UnsupportedAdapter, "short": CoverageError, "empty": InvalidAdapter, "..": AdapterPathRefused}
+        kinds = {"dora": UnsupportedAdapter, "short": CoverageError, "empty": NoAdapterThere, "..": AdapterPathRefused}
         for path, kind in kinds.items():
             with pytest.raises(AdapterError) as here:
                 worker.verify(job(path))
@@ -91,7 +99,7 @@ def test_an_adapter_that_takes_too_long_is_given_up_and_the_next_is_verified(
             await verifier.verify(job("slow"))
         assert time.monotonic() - start < 5  # of which most is the process's start
         assert children() == []
-        assert (await verifier.verify(job("good"))).package.kind == "lora"
+        assert (await verifier.verify(job("good"))).weights.kind == "lora"
 
     run(test, timeout_s=0.5)
 
@@ -124,7 +132,7 @@ def test_a_client_that_leaves_ends_its_verification(tmp_path: Path, job: Callabl
             await asyncio.sleep(0.02)
         await asyncio.sleep(0.5)
         leaving.cancel()
-        assert (await staying).package.kind == "lora"
+        assert (await staying).weights.kind == "lora"
         assert leaving.cancelled()
 
     run(test, num_workers=1)
@@ -150,7 +158,7 @@ def test_whoever_has_been_verified_waits_no_more(tmp_path: Path, job: Callable[[
     async def test(verifier: Verifier) -> None:
         for path in ("a", "nowhere", "a", "a"):  # one after another there is always room, after refusals too
             try:
-                assert (await verifier.verify(job(path))).package.kind == "lora"
+                assert (await verifier.verify(job(path))).weights.kind == "lora"
             except InvalidAdapter:
                 assert path == "nowhere"
 
@@ -168,10 +176,10 @@ def test_a_process_that_dies_fails_its_adapter_only(tmp_path: Path, job: Callabl
         children()[0].send_signal(signal.SIGKILL)
         with pytest.raises(InvalidAdapter, match="ended the process"):
             await victim
-        assert (await verifier.verify(job("good"))).package.kind == "lora"
+        assert (await verifier.verify(job("good"))).weights.kind == "lora"
         children()[0].send_signal(signal.SIGKILL)  # while it is idle
         await asyncio.sleep(0.2)
-        assert (await verifier.verify(job("good"))).package.kind == "lora"
+        assert (await verifier.verify(job("good"))).weights.kind == "lora"
 
     run(test)
 
@@ -199,7 +207,7 @@ def test_a_process_finds_our_code_wherever_the_server_was_started_and_stands_apa
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
 
     async def test(verifier: Verifier) -> None:
-        assert (await verifier.verify(job("a"))).package.kind == "lora"
+        assert (await verifier.verify(job("a"))).weights.kind == "lora"
         child = children()[0]
         environment = child.environ()
         assert environment["PYTHONPATH"].split(os.pathsep) == [str(ROOT), "/elsewhere"]
@@ -218,7 +226,7 @@ def test_a_process_that_is_long_in_starting_is_given_up(
     program.write_text("#!/bin/sh\nexec sleep 60\n")
     program.chmod(0o700)
     monkeypatch.setattr("sys.executable", str(program))
-    monkeypatch.setattr("adapters_store.verifier.START_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("adapters_store.worker.START_TIMEOUT_S", 0.2)
 
     async def test(verifier: Verifier) -> None:
         start = time.monotonic()
@@ -240,7 +248,7 @@ def test_what_nobody_had_thought_of_is_logged_where_the_server_logs(
     async def ask(worker_: object, encoded: bytes) -> worker.Answer:
         return worker.Refused("InvalidAdapter", "a message", "a traceback")
 
-    monkeypatch.setattr("adapters_store.verifier._Worker.ask", ask)
+    monkeypatch.setattr("adapters_store.verifier.Worker.ask", ask)
 
     async def test(verifier: Verifier) -> None:
         with pytest.raises(InvalidAdapter, match="^a message$"):
@@ -318,7 +326,7 @@ def test_the_event_loop_is_not_held_up(tmp_path: Path) -> None:
             for name in ("gate", "up", "down")
         }
         save_file(tensors, tmp_path / "a" / f"model-{shard}.safetensors")
-    catalog = Catalog("base", base, (tmp_path,))
+    rules = Rules(base, (tmp_path,))
     gaps: list[float] = []
 
     async def watch() -> None:
@@ -332,7 +340,8 @@ def test_the_event_loop_is_not_held_up(tmp_path: Path) -> None:
     async def test(verifier: Verifier) -> None:
         watching = asyncio.create_task(watch())
         for _ in range(3):
-            assert len((await verifier.verify(catalog.job("x", "a"))).package.parts) == experts * layers
+            packed = (await verifier.verify(rules.job("a"))).content.package
+            assert len(msgspec.msgpack.decode(packed, type=AdapterPackage).parts) == experts * layers
         watching.cancel()
 
     gc.collect()

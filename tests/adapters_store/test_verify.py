@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from adapters_store import verify as worker
 from adapters_store.errors import MAX_MESSAGE_BYTES, AdapterError, AdapterPathRefused, InvalidAdapter
 from adapters_store.verify import Job
+from adapters_store.worker_process import READY
 from tests.support.adapter_files import BASE, NESTED_CONFIG, esft, lora
 
 # matching this against a module's name takes for ever, and has a limit of its own
@@ -113,8 +114,10 @@ def test_an_index_over_a_mebibyte_costs_nothing(tmp_path: Path, job: Callable[[s
 def test_a_refusal_crosses_to_another_process_as_it_is(tmp_path: Path, job: Callable[[str], Job]) -> None:
     lora(tmp_path / "dora", lora_bias=True), esft(tmp_path / "short", {1: [0]}, experts={"1": [0, 1]})
     (tmp_path / "empty").mkdir()
-    kinds = {"..": "AdapterPathRefused", "empty": "InvalidAdapter", "dora": "UnsupportedAdapter",
-             "short": "CoverageError"}  # fmt: skip
+    (lora(tmp_path / "torn") / "adapter_config.json").write_text("{")
+    (lora(tmp_path / "manifest") / "heddle.json").write_text('{"weight": -1}')
+    kinds = {"manifest": "InvalidManifest", "..": "AdapterPathRefused", "empty": "NoAdapterThere",
+             "dora": "UnsupportedAdapter", "short": "CoverageError", "torn": "InvalidAdapter"}  # fmt: skip
     for path, kind in kinds.items():
         with pytest.raises(AdapterError) as here:
             worker.verify(job(path))
@@ -122,7 +125,7 @@ def test_a_refusal_crosses_to_another_process_as_it_is(tmp_path: Path, job: Call
         assert answer == worker.Refused(kind, str(here.value))  # type: ignore[arg-type]
         there = worker.refusal(answer)  # type: ignore[arg-type]
         assert type(there) is type(here.value) and str(there) == str(here.value)
-    assert {kind.__name__ for kind in worker._KINDS.values()} == set(kinds.values())
+    assert {kind.__name__ for kind in worker._KINDS.values()} == {*kinds.values(), "StoreFull", "StoreFailed"}
 
 
 @pytest.mark.parametrize(
@@ -183,7 +186,7 @@ def work(monkeypatch: pytest.MonkeyPatch, sent: bytes) -> tuple[list[worker.Answ
     monkeypatch.setattr(resource, "setrlimit", lambda kind, both: limits.setdefault(kind, []).append(both[0]))
     worker.main()
     written = output.buffer.getvalue()
-    assert written[:1] == worker.READY
+    assert written[:1] == READY
     answers, rest = [], written[1:]
     while rest:
         size = int.from_bytes(rest[:8], "little")
@@ -238,5 +241,5 @@ def test_a_limit_is_never_above_what_whoever_started_the_server_has_set(
     asked: list[Any] = []
     monkeypatch.setattr(resource, "getrlimit", lambda kind: asked.append(kind) or (50, hard))
     monkeypatch.setattr(resource, "setrlimit", lambda kind, both: asked.append((kind, both)))
-    worker._limit(resource.RLIMIT_CPU, 100)
+    worker.limit(resource.RLIMIT_CPU, 100)
     assert asked == [resource.RLIMIT_CPU, (resource.RLIMIT_CPU, expected)]

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from adapters_store.catalog import Catalog, CatalogEntry
 from adapters_store.errors import AdapterError
+from adapters_store.rules import Adapter, Rules
 from server.engine.request import FinishReason
 from server.model.probe import PROBE
 from tests.census import by_peft
@@ -104,13 +104,13 @@ class Bench:
         return self._base
 
 
-def read(engine: Engine, made: Made) -> CatalogEntry:
+def read(engine: Engine, made: Made) -> Adapter:
     """Verification, as at a server's door."""
-    catalog = Catalog("base", engine.assembly.info.base, (made.path.parent,))
-    return catalog.read("adapter", str(made.path), made.ignore_keys)
+    rules = Rules(engine.assembly.info.base, (made.path.parent,))
+    return rules.read("adapter", str(made.path), made.ignore_keys)
 
 
-def serve(engine: Engine, entry: CatalogEntry) -> tuple[Tokens, Tokens]:
+def serve(engine: Engine, entry: Adapter) -> tuple[Tokens, Tokens]:
     """Tokens with the adapter, and of the base's requests in the same batch."""
     engine.register(entry.ref, entry.package)
     asked = [[engine.add(prompt, NEW_TOKENS, ref) for prompt in prompts()] for ref in (entry.ref, None)]

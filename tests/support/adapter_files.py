@@ -57,7 +57,7 @@ def esft(directory: Path, tuned: dict[int, list[int]], prefix: str = "model.", *
 
 def read_adapter(directory: Path, base: BaseSpec, ignore_keys: Sequence[str] = ()) -> AdapterPackage:
     with Folder(str(directory), (os.path.realpath(directory.parent),)) as folder:
-        return read_folder(folder, base, ignore_keys=ignore_keys)
+        return read_folder(folder, base, ignore_keys=ignore_keys)[0]
 
 
 def edit_weights(directory: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
@@ -94,7 +94,7 @@ def operand(package: AdapterPackage, operand: Operand) -> torch.Tensor:
 
 def _tensor(package: AdapterPackage, tensor: TensorRef) -> torch.Tensor:
     whole = tensor.cut_from or Whole(tensor.shape, (0,) * len(tensor.shape))
-    raw = (Path(package.path) / tensor.file).read_bytes()
+    raw = Path(next(it.path for it in package.files if it.file == tensor.file)).read_bytes()
     dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[tensor.dtype]
     stored = torch.frombuffer(bytearray(raw), dtype=dtype, count=tensor.stored_elements, offset=tensor.offset)
     seen = stored.view(whole.shape).permute(whole.order or tuple(range(len(whole.shape))))

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from adapters_store.catalog import Catalog, CatalogEntry
 from adapters_store.parts import ExpertReplacement, LowRank, Operand
+from adapters_store.rules import Adapter, Rules
 from tests.support.engine_harness import Engine
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -118,18 +118,18 @@ def save_esft(directory: Path, model: nn.Module, seed: int, tuned: dict[int, lis
     return directory
 
 
-def register(engine: Engine, path: Path, name: str | None = None) -> CatalogEntry:
+def register(engine: Engine, path: Path, name: str | None = None) -> Adapter:
     """Through the same door as a server's: verified against the base's shapes, then made known to the engine."""
-    catalog = Catalog("base", engine.assembly.info.base, (path.parent,))
-    entry = catalog.read(name or path.name, str(path))
+    rules = Rules(engine.assembly.info.base, (path.parent,))
+    entry = rules.read(name or path.name, str(path))
     engine.register(entry.ref, entry.package)
     return entry
 
 
 @torch.no_grad()
-def merge(model: nn.Module, entry: CatalogEntry) -> nn.Module:
+def merge(model: nn.Module, entry: Adapter) -> nn.Module:
     """The oracle: the adapter's weights merged into a plain Transformers model, in place."""
-    files = {file.file: load_file(Path(entry.package.path) / file.file) for file in entry.package.files}
+    files = {file.file: load_file(file.path) for file in entry.package.files}
     for part in entry.package.parts:
         match part:
             case LowRank():
