@@ -38,7 +38,7 @@ class Heddle:
                    str(directory / "adapters"), "--model-name", "bench-base", "--port", str(self.port),
                    *options]  # fmt: skip
         # in its own root, and first on the path: the environment may hold another checkout of the same packages
-        environment = {**os.environ, "PYTHONPATH": str(root)}
+        environment = {**os.environ, "PYTHONPATH": str(root), "XDG_DATA_HOME": str(directory / f"data-{self.port}")}
         self._process = subprocess.Popen(command, cwd=root, env=environment, stderr=subprocess.DEVNULL)
         self.url = f"http://127.0.0.1:{self.port}"
         deadline = time.monotonic() + 300

@@ -3,6 +3,7 @@
 The engine's part crosses the process seam as a message, so both are msgspec structs.
 """
 
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -59,7 +60,13 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     base_names: tuple[str, ...] = ()  # what the base is known as beside that, compared with what adapters say
     strict_base: bool = False  # refuse adapters that say they were trained on another base
     ignore_keys: tuple[str, ...] = ()  # unknown keys of configurations below adapters_dir to pass over
+    store: str | None = None  # where adapters are kept; default: a directory for this base among the user's data
+    max_adapters: int = 100_000  # registered at once
+    allow_sources: tuple[str, ...] = ()  # what may be fetched from elsewhere, as source:pattern
+    max_upload_bytes: int = 0  # of one adapter that is sent; 0: twice adapter_bytes, which float32 files of them have
     verify_timeout_s: float = 60.0  # for one adapter, every byte of which is read
+    fetch_timeout_s: float = 3600.0  # for one adapter that is fetched
+    verify_bound: float | None = None  # difference from merged weights that is allowed, as a part of the largest logit
     host: str = "127.0.0.1"
     port: int = 8000
     max_connections: int = 2048
@@ -83,10 +90,19 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     drain_s: float = 5.0  # time in which running requests may finish after Ctrl-C or SIGTERM
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "max_request_tokens", "engine_silence_exit_s", "drain_s")
-        _at_least(self, 1, "max_body_bytes", "max_n", "max_prompts", "max_sequences", "max_messages", "max_parts",
-                  "max_stop", "max_stop_chars", "max_concurrent_requests", "max_connections")  # fmt: skip
-        for name in ("header_timeout_s", "body_timeout_s", "write_timeout_s", "engine_silence_s", "startup_timeout_s"):
+        _at_least(self, 0, "max_request_tokens", "engine_silence_exit_s", "drain_s", "max_upload_bytes")
+        _at_least(self, 1, "max_adapters", "max_body_bytes", "max_n", "max_prompts", "max_sequences", "max_messages",
+                  "max_parts", "max_stop", "max_stop_chars", "max_concurrent_requests", "max_connections")  # fmt: skip
+        if self.verify_bound is not None and not 0 <= self.verify_bound < math.inf:
+            raise ConfigError(f"verify_bound must be at least 0, not {self.verify_bound:g}")
+        for name in (
+            "fetch_timeout_s",
+            "header_timeout_s",
+            "body_timeout_s",
+            "write_timeout_s",
+            "engine_silence_s",
+            "startup_timeout_s",
+        ):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be more than 0 seconds, not {getattr(self, name)}")
         if not 0 < self.verify_timeout_s < 86400:

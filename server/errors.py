@@ -9,6 +9,8 @@ HeddleError
 ├── UnsupportedEncoding   415  the body is compressed
 ├── TooManyHeaders        431  more headers than are read
 ├── ClientLeft            499  nobody waits for the answer any more
+├── TooManyOfAdapter      429  as many requests of this adapter are under way as its manifest allows
+├── AdapterDeleted        404  the adapter was deleted, and the time is up in which its requests could finish
 ├── EngineDead            503  the engine process has ended; nothing can be generated
 ├── EngineSilent          503  the engine process lives, and has said nothing for too long
 ├── ShuttingDown          503  a signal has come; nothing new is taken
@@ -18,12 +20,31 @@ HeddleError
 AdapterError                   adapters_store/errors.py says what each means
 ├── AdapterNotFound       404
 ├── AdapterConflict       409
+│   └── CatalogFull       409
+├── RevisionChanged       412
 ├── InvalidAdapterName    400
+├── InvalidAlias          400
+├── InvalidManifest       422
 ├── AdapterPathRefused    400
 ├── InvalidAdapter        422
+│   ├── GivenUp           422
+│   ├── NoAdapterThere    422
 │   └── Unforeseen        422
 ├── UnsupportedAdapter    422
-└── CoverageError         422
+├── CoverageError         422
+├── WrongBase             422
+├── AdapterQuarantined    422
+├── FileNameRefused       400
+├── UploadNotFound        404
+├── UploadConflict        409
+├── UploadTooLarge        413
+├── SourceRefused         400
+├── SourceNotFound        404
+├── SourceFailed          502
+├── StoreFailed           503
+│   ├── StoreLocked       503
+│   └── StoreUnfit        503
+└── StoreFull             507
 """
 
 from adapters_store import errors as adapter_errors
@@ -88,6 +109,18 @@ class ClientLeft(HeddleError):
         super().__init__("the client left")
 
 
+class TooManyOfAdapter(HeddleError):
+    status = 429
+    type = "rate_limit_error"
+    code = "adapter_busy"
+
+
+class AdapterDeleted(HeddleError):
+    status = 404
+    type = "invalid_request_error"
+    code = "adapter_deleted"
+
+
 class EngineDead(HeddleError):
     status = 503
     type = "service_unavailable"
@@ -124,9 +157,26 @@ class GenerationFailed(HeddleError):
 ADAPTER_STATUS: dict[type[adapter_errors.AdapterError], tuple[int, str]] = {
     adapter_errors.AdapterNotFound: (404, "adapter_not_found"),
     adapter_errors.AdapterConflict: (409, "adapter_conflict"),
+    adapter_errors.CatalogFull: (409, "too_many_adapters"),
+    adapter_errors.RevisionChanged: (412, "revision_changed"),
     adapter_errors.InvalidAdapterName: (400, "invalid_adapter_name"),
+    adapter_errors.InvalidAlias: (400, "invalid_alias"),
+    adapter_errors.InvalidManifest: (422, "invalid_manifest"),
     adapter_errors.AdapterPathRefused: (400, "adapter_path_refused"),
     adapter_errors.InvalidAdapter: (422, "invalid_adapter"),
     adapter_errors.UnsupportedAdapter: (422, "unsupported_adapter"),
     adapter_errors.CoverageError: (422, "adapter_does_not_fit"),
+    adapter_errors.WrongBase: (422, "wrong_base"),
+    adapter_errors.AdapterQuarantined: (422, "adapter_quarantined"),
+    adapter_errors.FileNameRefused: (400, "file_name_refused"),
+    adapter_errors.UploadNotFound: (404, "upload_not_found"),
+    adapter_errors.UploadConflict: (409, "upload_conflict"),
+    adapter_errors.UploadTooLarge: (413, "upload_too_large"),
+    adapter_errors.SourceRefused: (400, "source_not_allowed"),
+    adapter_errors.SourceNotFound: (404, "source_not_found"),
+    adapter_errors.SourceFailed: (502, "source_failed"),
+    adapter_errors.StoreFull: (507, "store_full"),
+    adapter_errors.StoreFailed: (503, "store_failed"),
 }
+# the `type` of what is not the request's fault; "invalid_request_error" otherwise
+ADAPTER_ERROR_TYPE: dict[int, str] = {502: "bad_gateway", 503: "service_unavailable", 507: "insufficient_storage"}

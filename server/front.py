@@ -10,35 +10,52 @@ import time
 from collections.abc import Callable, Coroutine
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import uvicorn
 
-from adapters_store.catalog import Catalog, CatalogEntry
+from adapters_store.base_id import base_id
+from adapters_store.catalog import Catalog, Found
 from adapters_store.declared_base import names_of_base
 from adapters_store.errors import AdapterError, Unforeseen
+from adapters_store.formats import READER
 from adapters_store.room import Room
+from adapters_store.rules import Rules
+from adapters_store.sources import FetchLimits
+from adapters_store.sources.allowed import Allowed, parse_allowed
+from adapters_store.sources.fetcher import Fetcher
+from adapters_store.upload_files import UploadLimits
+from adapters_store.uploads import Uploads
 from adapters_store.verifier import Verifier
-from server import listener
-from server.api.adapters import register, verified
+from server import listener, storage
+from server.api.adapter_texts import AdapterTexts
 from server.api.app import create_app
 from server.api.connection import ConnectionLimits, limited
 from server.api.service import Service
 from server.api.text import Text
 from server.config import ServerConfig
-from server.engine.messages import Progress
+from server.engine.messages import EngineInfo, Progress
 from server.engine_child import EngineChild
-from server.errors import ShuttingDown, StartupError
+from server.errors import ConfigError, ShuttingDown, StartupError
+from server.exits import EXIT_FAILED, EXIT_STOPPED_EARLY
 from server.kernels_name import check_kernels_are_ours
+from server.lifecycle.inspection import Inspection
+from server.lifecycle.leases import Leases
+from server.lifecycle.lifecycle import Lifecycle
+from server.lifecycle.registry import Registry
+from server.lifecycle.terms import Terms
+from server.lifecycle.wish import Wish, source_path
 from server.metrics import Metrics
+from server.run_directory import RunDirectory
 
 log = logging.getLogger("heddle")
-EXIT_FAILED = 70  # EX_SOFTWARE: the engine died or never came up; a supervisor starts the server again
 SILENCE_CHECK_S = 1.0
 LONGEST_STEPS = 10
 MAX_HEAD_BYTES = 64 << 10
-EXIT_STOPPED_EARLY = 130  # as a shell reports Ctrl-C: a signal came before the server was ready
+# largest difference from merged weights that is the rounding of the type, as a part of the largest logit
+PARITY_BOUNDS = {"float32": 2e-3, "bfloat16": 0.25}
 
 
 @dataclass(frozen=True)
@@ -46,7 +63,7 @@ class Reports:
     """Whom to tell what, while the server starts."""
 
     progress: Callable[[Progress], None]
-    adapter: Callable[[str, CatalogEntry | AdapterError], None]
+    adapter: Callable[[str, Found | AdapterError], None]
     ready: Callable[[Service, str], None]  # with the URL
 
 
@@ -63,27 +80,71 @@ async def serve(config: ServerConfig, reports: Reports) -> int:
     text = Text.load(Path(config.engine.model_dir))
     # now, not after minutes of loading
     num_connections = listener.room_for_connections(config.max_connections)
-    with listener.bind(config.host, config.port) as door:
-        child, verifier = EngineChild(), Verifier(config.verify_timeout_s)
+    with listener.bind(config.host, config.port) as door, RunDirectory() as run:
+        store, is_durable = storage.choose_store(config, run)
+        registry = Registry(Catalog(config.base_name, config.max_adapters), store, is_durable)
+        child, verifier = EngineChild(run.path, registry), Verifier(config.verify_timeout_s)
         try:
-            service = await _unless_stopped(_start(config, text, child, verifier, reports), stopping)
+            service = await _unless_stopped(_start(config, text, child, verifier, registry, reports), stopping)
             if service is None:
                 return EXIT_STOPPED_EARLY
             server = _http_server(service, num_connections)
-            return await _serve_http(server, service, child, door, stopping, reports)
+            try:
+                return await _serve_http(server, service, child, door, stopping, reports)
+            finally:
+                await service.fetcher.close()
+                service.uploads.close()
+                await service.lifecycle.stop()
         finally:
             await verifier.close()
             await child.stop()
+            await registry.close()
 
 
-async def _start(config: ServerConfig, text: Text, child: EngineChild, verifier: Verifier, reports: Reports) -> Service:
+async def _start(
+    config: ServerConfig, text: Text, child: EngineChild, verifier: Verifier, registry: Registry, reports: Reports
+) -> Service:
     info = await child.start(config.engine, reports.progress, config.startup_timeout_s)
     room = Room(info.adapter_bytes, 4 if info.dtype == "float32" else 2, info.max_experts_per_adapter)
-    names = (*names_of_base(config.engine.model_dir), *config.base_names)
-    catalog = Catalog(config.base_name, info.base, config.roots, room, names)
-    service = Service(config, info, child.client, catalog, verifier, text, Metrics(child.client), int(time.time()))
+    terms = _terms(config, info)
+    storage.remember(registry.store, storage.Identity(config.base_name, info.base, room, terms))
+    texts, metrics = AdapterTexts(text), Metrics(child.client)
+    inspection = Inspection(
+        registry,
+        Rules(info.base, config.roots, room),
+        verifier,
+        child.client,
+        terms,
+        base_id=partial(registry.base_id, partial(base_id, Path(config.engine.model_dir))),
+        check_template=texts.for_template,
+    )
+    lifecycle = Lifecycle(inspection, child.client, Leases(), on_delete=metrics.forget_model)
+    most = config.max_upload_bytes or 2 * info.adapter_bytes
+    uploads = Uploads(registry.store.uploads, UploadLimits(max_upload_bytes=most))
+    fetcher = Fetcher(_allowed(config), FetchLimits(max_bytes=most), config.fetch_timeout_s)
+    started = int(time.time())
+    service = Service(config, info, child.client, lifecycle, uploads, fetcher, texts, metrics, started)
+    registry.load()
+    if registry.store.journal.identity("reader") != READER:
+        await lifecycle.read_again()
+        registry.store.identify({"reader": READER})
     await _register_directory(service, reports)
+    lifecycle.tell_pinned()
     return service
+
+
+def _allowed(config: ServerConfig) -> Allowed:
+    try:
+        return parse_allowed(config.allow_sources)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _terms(config: ServerConfig, info: EngineInfo) -> Terms:
+    names = (config.base_name, *names_of_base(config.engine.model_dir), *config.base_names)
+    bound = PARITY_BOUNDS[info.dtype] if config.verify_bound is None else config.verify_bound
+    most_pinned = max(1, config.engine.adapter_slots // 2)
+    return Terms(names, config.strict_base, bound, info.adapter_bytes // 2, most_pinned, info.graph_rank)
 
 
 async def _unless_stopped(work: Coroutine[Any, Any, Service], stopping: asyncio.Event) -> Service | None:
@@ -109,10 +170,10 @@ async def _register_directory(service: Service, reports: Reports) -> None:
         path = os.path.abspath(os.path.join(service.config.adapters_dir, name))
         if name.startswith(".") or os.path.isfile(path):
             continue
-        outcome: CatalogEntry | AdapterError
+        outcome: Found | AdapterError
         try:
-            outcome = await verified(name, path, service, service.config.ignore_keys)
-            register(outcome, service)
+            job = source_path(service.lifecycle.inspection.rules, path, service.config.ignore_keys)
+            outcome = (await service.lifecycle.register(Wish(name, job, is_durable=False), "--adapters")).found
         except AdapterError as refusal:
             outcome = refusal
         except Exception as error:  # whatever it is, it is this adapter's failure
@@ -139,12 +200,14 @@ async def _serve_http(
     http = asyncio.ensure_future(server.serve(sockets=[door]))
     pump = asyncio.ensure_future(child.client.pump())
     ends = [asyncio.ensure_future(child.wait()), asyncio.ensure_future(_silence(service))]
+    expiry = asyncio.ensure_future(service.lifecycle.expire())
     stop = asyncio.ensure_future(stopping.wait())
     try:
         while not server.started and not http.done():
             await asyncio.sleep(0.01)
         gc.freeze()  # what was made until now stays: a collection that walked it would hold up everybody
         door.listen(listener.BACKLOG)  # asyncio has just set it to what it accepts at once
+        storage.say_where(service.lifecycle.registry.store, listener.url(door))
         reports.ready(service, listener.url(door))
         await asyncio.wait((http, pump, stop, *ends), return_when=asyncio.FIRST_COMPLETED)
         if stop.done():
@@ -156,7 +219,8 @@ async def _serve_http(
         await http
         return 0 if stop.done() else EXIT_FAILED
     finally:
-        for task in (http, pump, stop, *ends):
+        storage.forget_where(service.lifecycle.registry.store)
+        for task in (http, pump, stop, expiry, *ends):
             task.cancel()
 
 
@@ -203,7 +267,7 @@ async def _report_death(service: Service, how: str) -> None:
 async def _drain(service: Service) -> None:
     """Take nothing new, let what runs finish for a while, and end the rest with an error event."""
     service.is_draining = True
-    await service.verifier.close()
+    await service.lifecycle.inspection.verifier.close()
     deadline = time.monotonic() + service.config.drain_s
     while service.client.num_requests and time.monotonic() < deadline:
         await asyncio.sleep(0.02)

@@ -4,7 +4,10 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import atexit
 import math
+import shutil
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -15,6 +18,10 @@ from torch import Tensor
 # without a GPU kernels run in Triton's interpreter; its decorator decides when a kernel's module is imported
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# servers keep registered adapters among the user's data
+os.environ["XDG_DATA_HOME"] = tempfile.mkdtemp(prefix="heddle-test-data-")
+atexit.register(shutil.rmtree, os.environ["XDG_DATA_HOME"], True)
 
 # the same examples in every CI run: what a new one finds is for whoever runs them by hand, not for somebody's merge
 settings.register_profile("ci", derandomize=True)

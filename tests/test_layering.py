@@ -21,9 +21,11 @@ ALLOWED: dict[str, tuple[str, ...]] = {
                       "adapters_store.base_spec"),
     "server/weights": ("server.weights", "adapters_store", "kernels", "server.engine.residency",
                        "server.engine.messages", "server.engine.request"),
-    "server/model": ("server.model", "kernels", "server.kernels_name", "server.engine.plan", "server.engine.request"),
+    "server/model": ("server.model", "kernels", "server.kernels_name", "server.engine.plan", "server.engine.request",
+                     "server.engine.checks", "adapters_store.ref"),
     "server/api": ("server.api", "server.engine.client", "server.engine.messages", "server.engine.request",
-                   "adapters_store", "server.errors", "server.config", "server.metrics", "server.version"),
+                   "adapters_store", "server.errors", "server.config", "server.lifecycle", "server.metrics",
+                   "server.version"),
     "server/device.py": ("server.config", "server.errors", "server.memory"),
     "server/assembly.py": ("server.engine", "server.model", "server.weights", "server.config", "server.device",
                            "adapters_store.base_spec", "kernels.compiled", "kernels.adapter_rows"),
@@ -32,7 +34,19 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "server/engine_child.py": ("server.engine", "server.config", "server.errors"),
     "server/listener.py": ("server.errors",),
     "server/front.py": ("server", "adapters_store"),
-    "server/cli.py": ("server", "adapters_store"),
+    "server/exits.py": ("server.errors", "adapters_store.errors"),
+    "server/lifecycle": ("server.lifecycle", "server.engine.messages", "server.errors", "adapters_store"),
+    "server/run_directory.py": ("server.errors", "adapters_store.errors", "adapters_store.store.store"),
+    "server/storage.py": ("adapters_store", "server.config", "server.errors", "server.run_directory",
+                          "server.lifecycle.terms"),
+    "server/commands": ("server.commands", "server.config", "server.errors", "server.exits", "server.storage",
+                        "adapters_store"),
+    "server/commands/serve.py": ("server.commands", "server.config", "server.errors", "server.front"),
+    "server/commands/announcer.py": ("server.front", "server.api", "server.engine.messages", "server.version",
+                                     "adapters_store"),
+    "server/commands/offline.py": ("server.commands.work", "server.exits", "server.storage", "server.lifecycle",
+                                   "server.api.text", "adapters_store"),
+    "server/cli.py": ("server.commands", "server.exits", "server.version", "adapters_store.errors"),
     "server/__main__.py": ("server.cli",),
     "server/__init__.py": (),
     "demo": ("demo",),
@@ -42,6 +56,7 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     "adapters_store": ("torch", "transformers", "fastapi", "pydantic"),
     "server/engine": ("torch", "transformers", "fastapi", "pydantic", "starlette"),
     "server/api": ("torch", "transformers"),
+    "server/lifecycle": ("torch", "transformers", "fastapi", "pydantic", "starlette"),
     "server/model": ("fastapi", "pydantic", "starlette", "zmq"),
     "server/weights": ("fastapi", "pydantic", "starlette", "zmq"),
     "server/assembly.py": ("fastapi", "pydantic", "starlette"),
@@ -94,8 +109,14 @@ def test_imports(file: Path) -> None:
 
 
 def test_composition_roots_are_imported_by_nobody_below() -> None:
-    exempt = {"server/front.py": ("server.api",), "server/cli.py": ("server.front", "server.api"),
-              "server/__main__.py": ("server.cli",), "server/engine_process.py": ("server.assembly",)}  # fmt: skip
+    exempt = {
+        "server/front.py": ("server.api",),
+        "server/__main__.py": ("server.cli",),
+        "server/engine_process.py": ("server.assembly",),
+        "server/commands/serve.py": ("server.front",),
+        "server/commands/announcer.py": ("server.front", "server.api"),
+        "server/commands/offline.py": ("server.api.text",),
+    }
     for file in SOURCES:
         path = relative(file)
         for name in imports_of(file):

@@ -16,8 +16,7 @@ import httpx
 import psutil
 import pytest
 
-from server.cli import EXIT_CONFIG
-from server.front import EXIT_FAILED, EXIT_STOPPED_EARLY
+from server.exits import EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED_EARLY
 from tests.support.live_server import ROOT, LiveServer, write_tokenizer
 from tests.support.tiny_models import save_model
 

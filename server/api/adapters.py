@@ -1,26 +1,30 @@
-"""Adapters while others decode: POST, GET and DELETE /v1/adapters."""
+"""Adapters while others decode: /v1/adapters. What happens to them is told in server/lifecycle/lifecycle.py."""
 
-import logging
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
+from typing import Any
 
+import msgspec
 from fastapi import APIRouter, Request, Response
 
-from adapters_store.catalog import CatalogEntry, entry_of
-from adapters_store.declared_base import difference, is_known, remarks
-from adapters_store.errors import UnsupportedAdapter
-from adapters_store.parts import LowRank, describe
+from adapters_store.catalog import Found
 from adapters_store.ref import AdapterRef
-from adapters_store.verifier import VerifierBusy, VerifierClosed
-from server.api.bodies import read_body
+from adapters_store.told import told_of
+from server.api.actors import actor_of
+from server.api.bodies import check_query, count, number, read_body, text
 from server.api.errors import respond
-from server.api.protocol import AdapterBody
+from server.api.protocol import RollbackBody
 from server.api.service import Service, service_of
 from server.api.sse import unless_client_leaves
+from server.api.wishes import wish_of
 from server.engine.messages import AdapterOnDevice
-from server.errors import Overloaded, ShuttingDown
+from server.errors import InvalidRequest
+from server.lifecycle.lifecycle import Settled
 
-log = logging.getLogger("heddle.adapters")
 router = APIRouter()
+LISTED, MOST_LISTED = 100, 1000
+_REVISION = re.compile(r"[0-9a-f]{4,64}")
+MOST_DRAIN_S = 86_400.0
 
 
 @router.post("/v1/adapters")
@@ -29,111 +33,101 @@ async def add(request: Request) -> Response:
 
     Its weights travel to the device when a request first asks for it.
     """
-    service, body = service_of(request), await read_body(request, AdapterBody)
-    entry = await unless_client_leaves(request, verified(body.name, body.path, service, body.ignore_keys))
-    is_new = register(entry, service)
-    declared = entry.package.declared_base or "a base that it does not name"
-    log.info("adapter %s: %s, trained on %s", entry.ref.name, entry.ref.kind, declared)
-    told = _adapter(entry, service, _on_device(service)) | {"notes": list(entry.package.notes)}
-    return respond(201 if is_new else 200, told)
+    service = service_of(request)
+    async with wish_of(request, service) as wish:
+        settled = await unless_client_leaves(request, service.lifecycle.register(wish, actor_of(request)))
+    return _settled(settled, service)
+
+
+@router.put("/v1/adapters/{name}")
+async def replace(name: str, request: Request) -> Response:
+    """The name means these weights from now on: 200, or 201 if it meant nothing."""
+    service = service_of(request)
+    expected = _expected(request)
+    async with wish_of(request, service, name) as wish:
+        settled = await unless_client_leaves(request, service.lifecycle.replace(wish, actor_of(request), expected))
+    return _settled(settled, service)
+
+
+@router.post("/v1/adapters/{name}/rollback")
+async def roll_back(name: str, request: Request) -> Response:
+    """The name means again what it meant before, or the `revision` that begins so."""
+    service, body = service_of(request), await read_body(request, RollbackBody, may_be_empty=True)
+    found = await service.lifecycle.roll_back(name, body.revision, actor_of(request))
+    return respond(200, _adapter(found, service, _on_device(service)))
+
+
+@router.post("/v1/adapters/{name}/verify")
+async def check(name: str, request: Request) -> Response:
+    """Read every byte that is kept of it, and compare its logits with those of merged weights."""
+    service = service_of(request)
+    found = await unless_client_leaves(request, service.lifecycle.check(name, actor_of(request)))
+    return respond(200, _adapter(found, service, _on_device(service)))
 
 
 @router.get("/v1/adapters")
-async def list_all(request: Request) -> Response:
+async def list_some(request: Request) -> Response:
+    """In order of name, at most `limit`, from behind the name `after`."""
     service = service_of(request)
+    check_query(request, "limit", "after")
+    limit = count(request, "limit", LISTED, 1, MOST_LISTED)
+    page = service.catalog.page(text(request, "after"), limit + 1)
     on_device = _on_device(service)
-    data = [_adapter(entry, service, on_device) for entry in service.catalog]
-    return respond(200, {"object": "list", "data": data})
+    data = [_adapter(service.catalog.find(record.name), service, on_device) for record in page[:limit]]
+    first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
+    listed = {"object": "list", "data": data, "first_id": first, "last_id": last, "has_more": len(page) > limit}
+    return respond(200, listed | {"total": len(service.catalog)})
 
 
 @router.get("/v1/adapters/{name}")
 async def get_one(name: str, request: Request) -> Response:
+    """With what is bound. `name` may be name@revision."""
     service = service_of(request)
-    entry = service.catalog.get(name)
-    return respond(200, _adapter(entry, service, _on_device(service)) | describe(entry.package))
+    found = service.catalog.find(name)
+    own = msgspec.json.encode(_adapter(found, service, _on_device(service)))
+    described = (await service.lifecycle.registry.content(found.ref.revision)).description
+    return Response(own[:-1] + b"," + described[1:], media_type="application/json")  # a large one is not parsed again
 
 
 @router.delete("/v1/adapters/{name}")
 async def delete(name: str, request: Request) -> Response:
-    """New requests no longer find it; those under way finish on its weights, which leave the device after them."""
+    """New requests no longer find it. Answers when those under way have ended, for which `drain_s` gives them time."""
     service = service_of(request)
-    entry = service.catalog.remove(name)
-    service.client.remove_adapter(entry.ref)
-    service.metrics.forget_model(name)
-    return respond(200, {"id": name, "object": "adapter", "deleted": True})
+    check_query(request, "drain_s")
+    drain_s = number(request, "drain_s", None, 0, MOST_DRAIN_S)
+    freed = await service.lifecycle.delete(name, actor_of(request), drain_s)
+    told = {"device_bytes": freed.device_bytes, "disk_bytes": freed.disk_bytes}
+    return respond(200, {"id": name, "object": "adapter", "deleted": True, "freed": told})
 
 
-async def verified(name: str, path: str, service: Service, ignore_keys: Sequence[str] = ()) -> CatalogEntry:
-    """The adapter at `path`, fit to be registered under this name. Raises AdapterError, Overloaded, ShuttingDown."""
-    try:
-        entry = entry_of(name, await service.verifier.verify(service.catalog.job(name, path, ignore_keys)))
-    except VerifierBusy:
-        raise Overloaded("as many adapters wait to be verified as may; try again later") from None
-    except VerifierClosed:
-        raise ShuttingDown from None
-    _check_base(entry, service)
-    return entry
-
-
-def register(entry: CatalogEntry, service: Service) -> bool:
-    """Whether the name did not yet mean these weights."""
-    is_new = service.catalog.add(entry)
-    service.client.add_adapter(entry.ref, entry.package)  # known or not: its files may be elsewhere now
-    for note in entry.package.notes if is_new else ():
-        log.info("adapter %s: %s", entry.ref.name, note)
-    for warning in warnings_for(entry, service):
-        log.warning("adapter %s: %s", entry.ref.name, warning)
-    return is_new
-
-
-def warnings_for(entry: CatalogEntry, service: Service) -> list[str]:
-    """What is served and may still not be what was meant, in sentences."""
-    told = remarks(entry.package.declared_base, service.catalog.base_names)
-    above = _rank_above_graphs(entry, service)
-    return [*told, above] if above else told
-
-
-def _check_base(entry: CatalogEntry, service: Service) -> None:
-    declared, known = entry.package.declared_base, service.catalog.base_names
-    if service.config.strict_base and declared is not None and not is_known(declared, known):
-        raise UnsupportedAdapter(
-            f"{difference(declared, known)} The server was started with --strict-base; if both are the same model, "
-            "start it with --base-name and the adapter's name for it"
-        )
-
-
-def _rank_above_graphs(entry: CatalogEntry, service: Service) -> str | None:
-    """What a LoRA of a higher rank than decodes were captured for costs, if this is one."""
-    limit = service.info.graph_rank
-    rank = max((part.rank for part in entry.package.parts if isinstance(part, LowRank)), default=0)
-    if limit is None or rank <= limit:
+def _expected(request: Request) -> str | None:
+    """The revision that If-Match names, or its first digits. One that says nothing would replace whatever is there."""
+    given = request.headers.get("if-match")
+    if given is None:
         return None
-    return (
-        f"The adapter's rank {rank} is above {limit}, the highest that decodes are captured for: every step with one "
-        "of its requests launches its kernels one by one, and the requests beside it wait too; "
-        f"--max-rank {rank} captures it."
-    )
+    expected = given.strip('" ')
+    if not _REVISION.fullmatch(expected):
+        raise InvalidRequest(
+            "If-Match must name the revision that is to be replaced, by 4 digits or more", param="If-Match",
+            code="invalid_value",
+        )  # fmt: skip
+    return expected
+
+
+def _settled(settled: Settled, service: Service) -> Response:
+    told = _adapter(settled.found, service, _on_device(service)) | {"notes": list(settled.notes)}
+    return respond(201 if settled.is_new else 200, told)
 
 
 def _on_device(service: Service) -> dict[AdapterRef, AdapterOnDevice]:
     return {it.ref: it for it in service.client.stats.adapters}
 
 
-def _adapter(
-    entry: CatalogEntry, service: Service, residents: Mapping[AdapterRef, AdapterOnDevice]
-) -> dict[str, object]:
-    on_device = residents.get(entry.ref)
-    return {
-        "id": entry.ref.name,
-        "object": "adapter",
-        "kind": entry.ref.kind,
-        "revision": entry.ref.revision,
-        "root": entry.root,
-        "parent": service.catalog.base_name,
-        "declared_base": entry.package.declared_base,
-        "warnings": warnings_for(entry, service),
-        "created": entry.created,
-        "bytes": entry.package.file_bytes,
+def _adapter(found: Found, service: Service, residents: Mapping[AdapterRef, AdapterOnDevice]) -> dict[str, Any]:
+    on_device = residents.get(found.ref)
+    return told_of(found, service.catalog.base_name) | {
+        "durable": found.record.is_durable and service.lifecycle.registry.is_durable,
+        "warnings": service.lifecycle.inspection.warnings_for(found),
         "device": {
             "state": on_device.state if on_device else "absent",
             "bytes": on_device.bytes if on_device else 0,

@@ -2,7 +2,8 @@
 
 from fastapi import FastAPI
 
-from server.api import adapters, completions, errors, health, models
+from server.api import adapters, aliases, completions, errors, health, models, store, uploads
+from server.api.foreign import dynamo, sglang, vllm
 from server.api.limits import RequestLimits
 from server.api.service import Service
 from server.version import VERSION
@@ -18,8 +19,9 @@ def create_app(service: Service) -> FastAPI:
         openapi_url=None,
     )
     app.state.service = service
-    for module in (completions, models, adapters, health):
+    for module in (completions, models, adapters, uploads, aliases, store, health, vllm, sglang, dynamo):
         app.include_router(module.router)
     errors.install(app)
-    app.add_middleware(RequestLimits, max_bytes=service.config.max_body_bytes)
+    max_bytes, max_file_bytes = service.config.max_body_bytes, service.uploads.limits.max_upload_bytes
+    app.add_middleware(RequestLimits, max_bytes=max_bytes, max_file_bytes=max_file_bytes)
     return app

@@ -5,6 +5,7 @@ holds the interpreter while it builds hundreds of thousands of lists.
 """
 
 import asyncio
+import math
 import re
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ from fastapi import Request
 from pydantic import ValidationError
 from starlette.requests import ClientDisconnect
 
+from adapters_store.errors import shown
 from adapters_store.strict_json import NotStrictJSON, parse_object
 from server.api.protocol import Body, BodyLimits
 from server.api.service import service_of
@@ -23,11 +25,18 @@ MAX_KEYS = 50_000
 MAX_STRINGS = 150_000  # keys among them
 # possessive, and an unfinished string ends with the body: linear whatever is sent
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
+_NUMBER = re.compile(r"[0-9]{1,19}(\.[0-9]{1,9})?", re.ASCII)
 Parsed = TypeVar("Parsed", bound=Body)
 
 
-async def read_body(request: Request, kind: type[Parsed]) -> Parsed:
+async def read_body(request: Request, kind: type[Parsed], may_be_empty: bool = False) -> Parsed:
     """The body of the request as a `kind`. Raises InvalidRequest, or ClientLeft if it does not come to its end."""
+    if (
+        may_be_empty
+        and request.headers.get("content-length", "0") == "0"
+        and "transfer-encoding" not in request.headers
+    ):
+        return validated(kind, {}, service_of(request).body_limits)
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
         raise InvalidRequest(
@@ -39,6 +48,50 @@ async def read_body(request: Request, kind: type[Parsed]) -> Parsed:
         raise ClientLeft from None
     value = parse(raw) if len(raw) <= INLINE_BYTES else await asyncio.to_thread(parse, raw)
     return validated(kind, value, service_of(request).body_limits)
+
+
+Default = TypeVar("Default", float, None)
+
+
+def number(request: Request, name: str, default: Default, least: float, most: float) -> float | Default:
+    """A number of the query. Raises InvalidRequest for one that is out of range, or given twice."""
+    given = text(request, name)
+    if given is None:
+        return default
+    value = float(given) if _NUMBER.fullmatch(given) else math.nan
+    if not least <= value <= most:
+        raise InvalidRequest(
+            f"{name} in the query must be a number from {least:,.10g} to {most:,.10g}", param=name, code="invalid_value"
+        )
+    return value
+
+
+def check_query(request: Request, *known: str) -> None:
+    """Raises InvalidRequest for a word of the query that would change nothing: it may be one that is misspelt."""
+    for name in request.query_params:
+        if name not in known:
+            raise InvalidRequest(
+                f"{shown(name)!r} is not a parameter of this route's query; "
+                + (f"{', '.join(known)} may be given" if known else "it takes none"),
+                param=name[:200],
+                code="unknown_parameter",
+            )
+
+
+def count(request: Request, name: str, default: int, least: int, most: int) -> int:
+    """A whole number of the query. Raises InvalidRequest as `number` does."""
+    value = number(request, name, float(default), least, most)
+    if not value.is_integer():
+        raise InvalidRequest(f"{name} in the query must be a whole number", param=name, code="invalid_value")
+    return int(value)
+
+
+def text(request: Request, name: str) -> str | None:
+    """A text of the query."""
+    given = request.query_params.getlist(name)
+    if len(given) > 1:
+        raise InvalidRequest(f"{name} is in the query {len(given)} times; once is enough", param=name)
+    return given[0] if given else None
 
 
 def parse(raw: bytes) -> dict[str, Any]:

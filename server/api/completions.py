@@ -14,10 +14,11 @@ from fastapi import APIRouter, Request, Response
 
 from server.api.bodies import read_body
 from server.api.errors import respond
-from server.api.generation import Generation, Piece, plan
+from server.api.generation import Generation, Piece, Wanted, plan
 from server.api.protocol import ChatBody, CompletionBody, GenerationBody
 from server.api.service import service_of
 from server.api.sse import event_stream, unless_client_leaves
+from server.lifecycle.models import Meant
 
 router = APIRouter()
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions; chat may fill the context
@@ -26,34 +27,40 @@ DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions; chat may
 @router.post("/v1/completions")
 async def completions(request: Request) -> Response:
     service, body = service_of(request), await read_body(request, CompletionBody)
-    service.adapter_for(body.model)  # an unknown model is the first thing to say
-    with service.admit(len(body.prompt) * (body.n or 1)) as admission:
+    meant = service.meaning_of(body.model, body.user)  # an unknown model is the first thing to say
+    num_sequences = len(body.prompt) * (body.n or 1)
+    with service.admit(num_sequences) as admission, service.lease(meant, num_sequences) as lease:
         texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
         prompts = cast(list[list[int]], body.prompt)
         if texts:
             prompts = await unless_client_leaves(request, service.encode(texts, "prompt"))
-        generation = plan(service, body, prompts, body.max_tokens or DEFAULT_COMPLETION_TOKENS, admission)
-        return await _answer(request, body, generation, CompletionShape(body.model))
+        default = None if meant.manifest.sampling.max_tokens else DEFAULT_COMPLETION_TOKENS
+        wanted = Wanted(body, meant, body.max_tokens or default)
+        generation = plan(service, wanted, prompts, admission, lease)
+        return await _answer(request, body, generation, CompletionShape(meant))
 
 
 @router.post("/v1/chat/completions")
 async def chat_completions(request: Request) -> Response:
     service, body = service_of(request), await read_body(request, ChatBody)
-    service.adapter_for(body.model)
-    with service.admit(body.n or 1) as admission:
+    meant = service.meaning_of(body.model, body.user)
+    with service.admit(body.n or 1) as admission, service.lease(meant, body.n or 1) as lease:
         messages = [{"role": message.template_role, "content": message.text} for message in body.messages]
-        prompt = await unless_client_leaves(request, service.encode_chat(messages))
-        generation = plan(service, body, [prompt], body.max_tokens or body.max_completion_tokens, admission)
-        return await _answer(request, body, generation, ChatShape(body.model))
+        encoding = service.encode_chat(messages, meant.manifest.chat_template)
+        prompt = await unless_client_leaves(request, encoding)
+        wanted = Wanted(body, meant, body.max_tokens or body.max_completion_tokens)
+        generation = plan(service, wanted, [prompt], admission, lease)
+        return await _answer(request, body, generation, ChatShape(meant))
 
 
 class Shape(ABC):
     """How one of the two routes words its answers."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, meant: Meant) -> None:
         self.id = f"{self.prefix}-{uuid.uuid4().hex}"
         self.created = int(time.time())
-        self.model = model
+        self.model = meant.model
+        self.fingerprint = f"fp_{meant.ref.revision[:16]}" if meant.ref is not None else None
 
     prefix: str
     object_name: str
@@ -67,7 +74,7 @@ class Shape(ABC):
 
     def body(self, object_name: str, choices: list[dict[str, object]], **more: object) -> dict[str, object]:
         return {"id": self.id, "object": object_name, "created": self.created, "model": self.model,
-                "choices": choices, **more}  # fmt: skip
+                "choices": choices, **more, "system_fingerprint": self.fingerprint}  # fmt: skip
 
 
 class CompletionShape(Shape):

@@ -9,7 +9,8 @@ import msgspec
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
-from server.errors import ADAPTER_STATUS, HeddleError
+from adapters_store.errors import UploadConflict
+from server.errors import ADAPTER_ERROR_TYPE, ADAPTER_STATUS, HeddleError
 
 log = logging.getLogger("heddle.api")
 
@@ -42,7 +43,9 @@ def install(app: FastAPI) -> None:
         return _respond_to(cast(HeddleError, error))
 
     async def adapter(status: int, code: str, _: Request, error: Exception) -> Response:
-        return respond(status, error_body(str(error), "invalid_request_error", code=code))
+        kind = ADAPTER_ERROR_TYPE.get(status, "invalid_request_error")
+        headers = {"Upload-Offset": str(error.offset)} if isinstance(error, UploadConflict) else None
+        return respond(status, error_body(str(error), kind, code=code), headers)
 
     async def http(_: Request, raised: Exception) -> Response:
         error = cast(HTTPException, raised)

@@ -5,7 +5,6 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
-from adapters_store.ref import AdapterRef
 from server.api.protocol import GenerationBody
 from server.api.service import Admission, Service
 from server.api.text import Decoder, StopMatcher
@@ -13,6 +12,8 @@ from server.engine.client import Submission
 from server.engine.messages import TokenEvent
 from server.engine.request import FinishReason, Sampling
 from server.errors import GenerationFailed, HeddleError, InvalidRequest
+from server.lifecycle.leases import Lease
+from server.lifecycle.models import Meant
 
 
 @dataclass(frozen=True)
@@ -58,43 +59,77 @@ class _Choice:
         return Piece(self.index, text)
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What a request asks for, completed by what its adapter's manifest says and by the route's default."""
+
+    body: GenerationBody
+    meant: Meant
+    asked_tokens: int | None  # max_tokens, as the request or the route has it
+
+    @property
+    def stops(self) -> list[str]:
+        return list(self.meant.manifest.stop) if self.body.stop is None else self.body.stops
+
+    def max_tokens(self, room: int) -> int:
+        """`room`: tokens that the context leaves. A manifest's number of tokens is a wish, and not asked of anybody."""
+        if self.asked_tokens is not None:
+            return self.asked_tokens
+        return min(room, self.meant.manifest.sampling.max_tokens or room)
+
+    def sampling(self, seed: int, vocab_size: int) -> Sampling:
+        body, defaults = self.body, self.meant.manifest.sampling
+        temperature = defaults.temperature if body.temperature is None else body.temperature
+        top_p = defaults.top_p if body.top_p is None else body.top_p
+        top_k = (defaults.top_k if body.top_k is None else body.top_k) or 0
+        return Sampling(
+            temperature=1.0 if temperature is None else temperature,
+            top_p=1.0 if top_p is None else top_p,
+            top_k=min(max(top_k, 0), vocab_size),
+            seed=seed & (2**63 - 1),
+        )
+
+
 @dataclass
 class Generation:
     """All choices of one HTTP request. Iterate over `pieces()`; `usage` is complete when it ends."""
 
     service: Service
-    model: str
+    wanted: Wanted
     submissions: list[Submission]
-    stops: list[str]
     choices_per_prompt: int
     admission: Admission
+    lease: Lease
     usage: Usage = field(default_factory=Usage)
 
     async def pieces(self) -> AsyncGenerator[Piece]:
         """Pieces of all choices as they come. Closing the iterator cancels what still runs."""
-        metrics, started = self.service.metrics, time.monotonic()
+        metrics, started, model = self.service.metrics, time.monotonic(), self.wanted.meant.label
         self.usage.prompt_tokens = sum(len(it.prompt) for it in self.submissions[:: self.choices_per_prompt])
-        metrics.prompt_tokens.labels(self.model).inc(self.usage.prompt_tokens)
+        metrics.prompt_tokens.labels(model).inc(self.usage.prompt_tokens)
         stream = self.service.client.submit(self.submissions)
         self.admission.end()  # from here on the client counts them
         finish = "cancelled"  # what becomes of the choices that do not end by themselves
         choices = {
-            request_id: _Choice(index, self.service.text.decoder(), self.stops)
+            request_id: _Choice(index, self.service.text.decoder(), self.wanted.stops)
             for index, request_id in enumerate(stream.request_ids)
         }
         try:
+            self.lease.bind(stream.end_with)
             async for event in stream:
                 if event.error is not None:
+                    if self.wanted.meant.ref is not None:
+                        self.service.lifecycle.suspect(self.wanted.meant.ref)
                     raise GenerationFailed(event.error)
                 choice = choices[event.request_id]
                 if self.usage.completion_tokens == 0:
-                    metrics.time_to_first_token.labels(self.model).observe(time.monotonic() - started)
+                    metrics.time_to_first_token.labels(model).observe(time.monotonic() - started)
                 self.usage.completion_tokens += 1
                 if choice.index % self.choices_per_prompt == 0:  # a prompt is counted once, not once a choice
                     self.usage.cached_tokens += event.num_cached_tokens
                 piece = choice.push(event)
                 if piece.finish is not None:
-                    metrics.requests.labels(self.model, piece.finish).inc()
+                    metrics.requests.labels(model, piece.finish).inc()
                     stream.stop(event.request_id)
                     del choices[event.request_id]
                 if piece.text or piece.finish:
@@ -104,21 +139,17 @@ class Generation:
             raise
         finally:
             stream.cancel()
-            metrics.requests.labels(self.model, finish).inc(len(choices))
-            metrics.generated_tokens.labels(self.model).inc(self.usage.completion_tokens)
-            metrics.duration.labels(self.model).observe(time.monotonic() - started)
-            if not self.service.is_served(self.model):  # deleted meanwhile: its series must not come back
-                metrics.forget_model(self.model)
+            self.lease.end()
+            metrics.requests.labels(model, finish).inc(len(choices))
+            metrics.generated_tokens.labels(model).inc(self.usage.completion_tokens)
+            metrics.duration.labels(model).observe(time.monotonic() - started)
+            if not self.service.is_served(model):  # deleted meanwhile: its series must not come back
+                metrics.forget_model(model)
 
 
-def plan(
-    service: Service, body: GenerationBody, prompts: list[list[int]], max_tokens: int | None, admission: Admission
-) -> Generation:
-    """Check sizes against the model and spread `n` choices of each prompt over requests.
-
-    `max_tokens` None: as many as the context leaves.
-    """
-    adapter = service.adapter_for(body.model)
+def plan(service: Service, wanted: Wanted, prompts: list[list[int]], admission: Admission, lease: Lease) -> Generation:
+    """Check sizes against the model and spread `n` choices of each prompt over requests."""
+    body, max_tokens = wanted.body, wanted.asked_tokens
     submissions: list[Submission] = []
     seed = random.getrandbits(63) if body.seed is None else body.seed
     n = body.n or 1
@@ -141,8 +172,8 @@ def plan(
                 param="prompt",
             )
         for _ in range(n):
-            sampling = _sampling(body, seed + len(submissions), service.info.vocab_size)
-            submissions.append(_submission(service, prompt, max_tokens or room, sampling, adapter))
+            sampling = wanted.sampling(seed + len(submissions), service.info.vocab_size)
+            submissions.append(_submission(service, wanted, prompt, wanted.max_tokens(room), sampling))
     tokens, limit = sum(len(it.prompt) + it.max_tokens for it in submissions), service.max_request_tokens
     if tokens > limit:
         raise InvalidRequest(
@@ -150,20 +181,12 @@ def plan(
             f"{limit:,} are served",
             param="max_tokens",
         )
-    return Generation(service, body.model, submissions, body.stops, n, admission)
+    return Generation(service, wanted, submissions, n, admission, lease)
 
 
-def _submission(
-    service: Service, prompt: list[int], max_tokens: int, sampling: Sampling, adapter: AdapterRef | None
-) -> Submission:
-    return Submission(prompt, max_tokens, sampling, adapter, service.info.stop_token_ids)
-
-
-def _sampling(body: GenerationBody, seed: int, vocab_size: int) -> Sampling:
-    top_k = body.top_k if body.top_k and body.top_k > 0 else 0
-    return Sampling(
-        temperature=1.0 if body.temperature is None else body.temperature,
-        top_p=1.0 if body.top_p is None else body.top_p,
-        top_k=min(top_k, vocab_size),
-        seed=seed & (2**63 - 1),
-    )
+def _submission(service: Service, wanted: Wanted, prompt: list[int], max_tokens: int, sampling: Sampling) -> Submission:
+    manifest = wanted.meant.manifest
+    return Submission(
+        prompt, max_tokens, sampling, wanted.meant.ref, service.info.stop_token_ids,
+        weight=manifest.weight, priority=manifest.priority, salt=wanted.body.cache_salt or "",
+    )  # fmt: skip

@@ -20,7 +20,7 @@ UNSERVED: dict[str, tuple[object, ...]] = {
     "response_format": ({"type": "text"},), "safety_identifier": (), "service_tier": ("auto", "default"),
     "store": (False,), "suffix": ("",), "tool_choice": ("none",), "tools": ([],), "top_logprobs": (0,),
     "verbosity": (), "web_search_options": (), "min_tokens": (0,), "ignore_eos": (False,), "stop_token_ids": ([],),
-    "chat_template": (), "chat_template_kwargs": ({},), "guided_json": (), "guided_regex": (), "cache_salt": (),
+    "chat_template": (), "chat_template_kwargs": ({},), "guided_json": (), "guided_regex": (),
 }  # fmt: skip
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -71,7 +71,8 @@ class StreamOptions(Body):
 
 
 class GenerationBody(Body):
-    """What completions and chat have in common. `user` is accepted as a label and has no effect."""
+    """What completions and chat have in common. `user` is a label, which decides to which target of an alias its
+    requests go. Only requests of one `cache_salt` share what the cache holds of equal beginnings."""
 
     model: str
     max_tokens: Count | None = None
@@ -84,6 +85,7 @@ class GenerationBody(Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Annotated[str, Field(max_length=1024)] | None = None
+    cache_salt: Annotated[str, Field(max_length=1024)] | None = None
 
     @model_validator(mode="before")  # the validators of a class run last to first: this one before its parent's
     @classmethod
@@ -255,8 +257,30 @@ class ChatBody(GenerationBody):
 
 class AdapterBody(Body):
     """`path` is a directory on the server, below one of its adapter roots; relative ones are taken below the first.
-    `ignore_keys` are unknown keys of the adapter's configuration that may be passed over."""
+    `upload` is the id of one that is complete, `source` a place that the operator allows; it is one of the three.
+    `ignore_keys` are unknown keys of the adapter's configuration that may be passed over. `manifest` stands for the one
+    that lies there. `verify`: compare with merged weights before the name means anything."""
 
-    name: str
-    path: Annotated[str, Field(min_length=1, max_length=4096)]
+    name: str | None = None
+    path: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
+    upload: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    source: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
+    manifest: dict[str, Any] | None = None
+    verify: bool = False
     ignore_keys: Annotated[list[Annotated[str, Field(max_length=200)]], Field(max_length=64, fail_fast=True)] = []
+
+
+class RollbackBody(Body):
+    """`revision`: the first digits of the one to go back to; none: the one before."""
+
+    revision: Annotated[str, Field(min_length=1, max_length=64)] | None = None
+
+
+class AliasTarget(Body):
+    model: Annotated[str, Field(max_length=256)]
+    weight: Annotated[Finite, Field(ge=0)] = 1.0
+
+
+class AliasBody(Body):
+    alias: str | None = None
+    targets: Annotated[list[AliasTarget], Field(min_length=1, max_length=32, fail_fast=True)]

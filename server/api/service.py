@@ -10,15 +10,18 @@ from typing import ParamSpec, Self, TypeVar
 from fastapi import Request
 
 from adapters_store.catalog import Catalog
-from adapters_store.errors import AdapterNotFound
-from adapters_store.ref import AdapterRef
-from adapters_store.verifier import Verifier
+from adapters_store.sources.fetcher import Fetcher
+from adapters_store.uploads import Uploads
+from server.api.adapter_texts import AdapterTexts
 from server.api.protocol import BodyLimits
 from server.api.text import Text
 from server.config import ServerConfig
 from server.engine.client import EngineClient
 from server.engine.messages import EngineInfo
-from server.errors import EngineSilent, InvalidRequest, NotFound, Overloaded, ShuttingDown
+from server.errors import EngineSilent, InvalidRequest, Overloaded, ShuttingDown
+from server.lifecycle.leases import Lease
+from server.lifecycle.lifecycle import Lifecycle
+from server.lifecycle.models import Meant, meaning_of
 from server.metrics import Metrics
 
 _LONG_TEXT = 10_000  # characters: about 10 ms to tokenize
@@ -35,9 +38,10 @@ class Service:
     config: ServerConfig
     info: EngineInfo
     client: EngineClient
-    catalog: Catalog
-    verifier: Verifier
-    text: Text
+    lifecycle: Lifecycle
+    uploads: Uploads
+    fetcher: Fetcher
+    texts: AdapterTexts
     metrics: Metrics
     started: int  # Unix time, seconds
     is_draining: bool = False
@@ -45,14 +49,22 @@ class Service:
     _queued_chars: int = 0  # of long texts that wait for their thread, or are in it
     _long_texts: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "long-texts"))
 
-    def adapter_for(self, model: str) -> AdapterRef | None:
-        """The adapter that this model name means now; None for the base. Raises NotFound."""
-        if model == self.catalog.base_name:
-            return None
-        try:
-            return self.catalog.get(model).ref
-        except AdapterNotFound:
-            raise NotFound(f"the model {model[:128]!r} does not exist", param="model", code="model_not_found") from None
+    @property
+    def catalog(self) -> Catalog:
+        return self.lifecycle.catalog
+
+    @property
+    def text(self) -> Text:
+        """The base's."""
+        return self.texts.for_template(None)
+
+    def meaning_of(self, model: str, user: str | None = None) -> Meant:
+        """What this model name means now. Raises NotFound and AdapterQuarantined."""
+        return meaning_of(model, self.catalog, user)
+
+    def lease(self, meant: Meant, num_sequences: int) -> Lease:
+        """What was meant stays until the lease ends. Raises TooManyOfAdapter."""
+        return self.lifecycle.leases.take(meant.ref, num_sequences, meant.manifest.max_concurrent)
 
     def is_served(self, model: str) -> bool:
         return model == self.catalog.base_name or model in self.catalog
@@ -66,10 +78,13 @@ class Service:
             )
         return await self._off_the_loop(num_chars, self.text.encode, texts, self.info.max_model_len, param)
 
-    async def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Tokens of a conversation, ready for the model's answer."""
+    async def encode_chat(self, messages: Sequence[Mapping[str, str]], chat_template: str | None) -> list[int]:
+        """Tokens of a conversation, ready for the model's answer. `chat_template` None: the base's."""
         num_chars = sum(len(message["content"]) + _MESSAGE for message in messages)
-        return await self._off_the_loop(num_chars, self.text.encode_chat, messages, self.info.max_model_len)
+        if chat_template is not None:  # an adapter's: a stranger wrote it, and it may take its time
+            num_chars = max(num_chars, _LONG_TEXT)
+        encode = partial(_encode_chat, self.texts, chat_template, messages, self.info.max_model_len)
+        return await self._off_the_loop(num_chars, encode)
 
     async def _off_the_loop(
         self, num_chars: int, work: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
@@ -122,6 +137,12 @@ class Service:
         """Prompt and completion tokens that all sequences of one HTTP request may come to."""
         derived = max(self.info.kv_cache_tokens, self.config.max_n * self.info.max_model_len)
         return self.config.max_request_tokens or derived
+
+
+def _encode_chat(
+    texts: AdapterTexts, chat_template: str | None, messages: Sequence[Mapping[str, str]], max_tokens: int
+) -> list[int]:
+    return texts.for_template(chat_template).encode_chat(messages, max_tokens)
 
 
 class Admission:

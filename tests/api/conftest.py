@@ -7,7 +7,7 @@ import httpx
 import openai
 import pytest
 
-from adapters_store.catalog import Catalog
+from adapters_store.rules import Rules
 from tests.support.engine_harness import Engine
 from tests.support.live_server import LiveServer, write_tokenizer
 from tests.support.served import PROMPT, VOCAB, tiny
@@ -51,13 +51,13 @@ def client(server: LiveServer) -> Iterator[openai.OpenAI]:
 @pytest.fixture(scope="package")
 def expected(root: Path) -> Callable[[str, int], list[int]]:
     """Greedy tokens of PROMPT through each merged model."""
-    catalog = Catalog("tiny", Engine(tiny()).assembly.info.base, (root / "adapters", root / "more"))
+    rules = Rules(Engine(tiny()).assembly.info.base, (root / "adapters", root / "more"))
 
     def tokens(name: str, count: int) -> list[int]:
         model = tiny()
         if name != "tiny":
             folder = "more" if name in ("late", "other") else "adapters"
-            model = merge(model, catalog.read(name, str(root / folder / name)))
+            model = merge(model, rules.read(name, str(root / folder / name)))
         return reference(model, PROMPT, count)
 
     return tokens

@@ -36,7 +36,9 @@ def test_adapters_come_and_go_while_others_decode(
         assert shown["linears"]["model.layers.0.self_attn.o_proj"] == {"rank": 4, "scale": 2.0}
         assert {it["id"] for it in http.get("/v1/adapters").json()["data"]} == {"lora", "esft", "late"}
         # the adapter that is streaming is deleted: its stream goes on, new requests do not find it
-        assert http.delete("/v1/adapters/esft").json() == {"id": "esft", "object": "adapter", "deleted": True}
+        deleted = http.delete("/v1/adapters/esft").json()
+        assert deleted.pop("freed")["disk_bytes"] > 0
+        assert deleted == {"id": "esft", "object": "adapter", "deleted": True}
         assert http.post("/v1/completions", json=COMPLETION | {"model": "esft"}).status_code == 404
         streamed = "".join(it["choices"][0]["text"] for it in events(lines))
     assert decode(root, expected("esft", 400)).endswith(streamed[-300:])
@@ -73,7 +75,7 @@ def test_the_same_name_with_other_weights_answers_with_the_new_ones(
         ({"name": "a/b", "path": "lora"}, 400, "not an adapter name"),
         ({"name": "tiny", "path": "lora"}, 409, "base model"),
         ({"name": "esft", "path": "lora"}, 409, "taken"),
-        ({"name": "x"}, 400, "path: Field required"),
+        ({"name": "x"}, 400, "one of path, upload, source says where the adapter is; none is given"),
         ({"name": "x", "path": "lora", "force": True}, 400, "'force' is not a field"),
     ],
 )

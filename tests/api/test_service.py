@@ -10,20 +10,24 @@ from typing import Any
 import httpx
 import pytest
 
-from adapters_store.base_spec import BaseSpec
-from adapters_store.catalog import Catalog, CatalogEntry
-from adapters_store.parts import AdapterPackage
+from adapters_store.catalog import Catalog
+from adapters_store.manifest import Manifest, SamplingDefaults
+from adapters_store.records import Version, Weights
 from adapters_store.ref import AdapterRef
 from server.api import service as service_module
 from server.api.app import create_app
 from server.api.bodies import validated
-from server.api.generation import Generation, plan
+from server.api.generation import Generation, Wanted, plan
 from server.api.protocol import CompletionBody
 from server.api.service import Service
 from server.config import EngineConfig, ServerConfig
 from server.errors import EngineDead, EngineSilent, HeddleError, InvalidRequest, NotFound, Overloaded, ShuttingDown
+from server.lifecycle.leases import Leases
 
-REF = AdapterRef("adapter", "revision", "lora")
+REF = AdapterRef("adapter", "1" * 64, "lora")
+DEFAULTS = Manifest(
+    sampling=SamplingDefaults(temperature=0.0, top_p=0.5, top_k=3, max_tokens=20), stop=("end",), weight=3.0, priority=2
+)
 CONTEXT, VOCAB, STOP = 100, 50, frozenset([7])
 
 
@@ -55,13 +59,20 @@ class Client:
 
 
 def make_service(directory: Path, **settings: Any) -> Any:
-    catalog = Catalog("base", BaseSpec("llama", {}, {}))
-    catalog.add(CatalogEntry(REF, AdapterPackage("lora", "", REF.revision, (), ()), "a", 0))
+    catalog = Catalog("base")
+    for name, manifest in (("adapter", Manifest()), ("described", DEFAULTS)):
+        version = Version(REF.revision, "a", 0, manifest)
+        change = catalog.registered(name, Weights(REF.revision, "lora", 1), version, is_durable=True)
+        assert change is not None
+        catalog.apply(change)
+    lifecycle = SimpleNamespace(catalog=catalog, leases=Leases())
+    uploads = SimpleNamespace(limits=SimpleNamespace(max_upload_bytes=1))
     info: Any = SimpleNamespace(max_model_len=CONTEXT, vocab_size=VOCAB, kv_cache_tokens=300, stop_token_ids=STOP)
     unused: Any = None
     settings = {"max_n": 4, "max_sequences": 6, "max_concurrent_requests": 10} | settings
     config, client, text = ServerConfig(EngineConfig(str(directory)), **settings), Client(), Text()
-    parts: Any = (client, catalog, unused, text)
+    texts = SimpleNamespace(for_template=lambda template: text)
+    parts: Any = (client, lifecycle, uploads, unused, texts)
     return Service(config, info, *parts, unused, started=0)
 
 
@@ -135,12 +146,12 @@ async def get(service: Any, path: str) -> httpx.Response:
 
 
 def test_a_model_is_the_base_or_an_adapter_by_its_exact_name(service: Any) -> None:
-    assert service.adapter_for("base") is None and service.adapter_for("adapter") == REF
+    assert service.meaning_of("base").ref is None and service.meaning_of("adapter").ref == REF
     assert service.is_served("base") and service.is_served("adapter")
     for name in ("Base", "Adapter", "", "x" * 10_000):
         assert not service.is_served(name)
         with pytest.raises(NotFound, match="does not exist") as refusal:
-            service.adapter_for(name)
+            service.meaning_of(name)
         assert (refusal.value.param, refusal.value.code) == ("model", "model_not_found")
         assert len(refusal.value.message) < 200
 
@@ -190,7 +201,8 @@ def test_short_texts_are_tokenized_at_once_and_long_ones_queue(service: Any, mon
 
 def planned(service: Any, prompts: list[list[int]], max_tokens: int | None = 5, **fields: Any) -> Generation:
     body = validated(CompletionBody, {"model": "adapter", "prompt": "x"} | fields, service.body_limits)
-    return plan(service, body, prompts, max_tokens, service.admit(1))
+    meant = service.meaning_of(body.model, body.user)
+    return plan(service, Wanted(body, meant, max_tokens), prompts, service.admit(1), service.lease(meant, 1))
 
 
 def test_each_prompt_is_asked_n_times_with_seeds_that_follow_one_another(service: Any) -> None:
@@ -208,6 +220,18 @@ def test_what_is_not_said_is_openais_default(service: Any) -> None:
     assert planned(service, [[1]], model="base").submissions[0].adapter is None
     seeds = {planned(service, [[1]]).submissions[0].sampling.seed for _ in range(5)}
     assert len(seeds) == 5 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_what_is_not_said_is_as_the_adapters_manifest_has_it(service: Any) -> None:
+    generation = planned(service, [[1], [2] * 95], max_tokens=None, model="described")
+    first, second = generation.submissions
+    assert (first.sampling.temperature, first.sampling.top_p, first.sampling.top_k) == (0.0, 0.5, 3)
+    assert (first.max_tokens, second.max_tokens) == (20, 5)  # a default is cut where the context ends
+    assert (first.weight, first.priority, generation.wanted.stops) == (3.0, 2, ["end"])
+    said = planned(service, [[1]], model="described", temperature=1.5, top_p=1, top_k=-1, stop=[], cache_salt="mine")
+    (submission,) = said.submissions
+    assert (submission.sampling.temperature, submission.sampling.top_p, submission.sampling.top_k) == (1.5, 1.0, 0)
+    assert (submission.max_tokens, submission.salt, said.wanted.stops) == (5, "mine", [])
 
 
 @pytest.mark.parametrize(("top_k", "kept"), [(-1, 0), (0, 0), (1, 1), (VOCAB, VOCAB), (2**31 - 1, VOCAB)])

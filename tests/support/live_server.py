@@ -44,10 +44,13 @@ class LiveServer:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = log
+        # a place of its own for the store that it has unless it is told of one
+        self.data = log.with_name(f"{log.name}-data")
         with log.open("wb") as output:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "server", "serve", *arguments, "--port", str(self.port), "--threads", "1"],
                 cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                env={**os.environ, "XDG_DATA_HOME": str(self.data)},
             )  # fmt: skip
         if open_files is not None:
             resource.prlimit(self.process.pid, resource.RLIMIT_NOFILE, (open_files, open_files))

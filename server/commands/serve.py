@@ -1,0 +1,136 @@
+"""`heddle serve`: from arguments to a running server."""
+
+import argparse
+import asyncio
+import logging
+import os
+from pathlib import Path
+
+from server.config import EngineConfig, ServerConfig
+from server.errors import ConfigError
+
+DEMO = Path(__file__).resolve().parents[2] / "demo"
+
+
+def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    serve = commands.add_parser(
+        "serve",
+        help="serve a base model and its adapters",
+        description="Serve a base model and its adapters. Without MODEL_DIR, the demo that comes with the source.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    serve.set_defaults(run=run)
+    serve.add_argument("model_dir", nargs="?", metavar="MODEL_DIR", help="a Transformers causal language model")
+    served = serve.add_argument_group("what is served")
+    served.add_argument("--adapters", metavar="DIR", help="one adapter a sub-directory: PEFT LoRA or ESFT")
+    served.add_argument("--adapter-root", metavar="DIR", action="append", default=[],
+                        help="a directory that POST /v1/adapters may read, beside --adapters (repeatable)")  # fmt: skip
+    served.add_argument("--model-name", metavar="NAME", help="what requests call the base (the directory's name)")
+    served.add_argument("--base-name", metavar="NAME", action="append", default=[],
+                        help="what the base is known as beside its directory's name and its configuration's: adapters "
+                        "that say they were trained on another get a warning (repeatable)")  # fmt: skip
+    served.add_argument("--strict-base", action="store_true", help="refuse those adapters")
+    served.add_argument("--ignore-key", metavar="KEY", action="append", default=[],
+                        help="an unknown key of configurations below --adapters that may be passed over "
+                        "(repeatable)")  # fmt: skip
+    served.add_argument("--store", metavar="DIR",
+                        help="where registered adapters are kept (a directory for this base among the "
+                        "user's data)")  # fmt: skip
+    served.add_argument("--max-adapters", type=int, default=100_000, metavar="N", help="adapters registered at once")
+    served.add_argument("--allow-source", metavar="SOURCE:PATTERN", action="append", default=[],
+                        help="where adapters may be fetched from, such as hub:my-org/* (repeatable; none)")  # fmt: skip
+    served.add_argument("--max-upload-bytes", type=int, default=0, metavar="N",
+                        help="of one adapter that is sent or fetched; 0: twice --adapter-bytes")  # fmt: skip
+    served.add_argument("--verify-bound", type=float, metavar="X",
+                        help="how far logits may be from those of merged weights where \"verify\" is asked for, as a "
+                        "part of the largest logit (2e-3 in float32, 0.25 in bfloat16)")  # fmt: skip
+    served.add_argument("--verify-timeout-s", type=float, default=60.0, metavar="S",
+                        help="seconds that verifying one adapter may take, with reading every byte")  # fmt: skip
+    http = serve.add_argument_group("where")
+    http.add_argument("--host", default="127.0.0.1", metavar="H", help="address to listen on")
+    http.add_argument("--port", type=int, default=8000, metavar="N", help="port to listen on")
+    http.add_argument("--drain-s", type=float, default=5.0, metavar="S",
+                      help="seconds in which running requests may finish after Ctrl-C or SIGTERM")  # fmt: skip
+    http.add_argument("--engine-silence-s", type=float, default=30.0, metavar="S",
+                      help="new work is refused when the engine has said nothing for so long; see /health")  # fmt: skip
+    http.add_argument("--engine-silence-exit-s", type=float, default=300.0, metavar="S",
+                      help="the server exits (status 70) when it has said nothing for so long; 0: never")  # fmt: skip
+    engine, defaults = serve.add_argument_group("engine"), EngineConfig(model_dir="")
+    engine.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where to compute; auto: a GPU if there is one",
+    )
+    engine.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
+                        help="of weights and cache; auto is float32 on a CPU")  # fmt: skip
+    for name, text in _NUMBERS.items():
+        engine.add_argument(
+            f"--{name.replace('_', '-')}", type=int, default=getattr(defaults, name), metavar="N", help=text
+        )
+
+
+def run(options: argparse.Namespace) -> int:
+    # half a second of imports, which the other commands do without
+    from server import front
+    from server.commands.announcer import Announcer, console
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    announcer = Announcer(console(), is_demo=options.model_dir is None)
+    return asyncio.run(front.serve(config_of(options), announcer.reports()))
+
+
+def demo_base() -> Path:
+    """Raises ConfigError outside of a checkout."""
+    if not (DEMO / "base").is_dir():
+        raise ConfigError("MODEL_DIR is missing, and the demo is only in the source checkout")
+    return DEMO / "base"
+
+
+# fields of EngineConfig that the command line sets
+_NUMBERS = {
+    "threads": "threads of the engine; 0: the machine's cores",
+    "max_model_len": "longest sequence in tokens; 0: the model's own limit",
+    "kv_cache_bytes": "memory for keys and values; 0: a quarter of what is free, at most 4 GiB",
+    "tokens_per_step": "token budget of one step",
+    "max_running": "requests decoded together",
+    "adapter_bytes": "memory for adapters",
+    "adapter_slots": "adapters in memory at once",
+    "max_rank": "highest LoRA rank that decodes are captured for on a GPU; higher ones run without a graph; 0: all do",
+    "max_experts_per_adapter": "experts that an ESFT adapter may tune in one layer; 0: all",
+}
+
+
+def config_of(options: argparse.Namespace) -> ServerConfig:
+    model_dir, adapters, name = options.model_dir, options.adapters, options.model_name
+    if model_dir is None:
+        model_dir = str(demo_base())
+        adapters, name = adapters or str(DEMO / "adapters"), name or "heddle-demo"
+    numbers = {field: getattr(options, field) for field in _NUMBERS}
+    engine = EngineConfig(
+        model_dir=model_dir,
+        device=options.device,
+        dtype=options.dtype,
+        trace_steps=os.environ.get("HEDDLE_TRACE_STEPS") or None,
+        **numbers,
+    )
+    return ServerConfig(
+        engine=engine,
+        adapters_dir=adapters,
+        adapter_roots=tuple(options.adapter_root),
+        model_name=name,
+        base_names=tuple(options.base_name),
+        strict_base=options.strict_base,
+        ignore_keys=tuple(options.ignore_key),
+        store=options.store,
+        max_adapters=options.max_adapters,
+        allow_sources=tuple(options.allow_source),
+        max_upload_bytes=options.max_upload_bytes,
+        verify_timeout_s=options.verify_timeout_s,
+        verify_bound=options.verify_bound,
+        host=options.host,
+        port=options.port,
+        drain_s=options.drain_s,
+        engine_silence_s=options.engine_silence_s,
+        engine_silence_exit_s=options.engine_silence_exit_s,
+    )
