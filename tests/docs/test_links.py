@@ -12,6 +12,7 @@ PAGES = sorted(
     page for folder in (".", "docs", "demo", "benchmarks", "benchmarks/gpu") for page in (ROOT / folder).glob("*.md")
 )
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+ADAPTERS, STORE = ("list", "add", "remove", "verify", "gc"), ("backup", "log")
 OTHERS_OPTIONS = {  # of pip, docker, journalctl and our own scripts
     "--only", "--out", "--jobs", "--seed", "--resume", "--write", "--toy", "--ops", "--once", "--section", "--gpus",
     "--no-deps", "--only-binary", "--python-version", "--platform", "--no-index", "--target",
@@ -31,9 +32,11 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_options_that_the_pages_name_exist(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        cli.main(["serve", "--help"])
-    known = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out)) | {"--version"}
+    known = {"--version"}
+    for command in (["serve"], ["base-id"], *(["adapters", it] for it in ADAPTERS), *(["store", it] for it in STORE)):
+        with pytest.raises(SystemExit):
+            cli.main([*command, "--help"])
+        known |= set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page.read_text())) - OTHERS_OPTIONS
         assert named <= known, page

@@ -4,19 +4,18 @@ import re
 
 import pytest
 
-from server.cli import EXIT_CONFIG
-from server.front import EXIT_FAILED, EXIT_STOPPED_EARLY
+from server.exits import EXIT_CONFIG, EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED_EARLY
 from tests.support.live_server import ROOT
 
 PAGE = (ROOT / "docs" / "operations.md").read_text()
 READ = re.compile(r"""environ(?:\.\w+\(|\[)\s*["']([A-Z][A-Z0-9_]+)["']|environ \| \{["']([A-Z][A-Z0-9_]+)""")
 HANDED_ON = re.compile(r'^\s+"([A-Z][A-Z0-9_]+)": ', re.MULTILINE)  # entries of a process's environment
-STARTS_PROCESSES = ("server/engine_child.py", "adapters_store/verifier.py")
+STARTS_PROCESSES = ("server/engine_child.py", "adapters_store/worker.py", "adapters_store/sources/fetcher.py")
 
 
 def test_exit_statuses() -> None:
     told = re.findall(r"^\| (\d+) \|", PAGE, re.MULTILINE)
-    assert {EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED_EARLY, 0, 1, 2} == set(map(int, told))
+    assert {EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED_EARLY, EXIT_REFUSED, 0, 2} == set(map(int, told))
 
 
 def test_environment_variables() -> None:

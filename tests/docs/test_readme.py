@@ -89,7 +89,7 @@ def test_the_example_of_the_openai_client(demo: LiveServer, tmp_path: Path) -> N
 
 @needs_curl
 def test_adapters_are_added_and_deleted_as_shown(demo: LiveServer, tmp_path: Path) -> None:
-    curl(block("Add and delete adapters", "sh"), demo, tmp_path)
+    curl(block("Add, replace and delete adapters", "sh"), demo, tmp_path)
 
 
 @needs_curl
