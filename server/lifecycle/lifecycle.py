@@ -279,7 +279,9 @@ class Lifecycle:
                 self._tell_pinned(name)
             return change
 
-        change = await asyncio.shield(changed())  # what follows from it follows, though the client has left
+        task = self._in_background(changed())
+        task.add_done_callback(lambda it: it.cancelled() or it.exception())  # nobody may be left to hear of a refusal
+        change = await asyncio.shield(task)  # what follows from it follows, though the client has left
         found, is_new = told[0]
         return _Done(change, found, is_new)
 
