@@ -112,12 +112,11 @@ class Offline:
         return told if fault is None else told | {"state": "quarantined", "fault": fault}
 
     async def _fault(self, found: Found) -> str | None:
-        blobs = self._registry.store.blobs
         try:
+            damaged = await self._registry.fault(found.ref.revision)
             content = await self._registry.content(found.ref.revision)
         except StoreFailed as error:
             return str(error)
-        damaged = next((fault for it in content.files if (fault := blobs.fault(it, read=True)) is not None), None)
         if damaged is not None:
             return damaged
         try:

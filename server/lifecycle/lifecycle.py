@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
@@ -167,11 +168,7 @@ class Lifecycle:
                     fault = None if found.weights.is_lost else found.weights.fault
                     weights = msgspec.structs.replace(read.weights, fault=fault, parity=found.weights.parity)
                     new = (weights, read.content)
-                await self.registry.change(
-                    lambda name=record.name, it=weights: self.catalog.marked(name, it),  # type: ignore[misc]
-                    "another version",
-                    new,
-                )
+                await self.registry.change(partial(self.catalog.marked, record.name, weights), "another version", new)
 
     def suspect(self, ref: AdapterRef) -> None:
         """A request through these weights has failed: are their files still as they were stored? Nobody waits."""
@@ -204,7 +201,7 @@ class Lifecycle:
             trimmed = self.catalog.trimmed(record)
             if trimmed is None or record.name not in self.catalog:
                 continue
-            changed = await self.registry.change(lambda name=record.name: self._trimmed(name), actor)  # type: ignore[misc]
+            changed = await self.registry.change(partial(self._trimmed, record.name), actor)
             num_gone += len(changed.gone)
             leaving = self._let_go(changed.gone)
             if leaving is not None and not any(map(self.leases.is_used, changed.gone)):
