@@ -173,7 +173,10 @@ def _add_timeout(parser: argparse.ArgumentParser) -> None:
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
     if not 0 <= value <= 86_400:
-        raise argparse.ArgumentTypeError("seconds are 0 to 86400")
+        raise argparse.ArgumentTypeError("seconds are a number from 0 to 86400")
     return value

@@ -87,3 +87,11 @@ async def adapters(root: Path, **settings: Any) -> AsyncIterator[Adapters]:
     finally:
         await it.stop()
         await it.registry.close()
+
+
+async def register(it: Adapters, name: str, path: str, **settings: Any) -> None:
+    await it.register(it.wish(name, path, **settings), "me")
+
+
+async def replace(it: Adapters, name: str, path: str, **settings: Any) -> None:
+    await it.replace(it.wish(name, path, **settings), "me")
