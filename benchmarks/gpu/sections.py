@@ -6,7 +6,7 @@ No torch here: the process that starts the sections must not open the device tha
 from dataclasses import dataclass
 
 OPS = ("expert_route", "expert_tiles", "grouped_gemm", "lora", "paged_attention", "store_kv", "rms_norm", "rope",
-       "sampling")  # fmt: skip
+       "sampling", "logprobs")  # fmt: skip
 FAMILIES = ("llama", "gemma2", "gpt_oss", "qwen3_moe", "deepseek_v2", "deepseek_v3")
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 # every op with a kernel, in the order of a layer
 OPS = ("expert_route", "expert_tiles", "grouped_gemm", "lora", "paged_attention", "store_kv", "rms_norm", "rope",
-       "sampling")  # fmt: skip
+       "sampling", "logprobs")  # fmt: skip
 
 _everywhere = ContextVar("everywhere", default=False)
 

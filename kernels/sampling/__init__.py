@@ -1,4 +1,4 @@
-"""sampling: from logits to tokens, with penalties, cuts, draws and log-probabilities.
+"""sampling: from logits to tokens, with penalties, cuts and draws.
 
 For each row: penalties change the logits; a temperature of 0 takes the largest; otherwise the token is drawn from
 softmax(logits / temperature), cut to the most likely tokens by top_k, min_p and top_p. reference.py has each step.
@@ -23,9 +23,9 @@ from torch import Tensor
 
 from kernels.compiled import takes
 from kernels.sampling import reference
-from kernels.sampling.reference import GREEDY_BELOW, Logprobs, Penalties, Sampled
+from kernels.sampling.reference import GREEDY_BELOW, Penalties, Sampled
 
-__all__ = ["GREEDY_BELOW", "Logprobs", "Penalties", "Sampled", "greedy", "sample"]
+__all__ = ["GREEDY_BELOW", "Penalties", "Sampled", "greedy", "sample"]
 
 
 def sample(
@@ -36,14 +36,13 @@ def sample(
     min_p: Tensor,
     draws: Tensor,
     penalties: Penalties | None = None,
-    num_logprobs: int | None = None,
 ) -> Sampled:
     """One token a row. See reference.py for shapes."""
     if takes(logits):
         from kernels.sampling import kernel
 
-        return kernel.sample(logits, temperature, top_k, top_p, min_p, draws, penalties, num_logprobs)
-    return reference.sample(logits, temperature, top_k, top_p, min_p, draws, penalties, num_logprobs)
+        return kernel.sample(logits, temperature, top_k, top_p, min_p, draws, penalties)
+    return reference.sample(logits, temperature, top_k, top_p, min_p, draws, penalties)
 
 
 def greedy(logits: Tensor) -> Sampled:

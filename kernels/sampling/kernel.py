@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.compiled.kernel import Configuration
-from kernels.sampling.cut.kernel import ALL, Row, find_cut, keys_of, logit_of, nth_at, weight_of
-from kernels.sampling.reference import GREEDY_BELOW, Logprobs, Penalties, Sampled
+from kernels.sampling.cut.kernel import ALL, Row, find_cut, keys_of, nth_at, weight_of
+from kernels.sampling.reference import GREEDY_BELOW, Penalties, Sampled
 
 BLOCK = 8192  # of the vocabulary, at a time
 _WARPS = 16
@@ -75,37 +75,11 @@ def _largest(logits, V, BLOCK: tl.constexpr):
     return largest, token, (largest > float("-inf")) & (largest < float("inf"))
 
 
-@triton.jit
-def _log_probabilities(logits, V, largest, token, chosen, ids, top, NUM: tl.constexpr, BLOCK: tl.constexpr):
-    """Of the token, and of the NUM most likely: each the best below the one before, by (key, complement of id)."""
-    lane = tl.arange(0, BLOCK)
-    weight = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, V, BLOCK):
-        x = tl.load(logits + start + lane, mask=start + lane < V, other=float("-inf")).to(tl.float32)
-        weight += tl.exp(x - largest)
-    norm = largest + tl.log(tl.sum(weight))
-    tl.store(chosen, tl.load(logits + token).to(tl.float32) - norm)
-    previous = tl.full((), 2**63 - 1, tl.int64)
-    for n in range(NUM):
-        best = tl.full((BLOCK,), -(2**63), tl.int64)
-        for start in range(0, V, BLOCK):
-            valid = start + lane < V
-            x = tl.load(logits + start + lane, mask=valid, other=float("-inf")).to(tl.float32)
-            rank = (keys_of(x).to(tl.int64) << 32) | ((start + lane) ^ ALL).to(tl.int64)
-            best = tl.maximum(best, tl.where(valid & (rank < previous), rank, -(2**63)))
-        previous = tl.max(best)
-        tl.store(ids + n, (previous & 0xFFFFFFFF) ^ ALL)
-        tl.store(top + n, logit_of((previous >> 32).to(tl.int32)) - norm)
-
-
 class Outputs(NamedTuple):
-    """What is written of each row; pointers in the kernel. Without log-probabilities the last three are not written."""
+    """What is written of each row; pointers in the kernel."""
 
     tokens: Any  # [R] int64
     finite: Any  # [R] bool
-    chosen: Any  # [R] float32: the token's
-    ids: Any  # [R, n] int64: the most likely tokens, best first
-    top: Any  # [R, n] float32: theirs
 
 
 # parameters may be rows of one tensor, at any alignment; one compiled kernel serves all
@@ -120,7 +94,6 @@ def _sample(
     min_p,
     draws,
     out,  # Outputs
-    NUM_LOGPROBS: tl.constexpr,  # -1: none, not even of the token
     BLOCK: tl.constexpr,
 ):
     r = tl.program_id(0)
@@ -140,19 +113,14 @@ def _sample(
     token = tl.where(fine, token, 0)
     tl.store(out.tokens + r, token.to(tl.int64))
     tl.store(out.finite + r, fine)
-    if NUM_LOGPROBS >= 0:
-        ids = out.ids + r * NUM_LOGPROBS
-        top = out.top + r * NUM_LOGPROBS
-        if fine:
-            _log_probabilities(mine, V, largest, token, out.chosen + r, ids, top, NUM_LOGPROBS, BLOCK)
-        else:
-            tl.store(out.chosen + r, float("nan"))
-            for n in range(NUM_LOGPROBS):
-                tl.store(ids + n, 0)
-                tl.store(top + n, float("nan"))
 
 
-@triton.jit
+# histories and parameters come from anywhere in larger tensors; they are read number by number
+@triton.jit(
+    do_not_specialize_on_alignment=[
+        "history", "history_starts", "prompt_lens", "presence", "frequency", "repetition",
+    ]
+)  # fmt: skip
 def _penalize(
     logits,  # [R, V] float32, contiguous; changed in place
     history,  # [N] int32
@@ -204,13 +172,12 @@ def _sample_op(
     history: Tensor | None,
     history_starts: Tensor | None,
     prompt_lens: Tensor | None,
-    num_logprobs: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(tokens, finite, logprob of the token, ids and logprobs of the most likely); without penalties, all six None."""
+) -> tuple[Tensor, Tensor]:
+    """(tokens, finite); without penalties, all six None."""
     rows, vocab = logits.shape
-    assert logits.stride(1) == 1 and top_k.dtype == torch.int32 and num_logprobs <= vocab
+    assert logits.stride(1) == 1 and top_k.dtype == torch.int32
     assert all(it.dtype == torch.float32 for it in (temperature, top_p, min_p, draws))
-    outs = _outputs(logits, num_logprobs)
+    outs = _outputs(logits)
     if not rows:
         return outs
     if history is not None and len(history):
@@ -220,26 +187,21 @@ def _sample_op(
         )
     _sample[(rows,)](
         logits, logits.stride(0), vocab, temperature, top_k, top_p, min_p, draws, outs,
-        NUM_LOGPROBS=num_logprobs, BLOCK=BLOCK, num_warps=_WARPS,
+        BLOCK=BLOCK, num_warps=_WARPS,
     )  # fmt: skip
     return outs
 
 
-def _outputs(logits: Tensor, num_logprobs: int) -> Outputs:
+def _outputs(logits: Tensor) -> Outputs:
     rows, device = logits.shape[0], logits.device
-    width = max(num_logprobs, 0)
     return Outputs(
-        torch.empty(rows, dtype=torch.int64, device=device),
-        torch.empty(rows, dtype=torch.bool, device=device),
-        torch.empty(rows if num_logprobs >= 0 else 0, dtype=torch.float32, device=device),
-        torch.empty((rows, width), dtype=torch.int64, device=device),
-        torch.empty((rows, width), dtype=torch.float32, device=device),
+        torch.empty(rows, dtype=torch.int64, device=device), torch.empty(rows, dtype=torch.bool, device=device)
     )
 
 
 @_sample_op.register_fake
-def _(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _outputs(logits, rest[-1])
+def _(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _outputs(logits)
 
 
 def sample(
@@ -250,14 +212,9 @@ def sample(
     min_p: Tensor,
     draws: Tensor,
     penalties: Penalties | None = None,
-    num_logprobs: int | None = None,
 ) -> Sampled:
-    """As in reference.py. Each of the most likely tokens that is reported costs a pass over the vocabulary."""
-    count = -1 if num_logprobs is None else min(num_logprobs, logits.shape[1])
-    tokens, finite, chosen, ids, top = _sample_op(
-        logits, temperature, top_k, top_p, min_p, draws, *(penalties or (None,) * 6), count
-    )
-    return Sampled(tokens, finite, None if num_logprobs is None else Logprobs(chosen, ids, top))
+    """As in reference.py."""
+    return Sampled(*_sample_op(logits, temperature, top_k, top_p, min_p, draws, *(penalties or (None,) * 6)))
 
 
 def greedy(logits: Tensor) -> Sampled:
@@ -267,13 +224,14 @@ def greedy(logits: Tensor) -> Sampled:
 
 
 def configurations() -> Iterator[Configuration]:
-    """Logits of both types, without log-probabilities and with as many as are worth it; and penalties."""
+    """Logits of both types; and penalties."""
     parameters = dict(temperature="*fp32", top_k="*i32", top_p="*fp32", min_p="*fp32", draws="*fp32")
-    outputs = Outputs("*i64:16", "*u1:16", "*fp32:16", "*i64:16", "*fp32:16")
-    for element, num in (("bf16", -1), ("fp32", -1), ("bf16", 20), ("fp32", 20)):
-        types = dict(logits=f"*{element}:16", stride="i32:16", V="i32:16", **parameters, out=outputs)
-        name = f"sample {element}{f' logprobs {num}' if num >= 0 else ''}"
-        yield Configuration(name, _sample, types, {"NUM_LOGPROBS": num, "BLOCK": BLOCK}, _WARPS)
-    types = {name: "*fp32:16" for name in ("logits", "presence", "frequency", "repetition")}
-    types |= {name: "*i32:16" for name in ("history", "history_starts", "prompt_lens")}
-    yield Configuration("penalize", _penalize, {**types, "V": "i32:16"}, {"BLOCK": _HISTORY_BLOCK})
+    for element in ("bf16", "fp32"):
+        types = dict(
+            logits=f"*{element}:16", stride="i32:16", V="i32:16", **parameters, out=Outputs("*i64:16", "*u1:16")
+        )
+        yield Configuration(f"sample {element}", _sample, types, {"BLOCK": BLOCK}, _WARPS)
+    types = {name: "*fp32" for name in ("presence", "frequency", "repetition")}
+    types |= {name: "*i32" for name in ("history", "history_starts", "prompt_lens")}
+    types |= {"logits": "*fp32:16", "V": "i32:16"}
+    yield Configuration("penalize", _penalize, types, {"BLOCK": _HISTORY_BLOCK})

@@ -4,17 +4,15 @@ The steps, in order, for each row:
 
 1. Penalties as vLLM and OpenAI define them. A token of the prompt or the output: its logit is divided by `repetition`
    where positive, else multiplied. A token of the output, there c times: minus `frequency` * c, minus `presence`.
-2. Log-probabilities, where asked, are of these logits: before temperature and before any cut, so that they say what the
-   model thinks and not how it was sampled.
-3. A temperature below GREEDY_BELOW takes the largest logit, the lowest id among equals.
-4. Otherwise probabilities are softmax(logits / temperature) and the tokens kept are, in the order of (logit descending,
+2. A temperature below GREEDY_BELOW takes the largest logit, the lowest id among equals.
+3. Otherwise probabilities are softmax(logits / temperature) and the tokens kept are, in the order of (logit descending,
    id ascending): the first `top_k`; of those the ones at least `min_p` times as probable as the first; of those, with
    their probabilities summing to 1, the first ones up to and including the one that reaches `top_p`. Each cut keeps a
    prefix of that order, and never less than its first token.
-5. The uniform number inverts the cumulative distribution of the kept tokens in the order of their *ids*, which needs no
+4. The uniform number inverts the cumulative distribution of the kept tokens in the order of their *ids*, which needs no
    sort once the cut is known.
 
-A row with NaN or +inf (or nothing above -inf) is not finite: token 0, and NaN for its log-probabilities.
+A row with NaN or +inf (or nothing above -inf) is not finite: token 0.
 """
 
 from typing import NamedTuple
@@ -42,24 +40,11 @@ class Penalties(NamedTuple):
     prompt_lens: Tensor
 
 
-class Logprobs(NamedTuple):
-    """Natural logarithms of probabilities.
-
-    chosen [R] float32: of the token drawn. ids [R, n] int64 and top [R, n] float32: the n most likely tokens and
-    theirs, best first. All NaN (and ids 0) in a row that is not finite.
-    """
-
-    chosen: Tensor
-    ids: Tensor
-    top: Tensor
-
-
 class Sampled(NamedTuple):
     """A token for each row, and whether the row's logits were finite."""
 
     tokens: Tensor  # [R] int64
     finite: Tensor  # [R] bool
-    logprobs: Logprobs | None
 
 
 def sample(
@@ -70,17 +55,15 @@ def sample(
     min_p: Tensor,
     draws: Tensor,
     penalties: Penalties | None = None,
-    num_logprobs: int | None = None,
 ) -> Sampled:
     """One token a row, by the steps above.
 
     logits [R, V], float32, bfloat16 or float16, rows contiguous. temperature, top_p (1 is off), min_p (0 is off), draws
-    (uniform in [0, 1]): [R] float32. top_k [R] int32 (0 is off). num_logprobs: log-probabilities are returned of the
-    chosen token and of so many of the most likely ones; None: of none.
+    (uniform in [0, 1]): [R] float32. top_k [R] int32 (0 is off).
     """
     if penalties is not None:
         logits = penalized(logits, penalties)
-    tokens, finite, _ = greedy(logits)
+    tokens, finite = greedy(logits)
     sampled = finite & (temperature >= GREEDY_BELOW)
     if sampled.any():  # else it was one pass over the logits
         cut = ((top_k > 0) & (top_k < logits.shape[-1])) | (top_p < 1) | (min_p > 0)
@@ -89,14 +72,14 @@ def sample(
             if len(chosen):
                 parameters = (it[chosen] for it in (temperature, top_k, top_p, min_p, draws))
                 tokens[chosen] = _draw(logits[chosen].float(), *parameters, keep)
-    return Sampled(tokens, finite, None if num_logprobs is None else _logprobs(logits, tokens, finite, num_logprobs))
+    return Sampled(tokens, finite)
 
 
 def greedy(logits: Tensor) -> Sampled:
-    """logits [R, V], as of `sample`, with every temperature 0 and neither penalties nor log-probabilities."""
+    """logits [R, V], as of `sample`, with every temperature 0 and no penalties."""
     largest, tokens = logits.max(-1)  # NaN is larger than anything here, and the first of equals counts
     finite = largest.isfinite()
-    return Sampled(torch.where(finite, tokens, 0), finite, None)
+    return Sampled(torch.where(finite, tokens, 0), finite)
 
 
 def penalized(logits: Tensor, penalties: Penalties) -> Tensor:
@@ -105,12 +88,11 @@ def penalized(logits: Tensor, penalties: Penalties) -> Tensor:
     starts, prompt_lens = penalties.history_starts.tolist(), penalties.prompt_lens.tolist()
     for row, prompt_len in enumerate(prompt_lens):
         history = penalties.history[starts[row] : starts[row + 1]].long()
-        count = torch.bincount(history[prompt_len:], minlength=logits.shape[-1])
-        seen, values = history.unique(), logits[row]
-        repetition = penalties.repetition[row]
+        seen, (told, count) = history.unique(), history[prompt_len:].unique(return_counts=True)
+        repetition, values = penalties.repetition[row], logits[row]
         values[seen] = torch.where(values[seen] > 0, values[seen] / repetition, values[seen] * repetition)
-        values -= penalties.frequency[row] * count
-        values -= penalties.presence[row] * (count > 0)
+        values[told] -= penalties.frequency[row] * count
+        values[told] -= penalties.presence[row]
     return logits
 
 
@@ -158,10 +140,3 @@ def _kept(
         ties = count - (ordered > least).sum(-1, keepdim=True)
         kept &= ~equal | (equal.cumsum(-1) <= ties)
     return kept
-
-
-def _logprobs(logits: Tensor, tokens: Tensor, finite: Tensor, count: int) -> Logprobs:
-    logprobs = logits.float().log_softmax(-1).masked_fill_(~finite[:, None], float("nan"))
-    order = logits.sort(dim=-1, descending=True, stable=True).indices[:, :count]
-    ids = order.masked_fill(~finite[:, None], 0)
-    return Logprobs(logprobs.gather(-1, tokens[:, None])[:, 0], ids, logprobs.gather(-1, ids))

@@ -4,8 +4,6 @@ import pytest
 
 from tests.support.commands import run
 
-pytestmark = pytest.mark.alone
-
 
 @pytest.mark.slow
 @pytest.mark.timeout(500)
@@ -22,7 +20,7 @@ def test_an_engine_of_real_width_compiles_as_it_is_launched(model_type: str) -> 
     """Its whole warm-up, in bfloat16 for an H200 that is not there (tests/support/compile_only.py)."""
     done = run("-m", "tests.support.compile_only", model_type)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    wanted = ["_attention", "lora_kernel", "_rms_norm", "_rope", "_sample"]
+    wanted = ["_attention", "lora_kernel", "_rms_norm", "_rope", "_sample", "_penalize", "_logprobs"]
     if model_type != "llama":
         wanted += ["route_kernel", "gate_up_kernel", "down_kernel", "combine_kernel"]
     assert all(f"'{kernel}'" in done.stdout for kernel in wanted), done.stdout

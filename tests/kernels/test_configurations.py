@@ -10,8 +10,8 @@ from tests.support.commands import run
 @pytest.mark.parametrize(
     "arguments",
     [
-        "llama deepseek_v2 gpt_oss --narrow --ops expert_route lora paged_attention store_kv rope sampling",
-        "deepseek_v2 --ops expert_tiles grouped_gemm lora rms_norm",
+        "llama deepseek_v2 gpt_oss --narrow --ops expert_route lora paged_attention store_kv rope sampling logprobs",
+        pytest.param("deepseek_v2 --ops expert_tiles grouped_gemm lora rms_norm", marks=pytest.mark.thorough),
     ],
 )
 def test_kernels_are_listed_as_they_are_launched(arguments: str) -> None:

@@ -7,6 +7,7 @@ from kernels.adapter_rows import AdapterTiles, Segment, cut
 from kernels.expert_route import Routed, Routing, TokenBatch, expert_route
 from kernels.expert_tiles import expert_tiles
 from kernels.grouped_gemm import combine
+from kernels.logprobs import logprobs
 from kernels.lora import LoraSite, LoraWeights, SiteAdapters, lora
 from kernels.paged_attention import AttentionBatch, paged_attention
 from kernels.rms_norm import add_rms_norm, rms_norm
@@ -94,3 +95,11 @@ def test_sampling() -> None:
     for draw, token in ((0.0, 0), (0.73, 0), (0.74, 1), (0.8, 1), (1.0, 1)):
         arguments = (torch.ones(1), ints(3), torch.tensor([0.8]), torch.zeros(1), torch.tensor([draw]))
         assert sample(logits, *arguments).tokens.tolist() == [token]
+
+
+def test_logprobs() -> None:
+    logits = torch.tensor([[2.0, 1.0, 2.0, -torch.inf]])
+    got = logprobs(logits, torch.tensor([1]), 2)
+    assert round(got.chosen.item(), 2) == -1.86 and got.rank.tolist() == [3]
+    assert got.ids.tolist() == [[0, 2]] and [round(it, 3) for it in got.top[0].tolist()] == [-0.862, -0.862]
+    assert logprobs(logits, torch.tensor([3]), 0).chosen.tolist() == [-9999]

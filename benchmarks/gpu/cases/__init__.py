@@ -9,7 +9,7 @@ __all__ = ["Case", "Draw", "cases_of", "errors_of"]
 
 _MODULES = {"expert_route": "experts", "expert_tiles": "experts", "grouped_gemm": "experts", "lora": "lora",
             "paged_attention": "attention", "store_kv": "attention", "rms_norm": "rows", "rope": "rows",
-            "sampling": "rows"}  # fmt: skip
+            "sampling": "rows", "logprobs": "rows"}  # fmt: skip
 
 
 def cases_of(op: str, draw: Draw) -> Iterator[Case]:

@@ -1,4 +1,4 @@
-"""What works on each row for itself: norms, rotary embeddings, sampling."""
+"""What works on each row for itself: norms, rotary embeddings, sampling, log-probabilities."""
 
 from collections.abc import Callable, Iterator
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.cases.case import Case, Draw
+from kernels.logprobs import Logprobs
 from kernels.sampling import Sampled
 
 
@@ -79,3 +80,27 @@ def _misses(logits: Tensor, tokens: Tensor, draws: Tensor, top_p: float) -> Tens
     begins = ends - parts.gather(-1, tokens[:, None])[:, 0]
     drawn = draws * parts.sum(-1)
     return ((drawn < begins - 1e-4) | (drawn > ends + 1e-4)).float()
+
+
+def logprobs(draw: Draw) -> Iterator[Case]:
+    for rows in (2,) if draw.scale.is_toy else (1, 32, 256):
+        vocabulary = draw.scale.size(128256, 199)
+        logits = [draw.randn(rows, vocabulary) for _ in range(draw.scale.copies(rows * vocabulary * 2))]
+        for num in (0, 5, 20):
+            yield _logprobs_case(draw, logits, num)
+
+
+def _logprobs_case(draw: Draw, logits: list[Tensor], num: int) -> Case:
+    from kernels.logprobs import kernel, reference
+
+    tokens = torch.randint(logits[0].shape[1], (len(logits[0]),), device=draw.device)
+
+    def run(logprobs: Callable[..., Logprobs]) -> tuple[Tensor, ...]:
+        got = logprobs(logits[0], tokens, num)
+        parts = logits[0].double().log_softmax(-1)
+        pairs = ((got.chosen, parts.gather(-1, tokens[:, None])[:, 0]), (got.top, parts.gather(-1, got.ids)))
+        return got.rank, got.ids, *((said - exact).abs() > 1e-3 for said, exact in pairs)
+
+    return Case("logprobs", f"{num} of {len(logits[0])} rows", draw.dtype, lambda: run(kernel.logprobs),
+                lambda: run(reference.logprobs), [lambda it=it: kernel.logprobs(it, tokens, num) for it in logits],
+                logits[0].nbytes, exact=True)  # fmt: skip

@@ -176,7 +176,7 @@ def test_lora_inside_experts(chain: Callable[..., Tensor], single_launch: bool, 
 @pytest.mark.parametrize(("chain", "ops", "single_launch"), [
     (by_kernels, gemm_kernel, True), (by_kernels, gemm_kernel, False), (by_references, gemm_reference, True),
 ], ids=["one launch", "two launches", "references"])  # fmt: skip
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_rows_of_others_have_the_bits_of_a_step_without_lora(
     chain: Callable[..., Tensor], ops: ModuleType, single_launch: bool, dtype: torch.dtype, interleaved: bool
