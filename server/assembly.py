@@ -89,7 +89,7 @@ def assemble(
         tables.lora.show_kernels(device)
     adapter_bytes = pool.num_free * pool.page_bytes  # what adapters have not taken yet
     cache = _allocate_cache(injected, config, length, dtype, device, adapter_bytes)
-    limits = _limits(config, device)
+    limits = _limits(config, device, model.config.vocab_size)
     most_slices = max((len(site.widths) for site in tables.lora.sites), default=1)
     blocks_of_one = min(cache.pool.num_blocks, cache.num_blocks(length))
     choices = max((it.choices for it in injected.experts), default=0)
@@ -113,6 +113,7 @@ def assemble(
         adapter_bytes=pool.num_pages * pool.page_bytes,
         max_experts_per_adapter=tables.experts.e_max,
         stop_token_ids=stops,
+        hidden_size=model.config.hidden_size,
         graph_rank=config.max_rank if isinstance(forward, GraphedForward) else None,
     )
     checker = ParityChecker(
@@ -145,9 +146,11 @@ def _allocate_cache(
     return KVCache(num_blocks, config.block_size)
 
 
-def _limits(config: EngineConfig, device: torch.device) -> SchedulerLimits:
+def _limits(config: EngineConfig, device: torch.device, vocab_size: int) -> SchedulerLimits:
     tokens_per_step = choose_tokens_per_step(config, device)
-    return SchedulerLimits(tokens_per_step, config.max_running, config.max_waiting, config.max_skips)
+    return SchedulerLimits(
+        tokens_per_step, config.max_running, config.max_waiting, config.max_skips, vocab_size=vocab_size
+    )
 
 
 def choose_forward(

@@ -33,7 +33,7 @@ from server.engine.messages import (
     TokenEvent,
 )
 from server.engine.open_requests import OpenRequests
-from server.engine.request import LaneSpec, Sampling
+from server.engine.request import LaneSpec, OfPrompt, Sampling
 from server.errors import ConfigError, EngineDead, HeddleError, StartupError
 
 
@@ -55,6 +55,7 @@ class Submission:
     weight: float = 1.0
     priority: int = 0
     salt: str = ""
+    of_prompt: OfPrompt | None = None
 
 
 class TokenStream:
@@ -67,18 +68,29 @@ class TokenStream:
         self.request_ids = tuple(request_ids)
         self._open = set(request_ids)
         self._client = client
-        self._events: asyncio.Queue[TokenEvent | HeddleError] = asyncio.Queue()
+        self._events: asyncio.Queue[TokenEvent | HeddleError | None] = asyncio.Queue()
+        self._has_heard = True  # since it was last marked as silent
 
     def put(self, event: TokenEvent | HeddleError) -> None:
+        self._has_heard = True
         self._events.put_nowait(event)
 
-    async def __aiter__(self) -> AsyncIterator[TokenEvent]:
+    def mark_silence(self) -> None:
+        """Let who iterates get None if nothing has come since the last call."""
+        if not self._has_heard:
+            self._events.put_nowait(None)
+        self._has_heard = False
+
+    async def __aiter__(self) -> AsyncIterator[TokenEvent | None]:
+        """Tokens, and None where nothing comes for long."""
         while self._open:
             event = await self._events.get()
             if isinstance(event, HeddleError):
                 self._open.clear()
                 raise event
-            if event.request_id in self._open:  # else it was stopped meanwhile
+            if event is None:
+                yield None
+            elif event.request_id in self._open:  # else it was stopped meanwhile
                 if event.finish is not None:
                     self._open.remove(event.request_id)
                 yield event
@@ -127,6 +139,14 @@ class EngineClient:
                     return info
                 case StartFailed(message=message, is_final=is_final):
                     raise ConfigError(message) if is_final else StartupError(message)
+
+    async def mark_silence(self, interval_s: float) -> None:
+        """Mark it in every stream to which nothing has come for so long, or up to twice as long, for ever. Run as one
+        task: a timer for each token would cost more than the token."""
+        while True:
+            await asyncio.sleep(interval_s)
+            for stream in self._requests.streams():
+                stream.mark_silence()
 
     async def pump(self) -> None:
         """Deliver what the engine sends, for ever. Run as one task."""
@@ -201,8 +221,9 @@ class EngineClient:
                     submission.max_tokens,
                     submission.sampling,
                     submission.stop_token_ids,
-                    submission.weight,
-                    submission.priority,
+                    weight=submission.weight,
+                    priority=submission.priority,
+                    of_prompt=submission.of_prompt,
                 )
             )
         return stream

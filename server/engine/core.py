@@ -7,6 +7,7 @@ import enum
 from collections.abc import Iterable
 
 from server.engine.adapter_users import AdapterUsers
+from server.engine.admission import problem_of
 from server.engine.checks import Checker, Checks
 from server.engine.kv_cache import KVCache
 from server.engine.messages import (
@@ -22,7 +23,7 @@ from server.engine.messages import (
     TokenEvent,
 )
 from server.engine.plan import Plan, Runner
-from server.engine.request import LEAST_WEIGHT, MOST_WEIGHT, FinishReason, Request
+from server.engine.request import FinishReason, Request
 from server.engine.residency import Residency
 from server.engine.scheduler import CannotServe, Scheduler, SchedulerLimits
 
@@ -45,6 +46,7 @@ class Engine:
         self._checks = Checks(checker, residency, self._adapters, kv_cache)
         self.pace = Pace.BUSY
         self.is_shut_down = False
+        self._vocab_size = limits.vocab_size
         self._num_steps = 0
         self._num_computed_tokens = 0
 
@@ -83,17 +85,14 @@ class Engine:
         return events
 
     def _add(self, it: AddRequest) -> list[TokenEvent]:
-        has_prompts = bool(it.lanes) and all(lane.prompt for lane in it.lanes)
-        if not has_prompts or it.max_tokens < 0 or not LEAST_WEIGHT <= it.weight <= MOST_WEIGHT:
-            problem = (
-                "a request has lanes, each with a prompt, max_tokens from 0 on, and a weight from "
-                f"{LEAST_WEIGHT} to {MOST_WEIGHT}"
-            )
+        problem = problem_of(it, self._vocab_size)
+        if problem is not None:
             return [TokenEvent(it.request_id, None, FinishReason.ERROR, problem)]
         try:
             request = Request(
-                it.request_id, it.lanes, it.max_tokens, it.sampling, it.stop_token_ids, it.group, it.weight, it.priority
-            )
+                it.request_id, it.lanes, it.max_tokens, it.sampling, it.stop_token_ids, it.group, it.weight,
+                it.priority, it.of_prompt,
+            )  # fmt: skip
             self.scheduler.add(request)
         except CannotServe as refusal:
             return [TokenEvent(it.request_id, None, FinishReason.ERROR, str(refusal))]

@@ -1,12 +1,11 @@
 """A runner without a model, for tests and simulation: it ships so that users' tests can use it too.
 
-The next token is a hash of the adapter's revision and all tokens so far, so the right answer of a request is known
-without running anything. And it keeps a KV cache of its own: every KV slot remembers which adapter and which prefix
-wrote it, and under which salt, and every read is checked, so a block that leaks from one request, adapter or salt to
-another is caught at once.
+What it computes is fake_model.py's, so the right answer of a request is known without running anything. It does not
+look at how a request wants its tokens chosen. And it keeps a KV cache of its own: every KV slot remembers which adapter
+and which prefix wrote it, and under which salt, and every read is checked, so a block that leaks from one request,
+adapter or salt to another is caught at once.
 """
 
-import hashlib
 from array import array
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,30 +14,13 @@ from adapters_store.parts import AdapterPackage
 from adapters_store.ref import AdapterRef
 from server.engine.block_pool import Block
 from server.engine.checks import Found
+from server.engine.fake_model import Seen, State, expected_tokens, following, logprobs, next_token, start
 from server.engine.messages import AdapterOnDevice
 from server.engine.plan import Output, Plan, Scheduled
-from server.engine.request import Lane, Slot, Token
+from server.engine.request import Lane, Slot, Token, ToldOfPrompt
 from server.engine.residency import Wait
 
-
-def _fingerprint(previous: bytes, token: int) -> bytes:
-    return hashlib.blake2b(previous + token.to_bytes(8, "little"), digest_size=8).digest()
-
-
-def _start(adapter: AdapterRef | None) -> bytes:
-    return hashlib.blake2b(adapter.revision.encode() if adapter else b"", digest_size=8).digest()
-
-
-def expected_tokens(adapter: AdapterRef | None, prompt: Sequence[int], count: int, vocab_size: int) -> list[int]:
-    """What FakeRunner generates for this prompt, whatever else is in the batch."""
-    state = _start(adapter)
-    for token in prompt:
-        state = _fingerprint(state, token)
-    tokens: list[int] = []
-    for _ in range(count):
-        tokens.append(int.from_bytes(state, "little") % vocab_size)
-        state = _fingerprint(state, tokens[-1])
-    return tokens
+__all__ = ["FakeChecker", "FakeResidency", "FakeRunner", "Known", "expected_tokens"]
 
 
 @dataclass(frozen=True)
@@ -59,26 +41,45 @@ class FakeRunner:
         self._written: list[tuple[str, bytes]] = [("", b"")] * (num_blocks * block_size)
 
     def launch(self, plan: Plan) -> Known:
-        tokens = {scheduled.lane: self._compute(scheduled) for scheduled in plan}
-        return Known({it.lane: self._output(it.lane, tokens[it.lane]) for it in plan if it.samples})
+        states = {it.lane: self._compute(it) for it in plan}
+        told = {it.lane: self._tell(it, states[it.lane]) for it in plan if it.of_prompt is not None}
+        return Known(
+            {it.lane: self._output(it.lane, states[it.lane][-1], told.get(it.lane)) for it in plan if it.samples}
+        )
 
-    @staticmethod
-    def _output(lane: Lane, token: int) -> Output:
-        return Output((Token(token),)) if lane.request.max_tokens else Output()
+    def _output(self, lane: Lane, state: State, told: ToldOfPrompt | None) -> Output:
+        if not lane.request.max_tokens:
+            return Output(of_prompt=told)
+        token, num = next_token(state, self._vocab_size), lane.request.sampling.num_logprobs
+        said = None if num is None else logprobs(state, token, num, self._vocab_size)
+        return Output((Token(token, said),), of_prompt=told)
 
-    def _compute(self, scheduled: Scheduled) -> int:
-        """The next token of the lane."""
+    def _compute(self, scheduled: Scheduled) -> list[State]:
+        """Those behind each token that is computed."""
         lane = scheduled.lane
-        state = _start(lane.adapter)
+        state = start(lane.adapter)
+        states: list[State] = []
         for position in range(scheduled.start + scheduled.num_tokens):
-            state = _fingerprint(state, lane.tokens[position])
+            state = following(state, lane.tokens[position])
             block, offset = lane.block_table[position // self._block_size], position % self._block_size
             kv_slot = block * self._block_size + offset
             if position >= scheduled.start:
                 self._written[kv_slot] = lane.salt, state
+                states.append(state)
             elif self._written[kv_slot] != (lane.salt, state):
                 raise AssertionError(f"request {lane.request.id} reads another prefix's KV at position {position}")
-        return int.from_bytes(state, "little") % self._vocab_size
+        return states
+
+    def _tell(self, scheduled: Scheduled, states: Sequence[State]) -> ToldOfPrompt | None:
+        """Of the chunk of a prompt; with the last one, what is to be told."""
+        lane, of_prompt = scheduled.lane, scheduled.of_prompt
+        assert of_prompt is not None
+        if scheduled.start == 0 or not isinstance(lane.carried, Seen):
+            lane.carried = Seen()
+        for position, state in enumerate(states, start=scheduled.start):
+            behind = lane.tokens[position + 1] if position + 1 < lane.prompt_len else None
+            lane.carried.take(state, behind, of_prompt.num_logprobs, self._vocab_size)
+        return lane.carried.told(of_prompt, lane.prompt_len) if scheduled.samples else None
 
 
 class FakeChecker:

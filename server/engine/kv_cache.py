@@ -67,9 +67,14 @@ class KVCache:
         return missing
 
     def attach_prefix(self, request: Request) -> None:
-        """Give a request that holds no blocks the cached blocks of its lanes' longest known prefixes."""
+        """Give a request that holds no blocks the cached blocks of its lanes' longest known prefixes.
+
+        A prompt of which something is to be told that takes all its tokens is computed from its first on.
+        """
+        untold = request.untold
         for lane in request.lanes:
-            self._attach(lane)
+            if untold is None or not untold.needs_all_tokens or lane is not request.first:
+                self._attach(lane)
 
     def grow(self, chunks: Sequence[tuple[Lane, int]]) -> bool:
         """Hold blocks for so many more tokens of each lane. False, and nothing changed, if there are not enough."""

@@ -6,7 +6,7 @@ from adapters_store.base_spec import BaseSpec
 from adapters_store.parts import AdapterPackage
 from adapters_store.ref import AdapterRef
 from server.config import EngineConfig
-from server.engine.request import FinishReason, Group, LaneSpec, Sampling, Token
+from server.engine.request import FinishReason, Group, LaneSpec, OfPrompt, Sampling, Token, ToldOfPrompt
 
 
 class _Message(msgspec.Struct, frozen=True, tag=True):
@@ -35,6 +35,7 @@ class AddRequest(_Message, frozen=True):
     stop_token_ids: frozenset[int]
     weight: float = 1.0
     priority: int = 0
+    of_prompt: OfPrompt | None = None
 
 
 class Abort(_Message, frozen=True):
@@ -109,6 +110,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     adapter_bytes: int
     max_experts_per_adapter: int
     stop_token_ids: frozenset[int]
+    hidden_size: int
     graph_rank: int | None = None  # LoRA adapters of a higher rank decode without captured graphs; None: there are none
 
 
@@ -134,6 +136,7 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True, tag=0):
     finish: FinishReason | None = None
     error: str | None = None
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache; set with the first event
+    of_prompt: ToldOfPrompt | None = None  # with the first event, if it was asked for
 
 
 class AdapterGone(msgspec.Struct, frozen=True, array_like=True, tag=1):

@@ -8,7 +8,7 @@ A plan is a list of scheduled lanes. `launch` starts the work and need not wait 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
-from server.engine.request import Lane, Request, Token
+from server.engine.request import Lane, OfPrompt, Request, Token, ToldOfPrompt
 
 
 class Scheduled(NamedTuple):
@@ -22,6 +22,36 @@ class Scheduled(NamedTuple):
     num_tokens: int
     samples: bool
 
+    @property
+    def of_prompt(self) -> OfPrompt | None:
+        """What is asked of the prompt that the tokens belong to, and not told yet."""
+        request = self.lane.request
+        if request.of_prompt is None or self.lane is not request.first:  # looked at for every lane of every step
+            return None
+        return request.untold
+
+    @property
+    def pools(self) -> bool:
+        """Its hidden states are wanted, and no token."""
+        of_prompt = self.of_prompt
+        return of_prompt is not None and of_prompt.pooling is not None
+
+    @property
+    def chooses(self) -> bool:
+        """A token is chosen with its last logits, whether or not the request wants one."""
+        return self.samples and not self.pools
+
+    @property
+    def logit_positions(self) -> range:
+        """Those of its tokens whose logits are wanted: the last one's where a token is chosen, and where
+        log-probabilities of the prompt are asked for those of every token that another one of the prompt follows."""
+        end, of_prompt = self.start + self.num_tokens, self.of_prompt
+        if of_prompt is None:
+            return range(end - self.samples, end)
+        if of_prompt.num_logprobs is None:
+            return range(end, end)
+        return range(self.start, end if self.chooses else min(end, self.lane.prompt_len - 1))
+
 
 Plan = Sequence[Scheduled]
 
@@ -29,11 +59,13 @@ Plan = Sequence[Scheduled]
 class Output(NamedTuple):
     """What a lane that samples gets from a step: tokens (more than one where some were guessed right), or an error.
 
-    No tokens: the request wants none (max_tokens 0), only that its prompts be computed.
+    No tokens: the request wants none (max_tokens 0), only that its prompts be computed. `of_prompt`: what it asked of
+    the prompt, when that is computed to its end.
     """
 
     tokens: tuple[Token, ...] = ()
     error: str | None = None
+    of_prompt: ToldOfPrompt | None = None
 
 
 class Pending(Protocol):
@@ -50,15 +82,29 @@ class Runner(Protocol):
         """Start a step. `plan` holds at least one lane, none of them twice."""
 
 
+# tokens a step of prompts whose log-probabilities are asked for: the logits of each are held, which for a vocabulary of
+# 150 thousand and three such tensors is 230 MB in bfloat16
+LOGITS_PER_STEP = 256
+
+
 class Draft:
     """A plan as it takes shape, and the tokens that are left of its budget."""
 
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
+    def __init__(self, budget: int, logits: int = LOGITS_PER_STEP) -> None:
+        """logits: how many tokens the requests together may compute that want the logits of all of them."""
+        self.budget, self._logits = budget, logits
         self.num_lanes = 0  # of the requests in it
         self.cut: list[Request] = []  # those that could compute more
         self._scheduled: dict[int, list[Scheduled]] = {}  # by request
         self._num_tokens: dict[int, int] = {}
+
+    def divide(self, request: Request, count: int) -> list[tuple[Lane, int]]:
+        """At most `count` tokens among its lanes (Request.divide), fewer where the logits of all are wanted. One for
+        each lane there always is."""
+        if request.of_prompt is not None and wants_all_logits(request):
+            left = self._logits + self.num_tokens(request)
+            count = min(count, max(left, len(request.lanes)))
+        return request.divide(count)
 
     def add(self, request: Request, chunks: Sequence[tuple[Lane, int]]) -> None:
         num_tokens = 0
@@ -71,13 +117,18 @@ class Draft:
         ]
         self._num_tokens[request.id] = num_tokens
         self.budget -= num_tokens
+        if request.of_prompt is not None and wants_all_logits(request):
+            self._logits -= num_tokens
         self.num_lanes += len(request.lanes)
         if not is_whole:
             self.cut.append(request)
 
     def drop(self, request: Request) -> None:
         if request in self:
-            self.budget += self._num_tokens.pop(request.id)
+            num_tokens = self._num_tokens.pop(request.id)
+            self.budget += num_tokens
+            if request.of_prompt is not None and wants_all_logits(request):
+                self._logits += num_tokens
             self.num_lanes -= len(request.lanes)
             del self._scheduled[request.id]
 
@@ -90,3 +141,9 @@ class Draft:
     @property
     def plan(self) -> list[Scheduled]:
         return [scheduled for chunks in self._scheduled.values() for scheduled in chunks]
+
+
+def wants_all_logits(request: Request) -> bool:
+    """Whether log-probabilities of its prompt are asked for, and not told yet."""
+    untold = request.untold
+    return untold is not None and untold.num_logprobs is not None

@@ -1,7 +1,9 @@
 """One request as the engine sees it, and the lanes that it owns."""
 
 import enum
+from array import array
 from collections.abc import Sequence
+from typing import Literal
 
 import msgspec
 
@@ -13,8 +15,13 @@ BASE_SLOT: Slot = 0
 LEAST_WEIGHT, MOST_WEIGHT = 0.001, 1000.0  # of a group: turns of one are counted in floating point beside the others'
 
 
-class Sampling(msgspec.Struct, frozen=True):
-    """How to choose the next token. temperature 0 is greedy; top_k 0 and top_p 1 are off.
+class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How to choose the next token. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off.
+
+    `presence` and `frequency` (0 is off) are taken from the logits of generated tokens, `repetition` (1 is off) divides
+    those of all tokens; `bias` is added to logits, by token id, before that. No stop token is chosen before
+    `min_tokens` are generated. With `num_logprobs` it is said of each token how probable it was, and of so many of the
+    most probable ones, as the model has it: before bias, penalties and temperature.
 
     The n-th token of a request depends on `seed`, n and the logits alone, not on what else was in the batch.
     """
@@ -22,13 +29,59 @@ class Sampling(msgspec.Struct, frozen=True):
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
     seed: int = 0
+    presence: float = 0.0
+    frequency: float = 0.0
+    repetition: float = 1.0
+    bias: dict[int, float] = {}
+    min_tokens: int = 0
+    num_logprobs: int | None = None
+
+
+Pooling = Literal["mean", "last"]  # of the last hidden states of all tokens, or that of the last token
+
+
+class OfPrompt(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What is asked of the prompt itself: log-probabilities of its tokens and of so many of the most probable ones in
+    the place of each, or its hidden states pooled. Of a request with several lanes, the first one's prompt."""
+
+    num_logprobs: int | None = None
+    pooling: Pooling | None = None
+
+    @property
+    def needs_all_tokens(self) -> bool:
+        """Every token of the prompt must be computed, also where the prefix cache knows its keys."""
+        return self.num_logprobs is not None or self.pooling == "mean"
+
+    @property
+    def asks_for_nothing(self) -> bool:
+        return self.num_logprobs is None and self.pooling is None
+
+
+class Logprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Natural logarithms of probabilities in one place: of the token that stands there, which is the `rank`-th most
+    probable (from 1), and of the most probable ones, best first."""
+
+    chosen: float
+    rank: int
+    ids: list[int] = []
+    top: list[float] = []
 
 
 class Token(msgspec.Struct, frozen=True, array_like=True):
     """A generated token, and what is said of it. The engine needs its id; the rest it hands from runner to client."""
 
     id: int
+    logprobs: Logprobs | None = None
+
+
+class ToldOfPrompt(msgspec.Struct, frozen=True, array_like=True):
+    """What was asked of the prompt. logprobs: of its tokens from the second on. vector: [hidden size] float32,
+    little-endian, as the model has it."""
+
+    logprobs: list[Logprobs] | None = None
+    vector: bytes | None = None
 
 
 class FinishReason(enum.StrEnum):
@@ -78,10 +131,20 @@ class Lane:
         self.block_hashes: list[bytes] = []  # of the leading full blocks, as far as they were needed
         self.num_committed_blocks = 0  # leading blocks whose content the prefix cache knows
         self.slot: Slot = BASE_SLOT  # while running
+        # the runner's own, which nobody else looks into: what it must remember from one chunk of a prompt to the next.
+        # It begins anew with a chunk that starts at 0: what was computed before a preemption does not count
+        self.carried: object = None
+        self._history = array("i")
 
     @property
     def num_uncomputed_tokens(self) -> int:
         return len(self.tokens) - self.num_computed_tokens
+
+    @property
+    def history(self) -> "array[int]":
+        """Its tokens in one piece of memory, for those who copy all of them in every step. They only ever grow."""
+        self._history.extend(self.tokens[len(self._history) :])
+        return self._history
 
     @property
     def max_len(self) -> int:
@@ -106,6 +169,7 @@ class Request:
         group: Group | None = None,
         weight: float = 1.0,
         priority: int = 0,
+        of_prompt: OfPrompt | None = None,
     ) -> None:
         """`group` None: the request is alone in its own. `weight` and `priority` are its group's (queue.py)."""
         assert lanes and max_tokens >= 0 and weight > 0
@@ -115,6 +179,7 @@ class Request:
         self.max_tokens = max_tokens
         self.sampling = sampling
         self.stop_token_ids = stop_token_ids
+        self.of_prompt = None if of_prompt is None or of_prompt.asks_for_nothing else of_prompt
         self.lanes = tuple(Lane(self, spec) for spec in lanes)
         self.first = self.lanes[0]  # the one that speaks
         self.status = Status.WAITING
@@ -131,6 +196,11 @@ class Request:
     @property
     def num_generated(self) -> int:
         return len(self.first.tokens) - self.first.prompt_len
+
+    @property
+    def untold(self) -> OfPrompt | None:
+        """What it asked of its prompt, until that is told: with the first token, or with the end."""
+        return self.of_prompt if self.of_prompt is not None and not self.num_generated else None
 
     @property
     def num_uncomputed_tokens(self) -> int:

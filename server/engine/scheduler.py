@@ -19,9 +19,9 @@ from server.engine.adapter_users import AdapterUsers
 from server.engine.kv_cache import KVCache
 from server.engine.messages import TokenEvent
 from server.engine.pins import Pins, is_held_back, starved, unpin, worded
-from server.engine.plan import Draft, Output, Plan, Scheduled
+from server.engine.plan import LOGITS_PER_STEP, Draft, Output, Plan, Scheduled
 from server.engine.queue import WaitingQueue
-from server.engine.request import BASE_SLOT, FinishReason, Group, Lane, Request, Slot, Status, Token
+from server.engine.request import BASE_SLOT, FinishReason, Group, Lane, Request, Slot, Status, Token, ToldOfPrompt
 from server.engine.residency import AdapterFailed, Residency, Wait
 from server.engine.shares import Shares
 
@@ -36,6 +36,8 @@ class SchedulerLimits:
     max_running: int  # lanes
     max_waiting: int
     max_skips: int  # see pins.is_held_back
+    logits_per_step: int = LOGITS_PER_STEP  # see Draft
+    vocab_size: int = 1 << 31  # what prompts are made of
 
 
 class Scheduler:
@@ -104,7 +106,7 @@ class Scheduler:
         """The tokens of the next step, and requests that ended instead because their adapter failed to load."""
         self._residency.poll()
         self.lacks_adapters = False
-        draft = Draft(self._limits.tokens_per_step)
+        draft = Draft(self._limits.tokens_per_step, self._limits.logits_per_step)
         preemptions = self.num_preemptions
         self._serve_running(draft)
         failed = self._admit(draft, is_short=self.num_preemptions > preemptions)
@@ -118,7 +120,8 @@ class Scheduler:
             if request.status is not Status.RUNNING or not request.num_uncomputed_tokens:
                 continue  # it gave way to an older one, or waits for what a launched step says
             unserved = self._num_running_lanes - draft.num_lanes - len(request.lanes)
-            chunks = request.divide(self._chunk(request, draft.budget - unserved, islice(running, index + 1, None)))
+            count = self._chunk(request, draft.budget - unserved, islice(running, index + 1, None))
+            chunks = draft.divide(request, count)
             if self._make_room(request, chunks, draft):
                 draft.add(request, chunks)
 
@@ -218,7 +221,7 @@ class Scheduler:
             self._kv_cache.release(request)
             unpin(self._residency, request.adapters)
             return False
-        chunks = request.divide(draft.budget)
+        chunks = draft.divide(request, draft.budget)
         has_grown = self._kv_cache.grow(chunks)
         assert has_grown
         if not request.was_admitted:
@@ -264,7 +267,7 @@ class Scheduler:
         for request in tuple(draft.cut):
             if request not in draft or draft.budget == 0:  # it may have given way
                 continue
-            chunks = request.divide(draft.num_tokens(request) + draft.budget)
+            chunks = draft.divide(request, draft.num_tokens(request) + draft.budget)
             if self._kv_cache.grow(chunks):
                 draft.drop(request)
                 draft.add(request, chunks)
@@ -297,15 +300,17 @@ class Scheduler:
             events.append(self._finish(request, FinishReason.ERROR, output.error))
             return
         if request.max_tokens == 0:
-            events.append(self._finish(request, FinishReason.LENGTH))
+            events.append(self._finish(request, FinishReason.LENGTH, told=output.of_prompt))
             return
         assert output.tokens, "a request that wants tokens gets at least one, or an error"
+        told = output.of_prompt
         for token in output.tokens:
             reason = request.append(token.id)
             if reason is not None:
-                events.append(self._finish(request, reason, token=token))
+                events.append(self._finish(request, reason, token=token, told=told))
                 return
-            events.append(_event(request, token))
+            events.append(_event(request, token, told=told))
+            told = None
 
     # -- ends -----------------------------------------------------------
 
@@ -319,7 +324,12 @@ class Scheduler:
             lane.slot = BASE_SLOT
 
     def _finish(
-        self, request: Request, reason: FinishReason, error: str | None = None, token: Token | None = None
+        self,
+        request: Request,
+        reason: FinishReason,
+        error: str | None = None,
+        token: Token | None = None,
+        told: ToldOfPrompt | None = None,
     ) -> TokenEvent:
         if request.status is Status.RUNNING:
             self._stop_running(request)
@@ -331,7 +341,7 @@ class Scheduler:
         if not self._group_sizes[request.group]:
             del self._group_sizes[request.group]
         self._adapters.let_go(request)
-        return _event(request, token, reason, error)
+        return _event(request, token, reason, error, told)
 
     def check(self) -> None:
         """Every invariant of the engine, recomputed."""
@@ -352,7 +362,11 @@ class Scheduler:
 
 
 def _event(
-    request: Request, token: Token | None, finish: FinishReason | None = None, error: str | None = None
+    request: Request,
+    token: Token | None,
+    finish: FinishReason | None = None,
+    error: str | None = None,
+    told: ToldOfPrompt | None = None,
 ) -> TokenEvent:
     cached = request.num_cached_tokens if request.num_generated < 2 else 0
-    return TokenEvent(request.id, token, finish, error, cached)
+    return TokenEvent(request.id, token, finish, error, cached, told)

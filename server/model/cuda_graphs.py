@@ -101,6 +101,9 @@ class GraphedForward:
     def all_logits(self, step: HostStep) -> Tensor:
         return self.eager.all_logits(step)
 
+    def logits_and_hidden(self, step: HostStep) -> tuple[Tensor, Tensor]:
+        return self.eager.logits_and_hidden(step)
+
     def key(self, step: HostStep) -> GraphKey | None:
         """Of the graph that serves this step; None if it is none for a graph."""
         count = len(step.token_ids)

@@ -29,7 +29,7 @@ class Sizes:
 
     rows: int
     sequences: int
-    samples: int
+    logits: int
     max_query_len: int
     splits_decodes: bool = False  # see DeviceBatch
 
@@ -42,17 +42,17 @@ class DeviceInputs:
         self.capacity, self._token_fields = capacity, tuple(token_fields)
         tiles = _most_tiles(capacity.sequences, capacity.tokens, 1)
         fields = {
-            "counts": 3,  # tokens, adapter tiles, those of the sampled rows
+            "counts": 3,  # tokens, adapter tiles, those of the rows whose logits are wanted
             "token_ids": capacity.tokens,
             "positions": capacity.tokens,
             "slot_mapping": capacity.tokens,
             "token_slots": capacity.tokens,
             **{field.name: capacity.tokens for field in token_fields},
-            "sample_rows": capacity.sequences,
+            "logit_rows": capacity.tokens,
             "query_starts": capacity.sequences + 1,
             "kv_lens": capacity.sequences,
             "tiles": 3 * tiles,
-            "sample_tiles": 3 * capacity.sequences,
+            "logit_tiles": 3 * tiles,
             # last and packed, since most of it is seldom used; unpacked on the device
             "block_tables": capacity.sequences * capacity.blocks,
         }
@@ -71,13 +71,13 @@ class DeviceInputs:
         at_all_sites: see AdapterRows.
         """
         padding = range(len(step.token_ids), rows)
-        sizes = Sizes(rows, len(step.query_lens) + len(padding), len(step.sample_rows) + len(padding),
+        sizes = Sizes(rows, len(step.query_lens) + len(padding), len(step.logit_rows) + len(padding),
                       max(step.query_lens), splits_decodes(step.query_lens, step.kv_lens))  # fmt: skip
         tile = tile_rows(rows)
-        tiles, sample_tiles = cut(step.spans, tile), cut(step.sample_spans, tile)
+        tiles, logit_tiles = cut(step.spans, tile), cut(step.logit_spans, tile)
         stage = self.buffer.stage
         self.buffer.begin()
-        stage("counts", [len(step.token_ids), len(tiles), len(sample_tiles)])
+        stage("counts", [len(step.token_ids), len(tiles), len(logit_tiles)])
         stage("token_ids", step.token_ids, rows, 0)
         stage("positions", step.positions, rows, 0)
         stage("slot_mapping", step.slot_mapping, rows, -1)
@@ -85,11 +85,11 @@ class DeviceInputs:
             stage("token_slots", step.token_slots, rows, 0)
         for field in self._token_fields:
             stage(field.name, field.values(step), rows, field.filler)
-        stage("sample_rows", [*step.sample_rows, *padding])
+        stage("logit_rows", [*step.logit_rows, *padding])
         stage("query_starts", [*_starts(step.query_lens), *(row + 1 for row in padding)])
         stage("kv_lens", step.kv_lens, sizes.sequences, 0)
         stage("tiles", [number for tile in tiles for number in tile])
-        stage("sample_tiles", [number for tile in sample_tiles for number in tile])
+        stage("logit_tiles", [number for tile in logit_tiles for number in tile])
         self._send(step.block_tables)
         return self.views(sizes, shape, at_all_sites)
 
@@ -107,6 +107,7 @@ class DeviceInputs:
         """What the device holds of a step of these sizes; always at the same addresses."""
         view, rows, tile = self.buffer.view, sizes.rows, tile_rows(sizes.rows)
         counts = view("counts", 3)
+        most_logit_tiles = min(sizes.logits, _most_tiles(sizes.sequences, sizes.logits, rows))
         return StepInputs(
             token_ids=view("token_ids", rows),
             positions=view("positions", rows),
@@ -120,11 +121,11 @@ class DeviceInputs:
                 max_query_len=sizes.max_query_len,
                 splits_decodes=sizes.splits_decodes,
             ),
-            sample_rows=view("sample_rows", sizes.samples),
+            logit_rows=view("logit_rows", sizes.logits),
             rows=AdapterRows(
                 view("token_slots", rows) if any(shape) else None,
                 self._tiles("tiles", _most_tiles(sizes.sequences, rows, rows), counts[1:2], tile),
-                self._tiles("sample_tiles", sizes.samples, counts[2:3], tile),
+                self._tiles("logit_tiles", most_logit_tiles, counts[2:3], tile),
                 shape,
                 at_all_sites,
             ),
@@ -164,4 +165,5 @@ def padding_step(tokens: int = 1, block_size: int = 1) -> HostStep:
         kv_lens=[kv_len],
         block_tables=[blocks],
         sample_rows=[tokens - 1],
+        logit_rows=[tokens - 1],
     )

@@ -13,10 +13,14 @@ from server.model.inputs import CurrentStep, HostStep, StepInputs, TokenField, h
 
 class Forward(Protocol):
     def logits(self, step: HostStep) -> Tensor:
-        """[sampled rows, V]; valid until the next step."""
+        """[rows whose logits are wanted, V]; valid until the next step."""
 
     def all_logits(self, step: HostStep) -> Tensor:
         """[T, V]: of every token, whether it is sampled or not. From no captured graph."""
+
+    def logits_and_hidden(self, step: HostStep) -> tuple[Tensor, Tensor]:
+        """`logits`, and [T, H]: the last hidden state of every token, which logits are made of. From no captured
+        graph."""
 
 
 class Model:
@@ -24,6 +28,8 @@ class Model:
 
     def __init__(self, model: Foreign, step: CurrentStep) -> None:
         self._model, self._step = model, step
+        self._body = model.base_model  # without its head
+        assert self._body is not model
         self.vocab_size: int = model.config.vocab_size
 
     def __call__(self, inputs: StepInputs) -> Tensor:
@@ -32,9 +38,20 @@ class Model:
                 input_ids=inputs.token_ids[None],
                 position_ids=inputs.positions[None],
                 use_cache=False,
-                logits_to_keep=inputs.sample_rows,
+                logits_to_keep=inputs.logit_rows,
             ).logits[0]
             return out
+
+    def with_hidden(self, inputs: StepInputs) -> tuple[Tensor, Tensor]:
+        """Logits, and what they are made of: what Transformers' model without a head calls last_hidden_state."""
+        seen: list[Tensor] = []
+        hook = self._body.register_forward_hook(lambda body, args, output: seen.append(output.last_hidden_state))
+        try:
+            logits = self(inputs)
+        finally:
+            hook.remove()
+        (hidden,) = seen
+        return logits, hidden[0]
 
 
 class HostForward:
@@ -52,6 +69,9 @@ class HostForward:
     def all_logits(self, step: HostStep) -> Tensor:
         return self._model(of_all_rows(self._inputs(step)))
 
+    def logits_and_hidden(self, step: HostStep) -> tuple[Tensor, Tensor]:
+        return self._model.with_hidden(self._inputs(step))
+
     def _inputs(self, step: HostStep) -> StepInputs:
         return host_inputs(step, self._block_size, self._dtype, self._token_fields)
 
@@ -67,6 +87,9 @@ class KernelForward:
 
     def all_logits(self, step: HostStep) -> Tensor:
         return self.model(of_all_rows(self._fill(step)))
+
+    def logits_and_hidden(self, step: HostStep) -> tuple[Tensor, Tensor]:
+        return self.model.with_hidden(self._fill(step))
 
     def _fill(self, step: HostStep) -> StepInputs:
         return self.inputs.fill(step, len(step.token_ids), step.shape)

@@ -28,7 +28,9 @@ class HostStep:
     Running example: lane a (slot 2) decodes its 6th token, b (base) prefills 3 tokens.
         token_ids   [b b b a]    positions [2 3 4 5]    token_slots [0 0 0 2]
         query_lens  [3 1]        kv_lens   [5 6]        sample_rows [2 3]
-        spans       [(3, 4, 2)]  sample_spans [(1, 2, 2)]   (of the sampled rows b, a)
+        spans       [(3, 4, 2)]  logit_rows [2 3]       logit_spans [(1, 2, 2)]   (of the logits' rows b, a)
+
+    If b asks for log-probabilities of its prompt, logit_rows are [0 1 2 3] and logit_spans [(3, 4, 2)].
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -39,14 +41,15 @@ class HostStep:
     kv_lens: list[int] = field(default_factory=list)
     block_tables: list[list[int]] = field(default_factory=list)
     sample_rows: list[int] = field(default_factory=list)
+    logit_rows: list[int] = field(default_factory=list)  # whose logits are wanted: sample_rows, and what is told of
     spans: list[Segment] = field(default_factory=list)  # rows of adapters, of whatever kind
-    sample_spans: list[Segment] = field(default_factory=list)  # the same for the rows of the logits
+    logit_spans: list[Segment] = field(default_factory=list)  # the same for the rows of the logits
     shape: ShapeKey = ShapeKey()  # of all adapters of the batch
 
     @property
     def is_decode(self) -> bool:
-        """Every sequence computes one token and samples."""
-        return len(self.token_ids) == len(self.sample_rows) == len(self.query_lens)
+        """Every sequence computes one token, and its logits are wanted: of what is pooled they are not."""
+        return len(self.token_ids) == len(self.logit_rows) == len(self.query_lens)
 
 
 def lay_out(plan: Sequence[Scheduled], tables: AdapterTables, block_size: int) -> HostStep:
@@ -65,10 +68,24 @@ def lay_out(plan: Sequence[Scheduled], tables: AdapterTables, block_size: int) -
         step.query_lens.append(scheduled.num_tokens)
         step.kv_lens.append(end)
         step.block_tables.append(table)
-        if scheduled.samples:
-            _extend(step.sample_spans, lane.slot, len(step.sample_rows), 1)
+        if lane.request.of_prompt is not None:
+            _add_logits(step, scheduled)
+        elif scheduled.samples:
+            _extend(step.logit_spans, lane.slot, len(step.logit_rows), 1)
+            step.logit_rows.append(len(step.token_ids) - 1)
             step.sample_rows.append(len(step.token_ids) - 1)
     return step
+
+
+def _add_logits(step: HostStep, scheduled: Scheduled) -> None:
+    """Rows of the tokens that were added last, of whose prompt something is asked."""
+    wanted, end = scheduled.logit_positions, len(step.token_ids)
+    first = end - (scheduled.start + scheduled.num_tokens - wanted.start)
+    if wanted:
+        _extend(step.logit_spans, scheduled.lane.slot, len(step.logit_rows), len(wanted))
+        step.logit_rows.extend(range(first, first + len(wanted)))
+    if scheduled.chooses:
+        step.sample_rows.append(end - 1)
 
 
 def _extend(spans: list[Segment], slot: int, row: int, count: int) -> None:
@@ -102,7 +119,7 @@ class StepInputs:
     slot_mapping: Tensor  # [T]; -1: a token that only pads the batch
     fresh_blocks: Tensor | None  # KV blocks that come into use with this step; None: nobody reads past an end
     attention: AttentionBatch | DeviceBatch
-    sample_rows: Tensor  # [R]: rows whose logits are wanted
+    logit_rows: Tensor  # [R]: rows whose logits are wanted
     rows: AdapterRows
     # for expert_route's kernel: how many tokens are real, and its counters
     num_tokens: Tensor | None = None  # [1]
@@ -112,9 +129,9 @@ class StepInputs:
 
 def of_all_rows(inputs: StepInputs) -> StepInputs:
     """The same step, with every token's logits wanted: adapters' rows of them are those of the tokens."""
-    it = inputs.sample_rows
+    it = inputs.logit_rows
     rows = torch.arange(len(inputs.token_ids), dtype=it.dtype, device=it.device)
-    return replace(inputs, sample_rows=rows, rows=inputs.rows._replace(sampled=inputs.rows.tiles))
+    return replace(inputs, logit_rows=rows, rows=inputs.rows._replace(sampled=inputs.rows.tiles))
 
 
 class CurrentStep:
@@ -150,11 +167,11 @@ def host_inputs(
         # a block is taken for the token that begins it
         fresh_blocks=slot_mapping[slot_mapping % block_size == 0] // block_size,
         attention=AttentionBatch(step.query_lens, step.kv_lens, step.block_tables, block_size, dtype),
-        sample_rows=torch.tensor(step.sample_rows, dtype=torch.int64),
+        logit_rows=torch.tensor(step.logit_rows, dtype=torch.int64),
         rows=AdapterRows(
             torch.tensor(step.token_slots, dtype=torch.int32) if any(step.shape) else None,
             AdapterTiles(step.spans),
-            AdapterTiles(step.sample_spans),
+            AdapterTiles(step.logit_spans),
             step.shape,
         ),
         fields={it.name: torch.tensor(it.values(step)) for it in token_fields},

@@ -3,11 +3,14 @@
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from server.engine.plan import Output, Plan, Scheduled
-from server.engine.request import Lane, Token
+from server.engine.request import Lane, Token, ToldOfPrompt
+from server.model.copies import to_device
 from server.model.forward import Forward
 from server.model.inputs import AdapterTables, HostStep, lay_out
+from server.model.of_prompt import NotFinite, PromptChunk, prompt_chunks
 from server.model.sampler import SampledRows, sample
 
 NOT_FINITE = "the model's output is not finite"  # weights of an adapter can be finite and still overflow
@@ -22,13 +25,17 @@ class ModelRunner:
     @torch.inference_mode()
     def launch(self, plan: Plan) -> "LaunchedStep":
         ordered = _in_order(plan)
-        logits = self.forward.logits(lay_out(ordered, self._tables, self._block_size))
-        sampling = [scheduled for scheduled in ordered if scheduled.samples]
-        if not sampling:
-            return LaunchedStep((), None)
-        requests = [scheduled.lane.request for scheduled in sampling]
-        rows = sample(logits, [it.sampling for it in requests], [it.num_generated for it in requests])
-        return LaunchedStep(sampling, rows)
+        step = lay_out(ordered, self._tables, self._block_size)
+        asked = [it for it in ordered if it.lane.request.of_prompt is not None]
+        hidden: Tensor | None = None
+        if any(it.pools for it in asked):
+            logits, hidden = self.forward.logits_and_hidden(step)
+        else:
+            logits = self.forward.logits(step)
+        told = prompt_chunks(ordered, logits, hidden) if asked else {}
+        chosen_for = [it for it in ordered if it.chooses]
+        rows = sample(_sampled(logits, step), [it.lane.request for it in chosen_for]) if chosen_for else None
+        return LaunchedStep([it for it in ordered if it.samples], chosen_for, rows, told)
 
     def lay_out(self, plan: Plan) -> HostStep:
         """The lists that a plan is computed with."""
@@ -36,16 +43,30 @@ class ModelRunner:
 
 
 class LaunchedStep:
-    """A step whose tokens are on the device, or will be."""
+    """A step whose outputs are on the device, or will be."""
 
-    def __init__(self, sampling: Sequence[Scheduled], rows: SampledRows | None) -> None:
-        self._sampling, self._rows = sampling, rows
+    def __init__(
+        self,
+        ending: Sequence[Scheduled],
+        chosen_for: Sequence[Scheduled],
+        rows: SampledRows | None,
+        told: Mapping[Lane, PromptChunk],
+    ) -> None:
+        """rows: of `chosen_for`. told: of prompts that were asked about, in which the step has tokens."""
+        self._ending, self._chosen_for, self._rows, self._told = ending, chosen_for, rows, told
 
     @torch.inference_mode()
     def outputs(self) -> Mapping[Lane, Output]:
-        if self._rows is None:
-            return {}
-        return {it.lane: _output(it, token) for it, token in zip(self._sampling, self._rows.read(), strict=True)}
+        tokens: dict[Lane, Token | None] = {}
+        if self._rows is not None:
+            tokens = {it.lane: token for it, token in zip(self._chosen_for, self._rows.read(), strict=True)}
+        told: dict[Lane, ToldOfPrompt | None] = {}
+        for lane, chunk in self._told.items():
+            try:
+                told[lane] = chunk.read()
+            except NotFinite:
+                tokens[lane] = None
+        return {it.lane: _output(it.lane, tokens, told.get(it.lane)) for it in self._ending}
 
 
 def _in_order(plan: Plan) -> Plan:
@@ -53,7 +74,17 @@ def _in_order(plan: Plan) -> Plan:
     return sorted(plan, key=lambda scheduled: scheduled.lane.slot)
 
 
-def _output(scheduled: Scheduled, token: int | None) -> Output:
-    if token is None:
+def _sampled(logits: Tensor, step: HostStep) -> Tensor:
+    """The rows that tokens are chosen with."""
+    if len(step.sample_rows) == len(step.logit_rows):
+        return logits
+    at = {row: index for index, row in enumerate(step.logit_rows)}
+    return logits.index_select(0, to_device([at[row] for row in step.sample_rows], torch.int64, logits.device))
+
+
+def _output(lane: Lane, tokens: Mapping[Lane, Token | None], told: ToldOfPrompt | None) -> Output:
+    """tokens: of the lanes that one was chosen for; None for what is not finite."""
+    token = tokens.get(lane)
+    if token is None and lane in tokens:
         return Output(error=NOT_FINITE)
-    return Output((Token(token),)) if scheduled.lane.request.max_tokens else Output()
+    return Output((token,) if token is not None and lane.request.max_tokens else (), of_prompt=told)

@@ -6,14 +6,19 @@ import torch
 from torch import Tensor
 
 import kernels.sampling
-from kernels.sampling import GREEDY_BELOW, Sampled
-from server.engine.request import Sampling
+from kernels.sampling import GREEDY_BELOW, Penalties, Sampled
+from server.engine.request import Request, Sampling, Token
+from server.model.copies import ToHost, to_device
+from server.model.edits import edited, is_edited, penalties
+from server.model.logprobs import LogprobRows, is_finite
 
 __all__ = ["GREEDY_BELOW", "SampledRows", "sample", "uniform"]
 
 _MASK64 = (1 << 64) - 1
 _LARGEST_DRAW = 1 - 2**-24  # below 1 in float32 too
 _LARGEST_TOP_K = 2**31 - 1
+_LARGEST_TEMPERATURE = 1e30  # finite in float32: a logit of -inf divided by infinity would not be a number
+_GREEDY = Sampling(temperature=0.0)
 
 
 def uniform(seed: int, index: int) -> float:
@@ -32,45 +37,72 @@ def uniform(seed: int, index: int) -> float:
 
 
 class SampledRows:
-    """Tokens of the rows of a step, on their way from the device.
+    """Tokens of the rows of a step, on their way from the device, and what is said of them where it was asked for."""
 
-    They are copied when the step is launched, and only that copy is waited for: not what was launched behind it.
-    """
+    def __init__(self, logits: Tensor, sampled: Sampled, requests: Sequence[Request]) -> None:
+        """logits [R, V]: as the model has them."""
+        self._on_host = ToHost(torch.where(sampled.finite, sampled.tokens, -1))
+        told = {row: num for row, it in enumerate(requests) if (num := it.sampling.num_logprobs) is not None}
+        self._told = tuple(told)
+        self._logprobs: LogprobRows | None = None
+        if told:
+            tokens = sampled.tokens
+            if len(told) < len(requests):
+                rows = to_device(self._told, torch.int64, logits.device)
+                logits, tokens = logits.index_select(0, rows), tokens.index_select(0, rows)
+            self._logprobs = LogprobRows(logits, tokens, list(told.values()))
 
-    def __init__(self, sampled: Sampled) -> None:
-        tokens = torch.where(sampled.finite, sampled.tokens, -1)
-        self._copied: torch.cuda.Event | None = None
-        if tokens.is_cuda:
-            on_host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-            tokens = on_host.copy_(tokens, non_blocking=True)
-            self._copied = torch.cuda.Event()
-            self._copied.record()
-        self._tokens = tokens
-
-    def read(self) -> list[int | None]:
+    def read(self) -> list[Token | None]:
         """By row; None where its logits are not finite."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        tokens: list[int] = self._tokens.tolist()
-        return [token if token >= 0 else None for token in tokens]
+        (ids,) = self._on_host.read()
+        tokens = [Token(token) if token >= 0 else None for token in ids.tolist()]
+        if self._logprobs is not None:
+            for row, logprobs in zip(self._told, self._logprobs.read(), strict=True):
+                token = tokens[row]
+                tokens[row] = Token(token.id, logprobs) if token is not None and is_finite(logprobs) else None
+        return tokens
 
 
-def sample(logits: Tensor, samplings: Sequence[Sampling], indices: Sequence[int]) -> SampledRows:
-    """One token a row. logits [R, V]; indices: how many tokens each request has generated before."""
-    if all(it.temperature < GREEDY_BELOW for it in samplings):
-        return SampledRows(kernels.sampling.greedy(logits))
+def sample(logits: Tensor, requests: Sequence[Request]) -> SampledRows:
+    """The next token of each request. logits [R, V]: a row for each, as the model has them.
+
+    What some do with their logits costs the others nothing: they are chosen from as if nobody did, and of those rows
+    that are edited a copy is.
+    """
+    rows = [row for row, request in enumerate(requests) if is_edited(request)]
+    if not rows:
+        return SampledRows(logits, _choose(logits, requests), requests)
+    these, where = [requests[row] for row in rows], to_device(rows, torch.int64, logits.device)
+    copy = edited(logits.index_select(0, where).float(), these)
+    chosen = _choose(copy, these, penalties=penalties(these, logits.device))
+    if len(rows) < len(requests):
+        others = _choose(logits, requests, greedily=rows)
+        chosen = Sampled(*(theirs.index_copy(0, where, its) for theirs, its in zip(others, chosen, strict=True)))
+    return SampledRows(logits, chosen, requests)
+
+
+def _choose(
+    logits: Tensor, requests: Sequence[Request], greedily: Sequence[int] = (), penalties: Penalties | None = None
+) -> Sampled:
+    """greedily: rows that others decide, for which the cheapest will do."""
+    samplings = [it.sampling for it in requests]
+    for row in greedily:
+        samplings[row] = _GREEDY
+    if penalties is None and all(it.temperature < GREEDY_BELOW for it in samplings):
+        return kernels.sampling.greedy(logits)
     draws = [
-        min(uniform(it.seed, index), _LARGEST_DRAW) if it.temperature >= GREEDY_BELOW else 0.0
-        for it, index in zip(samplings, indices, strict=True)
+        min(uniform(it.seed, request.num_generated), _LARGEST_DRAW) if it.temperature >= GREEDY_BELOW else 0.0
+        for it, request in zip(samplings, requests, strict=True)
     ]
-    parameters = torch.tensor(
-        [[it.temperature for it in samplings], [it.top_p for it in samplings], [0.0] * len(draws), draws],
-        dtype=torch.float32,
-        pin_memory=logits.is_cuda,
-    ).to(logits.device, non_blocking=True)
-    limits = [min(it.top_k, _LARGEST_TOP_K) for it in samplings]
-    top_k = torch.tensor(limits, dtype=torch.int32, pin_memory=logits.is_cuda)
-    temperature, top_p, min_p, uniforms = parameters
-    return SampledRows(
-        kernels.sampling.sample(logits, temperature, top_k.to(logits.device, non_blocking=True), top_p, min_p, uniforms)
+    temperature, top_p, min_p, uniforms = to_device(
+        [
+            [min(it.temperature, _LARGEST_TEMPERATURE) for it in samplings],
+            [it.top_p for it in samplings],
+            [it.min_p for it in samplings],
+            draws,
+        ],
+        torch.float32,
+        logits.device,
     )
+    top_k = to_device([min(max(it.top_k, 0), _LARGEST_TOP_K) for it in samplings], torch.int32, logits.device)
+    return kernels.sampling.sample(logits, temperature, top_k, top_p, min_p, uniforms, penalties)

@@ -85,8 +85,9 @@ def _described(plan: Plan, step: HostStep) -> dict[str, object]:
         "query_lens": step.query_lens,
         "kv_lens": step.kv_lens,
         "sample_rows": step.sample_rows,
+        "logit_rows": step.logit_rows,
         "spans": step.spans,
-        "sample_spans": step.sample_spans,
+        "logit_spans": step.logit_spans,
         "shape": step.shape._asdict(),
     }
     return {"lanes": lanes, "rows": rows}

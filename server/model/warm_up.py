@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from kernels.adapter_rows import ShapeKey
-from server.engine.request import Sampling
+from server.engine.request import LaneSpec, Request, Sampling
 from server.model.cuda_graphs import GraphedForward
 from server.model.device_inputs import padding_step
 from server.model.forward import KernelForward
 from server.model.loader import OnProgress
+from server.model.logprobs import LogprobRows
 from server.model.sampler import sample
 
 PREFILLS = (2, 17, 65, 1 << 30)  # tokens: one of each tile size of attention and experts, and the most there can be
@@ -40,9 +41,23 @@ def warm_up(forward: GraphedForward, block_size: int, on_progress: OnProgress) -
         forward.capture(key)
         done += 1
         on_progress("Capturing graphs", done, total)
-    logits = forward.logits(padding_step())
-    for sampling in (Sampling(top_p=0.9, top_k=50), Sampling(), Sampling(temperature=0.0)):
-        sample(logits, [sampling], [0]).read()
+    _sample_each_kind(forward.logits(padding_step()))
+
+
+KINDS = (
+    Sampling(top_p=0.9, top_k=50), Sampling(), Sampling(temperature=0.0), Sampling(repetition=1.1, presence=0.5),
+    Sampling(num_logprobs=1), Sampling(bias={0: 1.0}),
+)  # fmt: skip
+
+
+def _sample_each_kind(logits: Tensor) -> None:
+    """logits [1, V]. Where V is odd, rows of a larger tensor lie at addresses that kernels are compiled anew for, and
+    what is edited is of another type than what the model gives."""
+    for kind in KINDS:
+        sample(logits, [Request(0, [LaneSpec([0])], 1, kind)]).read()
+    rows = logits.expand(2, -1).contiguous()
+    for some in (rows, rows[1:]):
+        LogprobRows(some, torch.zeros(len(some), dtype=torch.int64, device=some.device), [1] * len(some)).read()
 
 
 def _prefill(eager: KernelForward, tokens: int, block_size: int, shape: ShapeKey) -> Tensor:

@@ -145,6 +145,7 @@ def decode(*tokens: int, rank: int = 0, experts: int = 0) -> HostStep:
         kv_lens=[4] * count,
         block_tables=[[0]] * count,
         sample_rows=list(range(count)),
+        logit_rows=list(range(count)),
         shape=ShapeKey(rank, experts),
     )
 

@@ -62,6 +62,7 @@ def test_a_table_may_add_a_field_of_its_own_on_both_paths() -> None:
         kv_lens=[2, 10],
         block_tables=[[0], [2, 3]],
         sample_rows=[1, 2],
+        logit_rows=[1, 2],
     )
     assert host_inputs(step, 16, torch.float32, [IS_FIRST]).fields["is_first"].tolist() == [1, 0, 0]
     inputs = DeviceInputs(Capacity(tokens=8, sequences=4, blocks=4, slices=1), CPU, [IS_FIRST])

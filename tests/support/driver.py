@@ -20,7 +20,7 @@ from server.engine.messages import (
     TokenEvent,
 )
 from server.engine.plan import Pending, Plan, Runner
-from server.engine.request import FinishReason, Group, LaneSpec, Request, Sampling
+from server.engine.request import FinishReason, Group, LaneSpec, Logprobs, OfPrompt, Request, Sampling, ToldOfPrompt
 from server.engine.residency import Residency
 from server.engine.scheduler import SchedulerLimits
 
@@ -34,15 +34,22 @@ class Answer:
         self.id, self.max_tokens = message.request_id, message.max_tokens
         self.prompt, self.adapter = message.lanes[0].prompt, message.lanes[0].adapter
         self.stop_token_ids = message.stop_token_ids
+        self.sampling, self.of_prompt = message.sampling, message.of_prompt
         self.tokens: list[int] = []
+        self.logprobs: list[Logprobs | None] = []  # of each
+        self.told: ToldOfPrompt | None = None
         self.finish: FinishReason | None = None
         self.error: str | None = None
         self.num_cached_tokens = 0
 
     def take(self, event: TokenEvent) -> None:
         assert self.finish is None, "an event after the end"
+        if event.of_prompt is not None:
+            assert self.told is None and not self.tokens, "told twice, or later than with the first event"
+            self.told = event.of_prompt
         if event.token is not None:
             self.tokens.append(event.token.id)
+            self.logprobs.append(event.token.logprobs)
         self.num_cached_tokens = max(self.num_cached_tokens, event.num_cached_tokens)
         self.finish, self.error = event.finish, event.error
 
@@ -92,12 +99,13 @@ class Driver:
         weight: float = 1.0,
         priority: int = 0,
         salt: str = "",
+        of_prompt: OfPrompt | None = None,
     ) -> Answer:
         """`beside`: lanes behind the first."""
         number = len(self.answers)
         lanes = [LaneSpec(list(prompt), adapter, salt), *beside]
         group = number if group is None else group
-        message = AddRequest(number, group, lanes, max_tokens, sampling, stop_token_ids, weight, priority)
+        message = AddRequest(number, group, lanes, max_tokens, sampling, stop_token_ids, weight, priority, of_prompt)
         self._outbox.append(message)
         self.answers[number] = Answer(message)
         return self.answers[number]
