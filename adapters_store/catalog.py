@@ -27,7 +27,7 @@ from adapters_store.ref import AdapterRef
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _PREFIX = re.compile(r"[0-9a-f]{4,64}")
 KEPT_VERSIONS = 5  # replaced ones of a name that `trimmed` leaves
-MAX_TARGETS = 32  # of an alias
+MAX_TARGETS, MOST_WEIGHT = 32, 1e9  # of an alias
 
 
 class Change(msgspec.Struct, frozen=True):
@@ -248,7 +248,7 @@ class Catalog:
         if not 0 < len(targets) <= MAX_TARGETS:
             raise InvalidAlias(f"{len(targets)} targets; an alias has 1 to {MAX_TARGETS}")
         for target in targets:
-            if not 0 <= target.weight < 1e9:
+            if not 0 <= target.weight < MOST_WEIGHT:
                 raise InvalidAlias(f"the weight of {shown(target.model)!r} is {target.weight:g}; 0 to 1e9 is served")
             if self.alias(target.model) is not None:
                 raise InvalidAlias(f"{shown(target.model)!r} is an alias itself; name what it stands for")

@@ -11,6 +11,7 @@ import msgspec
 from adapters_store.errors import InvalidManifest
 
 FILE = "heddle.json"
+LEAST_REPETITION = 0.01  # logits are divided by it: by next to nothing, they would be beyond float32
 _Text = Annotated[str, msgspec.Meta(max_length=2000)]
 _Stop = Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]
 
@@ -22,6 +23,10 @@ class SamplingDefaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
     top_k: Annotated[int, msgspec.Meta(ge=-1, lt=2**31)] | None = None
     max_tokens: Annotated[int, msgspec.Meta(ge=1, lt=2**31)] | None = None
+    min_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
+    presence_penalty: Annotated[float, msgspec.Meta(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, msgspec.Meta(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, msgspec.Meta(ge=LEAST_REPETITION, le=10)] | None = None
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

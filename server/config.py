@@ -4,6 +4,7 @@ The engine's part crosses the process seam as a message, so both are msgspec str
 """
 
 import math
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +14,9 @@ from server.errors import ConfigError
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16"]
+# as browsers write an origin: in lower case, without a path, and without the port that its scheme has anyway
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(?P<port>:[1-9][0-9]{0,4})?")
+_IMPLIED = {"http": ":80", "https": ":443"}
 
 
 class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -80,8 +84,11 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_request_tokens: int = 0  # of all sequences in one request; 0: KV cache, or max_n contexts if that is more
     max_messages: int = 1024  # in one conversation
     max_parts: int = 4096  # of content, in all messages of a conversation together
-    max_stop: int = 4
+    max_stop: int = 16
     max_stop_chars: int = 1024  # in one stop string
+    max_logprobs: int = 20  # most probable tokens that are named in one place
+    keep_alive_s: float = 15.0  # after which a stream in which nothing comes is sent a comment
+    cors_origins: tuple[str, ...] = ()  # whose pages may ask from a browser; *: any
     max_concurrent_requests: int = 1024
     startup_timeout_s: float = 900.0
     engine_silence_s: float = 30.0  # after so long without a word from the engine new work is refused
@@ -92,7 +99,8 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def __post_init__(self) -> None:
         _at_least(self, 0, "max_request_tokens", "engine_silence_exit_s", "drain_s", "max_upload_bytes")
         _at_least(self, 1, "max_adapters", "max_body_bytes", "max_n", "max_prompts", "max_sequences", "max_messages",
-                  "max_parts", "max_stop", "max_stop_chars", "max_concurrent_requests", "max_connections")  # fmt: skip
+                  "max_parts", "max_stop", "max_stop_chars", "max_concurrent_requests", "max_connections",
+                  "max_logprobs")  # fmt: skip
         if self.verify_bound is not None and not 0 <= self.verify_bound < math.inf:
             raise ConfigError(f"verify_bound must be at least 0, not {self.verify_bound:g}")
         for name in (
@@ -102,6 +110,7 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             "write_timeout_s",
             "engine_silence_s",
             "startup_timeout_s",
+            "keep_alive_s",
         ):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be more than 0 seconds, not {getattr(self, name)}")
@@ -116,6 +125,7 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for root in self.adapter_roots:
             if not Path(root).is_dir():
                 raise ConfigError(f"the adapter root {root!r} does not exist")
+        _check_origins(self.cors_origins)
 
     @property
     def base_name(self) -> str:
@@ -126,6 +136,19 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Directories below which adapters may be read, the one given with --adapters first."""
         listed = ((self.adapters_dir,) if self.adapters_dir else ()) + self.adapter_roots
         return tuple(Path(root) for root in listed)
+
+
+def _check_origins(origins: tuple[str, ...]) -> None:
+    """One that no browser sends would open nothing, and its author would think that it did."""
+    if "*" in origins and len(origins) > 1:
+        raise ConfigError("cors_origins has * beside others; * stands for all of them")
+    for origin in origins:
+        match = _ORIGIN.fullmatch(origin)
+        if origin != "*" and (match is None or match["port"] == _IMPLIED.get(origin.partition(":")[0], "")):
+            raise ConfigError(
+                f"the origin {origin!r} is none that a browser sends; write scheme://host or scheme://host:port in "
+                "lower case, without a path and without the scheme's own port, or *"
+            )
 
 
 def _at_least(config: msgspec.Struct, minimum: int, *names: str) -> None:

@@ -4,6 +4,7 @@ HeddleError
 ├── ConfigError                a setting or the base model cannot be served; starting again will not help
 ├── StartupError               the engine did not come up, or the port is taken; starting again may help
 ├── InvalidRequest        400  a field is missing, malformed, out of range or not served
+│   └── ContextExceeded   400  more tokens than the model's context has
 ├── NotFound              404  an unknown model
 ├── PayloadTooLarge       413  the body exceeds the limit
 ├── UnsupportedEncoding   415  the body is compressed
@@ -15,6 +16,7 @@ HeddleError
 ├── EngineSilent          503  the engine process lives, and has said nothing for too long
 ├── ShuttingDown          503  a signal has come; nothing new is taken
 ├── Overloaded            503  as much is under way as is taken at once
+├── GenerationTimeout     504  the request's own timeout is over
 └── GenerationFailed      503  this request failed in the engine (its adapter could not be loaded, say); others go on
 
 AdapterError                   adapters_store/errors.py says what each means
@@ -78,6 +80,17 @@ class StartupError(HeddleError):
 class InvalidRequest(HeddleError):
     status = 400
     type = "invalid_request_error"
+
+
+class ContextExceeded(InvalidRequest):
+    """Clients that then shorten the conversation, or ask a model with a longer context, look for OpenAI's words in the
+    message and not at the code: LiteLLM for those of the second half, LangChain for `prompt is too long`."""
+
+    status = 400
+    code = "context_length_exceeded"
+
+    def __init__(self, told: str, max_model_len: int, param: str) -> None:
+        super().__init__(f"{told}; this model's maximum context length is {max_model_len:,} tokens", param=param)
 
 
 class NotFound(HeddleError):
@@ -146,6 +159,12 @@ class Overloaded(HeddleError):
     status = 503
     type = "service_unavailable"
     code = "overloaded"
+
+
+class GenerationTimeout(HeddleError):
+    status = 504
+    type = "timeout"
+    code = "timeout"
 
 
 class GenerationFailed(HeddleError):

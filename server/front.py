@@ -30,11 +30,11 @@ from adapters_store.upload_files import UploadLimits
 from adapters_store.uploads import Uploads
 from adapters_store.verifier import Verifier
 from server import listener, storage
-from server.api.adapter_texts import AdapterTexts
 from server.api.app import create_app
-from server.api.connection import ConnectionLimits, limited
 from server.api.service import Service
-from server.api.text import Text
+from server.api.texts.adapter_texts import AdapterTexts
+from server.api.texts.text import Text
+from server.api.transport.connection import ConnectionLimits, limited
 from server.config import ServerConfig
 from server.engine.messages import EngineInfo, Progress
 from server.engine_child import EngineChild
@@ -201,6 +201,7 @@ async def _serve_http(
     pump = asyncio.ensure_future(child.client.pump())
     ends = [asyncio.ensure_future(child.wait()), asyncio.ensure_future(_silence(service))]
     expiry = asyncio.ensure_future(service.lifecycle.expire())
+    keep_alive = asyncio.ensure_future(service.client.mark_silence(service.config.keep_alive_s))
     stop = asyncio.ensure_future(stopping.wait())
     try:
         while not server.started and not http.done():
@@ -220,7 +221,7 @@ async def _serve_http(
         return 0 if stop.done() else EXIT_FAILED
     finally:
         storage.forget_where(service.lifecycle.registry.store)
-        for task in (http, pump, stop, expiry, *ends):
+        for task in (http, pump, stop, expiry, keep_alive, *ends):
             task.cancel()
 
 

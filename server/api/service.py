@@ -1,7 +1,7 @@
 """What every route needs, passed in once."""
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -12,9 +12,10 @@ from fastapi import Request
 from adapters_store.catalog import Catalog
 from adapters_store.sources.fetcher import Fetcher
 from adapters_store.uploads import Uploads
-from server.api.adapter_texts import AdapterTexts
-from server.api.protocol import BodyLimits
-from server.api.text import Text
+from server.api.protocol.body import BodyLimits
+from server.api.texts.adapter_texts import AdapterTexts
+from server.api.texts.chat_template import Conversation
+from server.api.texts.text import Text
 from server.config import ServerConfig
 from server.engine.client import EngineClient
 from server.engine.messages import EngineInfo
@@ -69,22 +70,32 @@ class Service:
     def is_served(self, model: str) -> bool:
         return model == self.catalog.base_name or model in self.catalog
 
-    async def encode(self, texts: Sequence[str], param: str) -> list[list[int]]:
+    async def encode(self, texts: Sequence[str], param: str, add_special_tokens: bool = True) -> list[list[int]]:
         """Tokens of each text."""
         num_chars, most = sum(map(len, texts)), self.text.most_chars(self.max_request_tokens)
         if num_chars > most:
             raise InvalidRequest(
                 f"all prompts together have {num_chars:,} characters; at most {most:,} are served", param=param
             )
-        return await self._off_the_loop(num_chars, self.text.encode, texts, self.info.max_model_len, param)
+        return await self._off_the_loop(
+            num_chars, self.text.encode, texts, self.info.max_model_len, param, add_special_tokens
+        )
 
-    async def encode_chat(self, messages: Sequence[Mapping[str, str]], chat_template: str | None) -> list[int]:
-        """Tokens of a conversation, ready for the model's answer. `chat_template` None: the base's."""
-        num_chars = sum(len(message["content"]) + _MESSAGE for message in messages)
+    async def encode_chat(self, conversation: Conversation, chat_template: str | None) -> list[int]:
+        """Tokens of a conversation. `chat_template` None: the base's."""
+        num_chars = conversation.num_chars + _MESSAGE * len(conversation.messages)
         if chat_template is not None:  # an adapter's: a stranger wrote it, and it may take its time
             num_chars = max(num_chars, _LONG_TEXT)
-        encode = partial(_encode_chat, self.texts, chat_template, messages, self.info.max_model_len)
+        encode = partial(_encode_chat, self.texts, chat_template, conversation, self.info.max_model_len)
         return await self._off_the_loop(num_chars, encode)
+
+    async def decode(self, tokens: Sequence[int]) -> str:
+        """The text that they stand for, special tokens included."""
+        return await self._off_the_loop(len(tokens), self.text.decode, tokens)
+
+    async def words(self, tokens: Sequence[int]) -> list[str]:
+        """Each as the vocabulary spells it."""
+        return await self._off_the_loop(len(tokens), self.text.words, tokens)
 
     async def _off_the_loop(
         self, num_chars: int, work: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
@@ -128,9 +139,16 @@ class Service:
     def body_limits(self) -> BodyLimits:
         it = self.config
         return BodyLimits(
-            self.info.max_model_len, self.info.vocab_size, it.max_prompts, it.max_n, it.max_stop, it.max_stop_chars,
-            it.max_messages, it.max_parts,
-        )  # fmt: skip
+            max_model_len=self.info.max_model_len,
+            vocab_size=self.info.vocab_size,
+            max_prompts=it.max_prompts,
+            max_n=it.max_n,
+            max_stop=it.max_stop,
+            max_stop_chars=it.max_stop_chars,
+            max_messages=it.max_messages,
+            max_parts=it.max_parts,
+            max_logprobs=it.max_logprobs,
+        )
 
     @property
     def max_request_tokens(self) -> int:
@@ -140,9 +158,9 @@ class Service:
 
 
 def _encode_chat(
-    texts: AdapterTexts, chat_template: str | None, messages: Sequence[Mapping[str, str]], max_tokens: int
+    texts: AdapterTexts, chat_template: str | None, conversation: Conversation, max_tokens: int
 ) -> list[int]:
-    return texts.for_template(chat_template).encode_chat(messages, max_tokens)
+    return texts.for_template(chat_template).encode_chat(conversation, max_tokens)
 
 
 class Admission:

@@ -171,7 +171,7 @@ class Offline:
     def _check_template(self, template: str) -> None:
         if self._model_dir is None:
             raise InvalidManifest("its chat template is tried on the base's tokenizer: name its directory with --model")
-        from server.api.text import Text
+        from server.api.texts.text import Text
 
         Text.load(self._model_dir).with_template(template)
 

@@ -49,8 +49,14 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     http = serve.add_argument_group("where")
     http.add_argument("--host", default="127.0.0.1", metavar="H", help="address to listen on")
     http.add_argument("--port", type=int, default=8000, metavar="N", help="port to listen on")
+    http.add_argument("--cors-origin", metavar="ORIGIN", action="append", default=[],
+                      help="whose pages may ask from a browser, such as https://chat.example (repeatable), or *; "
+                      "they may then do whatever this API can do")  # fmt: skip
     http.add_argument("--drain-s", type=float, default=5.0, metavar="S",
                       help="seconds in which running requests may finish after Ctrl-C or SIGTERM")  # fmt: skip
+    http.add_argument("--keep-alive-s", type=float, default=15.0, metavar="S",
+                      help="a stream in which nothing comes for so long is sent a comment, so that no proxy ends "
+                      "it")  # fmt: skip
     http.add_argument("--engine-silence-s", type=float, default=30.0, metavar="S",
                       help="new work is refused when the engine has said nothing for so long; see /health")  # fmt: skip
     http.add_argument("--engine-silence-exit-s", type=float, default=300.0, metavar="S",
@@ -130,7 +136,9 @@ def config_of(options: argparse.Namespace) -> ServerConfig:
         verify_bound=options.verify_bound,
         host=options.host,
         port=options.port,
+        cors_origins=tuple(options.cors_origin),
         drain_s=options.drain_s,
+        keep_alive_s=options.keep_alive_s,
         engine_silence_s=options.engine_silence_s,
         engine_silence_exit_s=options.engine_silence_exit_s,
     )

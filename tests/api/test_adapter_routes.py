@@ -193,7 +193,6 @@ def test_a_manifest_is_shown_and_kept(
         {"unknown": 1}, {"weight": 0}, {"weight": "1"}, {"sampling": {"temperature": 3}}, {"stop": ["a"] * 5},
         {"priority": 1.5}, {"expires_at": 1}, {"base_id": "sha256:0"}, {"base_id": "sha256:" + "0" * 64},
         {"chat_template": "{% for x in %}"}, {"max_concurrent": 0}, {"description": "x" * 2001},
-        {"description": "\ud800"}, {"stop": ["\udfff"]},
     ],
 )  # fmt: skip
 def test_manifests_that_are_refused(http: httpx.Client, manifest: dict[str, Any]) -> None:
@@ -201,6 +200,14 @@ def test_manifests_that_are_refused(http: httpx.Client, manifest: dict[str, Any]
     response = http.post("/v1/adapters", content=body, headers={"content-type": "application/json"})
     assert response.status_code == 422, response.text
     assert len(response.content) < 2500 and http.get("/v1/adapters/name").status_code == 404
+
+
+@pytest.mark.parametrize("manifest", [{"description": "\ud800"}, {"stop": ["\udfff"]}])
+def test_manifests_that_are_no_text_are_refused_with_the_body(http: httpx.Client, manifest: dict[str, Any]) -> None:
+    body = json.dumps({"name": "name", "path": "../more/late", "manifest": manifest})
+    response = http.post("/v1/adapters", content=body, headers={"content-type": "application/json"})
+    assert response.status_code == 400 and response.json()["error"]["param"] == "manifest"
+    assert http.get("/v1/adapters/name").status_code == 404
 
 
 # -- uploads ---

@@ -8,9 +8,10 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from adapters_store.errors import InvalidManifest
-from server.api import adapter_texts
-from server.api.adapter_texts import AdapterTexts
-from server.api.text import Text
+from server.api.texts import adapter_texts
+from server.api.texts.adapter_texts import AdapterTexts
+from server.api.texts.chat_template import Conversation
+from server.api.texts.text import Text
 from server.errors import InvalidRequest
 from tests.support.live_server import write_tokenizer
 
@@ -33,7 +34,9 @@ def load(directory: Path, template: str | None = BASE, words: int = 0) -> Text:
 
 def tokens(text: Text, content: str) -> list[str]:
     names = {text._tokenizer.token_to_id(name): name for name in [*ADDED, "<|end|>"]}
-    return [names[it] for it in text.encode_chat([{"role": "user", "content": content}], 1000) if it in names]
+    return [
+        names[it] for it in text.encode_chat(Conversation([{"role": "user", "content": content}]), 1000) if it in names
+    ]
 
 
 def test_an_adapters_template_has_control_tokens_of_its_own(tmp_path: Path) -> None:
@@ -42,8 +45,8 @@ def test_an_adapters_template_has_control_tokens_of_its_own(tmp_path: Path) -> N
     said = "x<|user|>y</turn>z<|end|>"
     assert tokens(base, said) == ["<|user|>", "</turn>", "<|end|>", "<|assistant|>"]  # </turn> is a word to the base
     assert tokens(own, said) == ["<turn>", "<|user|>", "</turn>", "<turn>"]  # and <|user|> is one to the adapter
-    assert own.render_chat([{"role": "user", "content": "a"}]) == "<turn>user: a</turn><turn>"
-    assert base.render_chat([{"role": "user", "content": "a"}]) == "<|user|>a<|end|><|assistant|>"
+    assert own.render_chat(Conversation([{"role": "user", "content": "a"}])) == "<turn>user: a</turn><turn>"
+    assert base.render_chat(Conversation([{"role": "user", "content": "a"}])) == "<|user|>a<|end|><|assistant|>"
 
 
 def test_a_base_without_a_template_serves_adapters_that_have_one(tmp_path: Path) -> None:
@@ -51,7 +54,7 @@ def test_a_base_without_a_template_serves_adapters_that_have_one(tmp_path: Path)
     assert not base.has_chat_template
     assert tokens(base.with_template(OWN), "</turn>") == ["<turn>", "</turn>", "<turn>"]
     with pytest.raises(InvalidRequest, match="no chat template"):
-        base.encode_chat([{"role": "user", "content": "a"}], 10)
+        base.encode_chat(Conversation([{"role": "user", "content": "a"}]), 10)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,21 @@ def test_unknown_routes_and_methods_answer_in_the_same_shape(http: httpx.Client)
         assert response.status_code == status and set(response.json()["error"]) == {"message", "type", "param", "code"}
 
 
+def test_a_refused_method_names_all_that_the_path_takes(http: httpx.Client) -> None:
+    for path, methods in (("/v1/adapters", "GET, POST"), ("/v1/adapters/x", "DELETE, GET, PUT"),
+                          ("/v1/uploads/x/files/y", "HEAD, PATCH, PUT"), ("/version", "GET")):  # fmt: skip
+        response = http.options(path)
+        assert (response.status_code, response.headers["allow"]) == (405, methods)
+
+
+def test_the_log_is_read_from_behind_any_line(http: httpx.Client) -> None:
+    """Also from behind one whose number no float has."""
+    for after, status in ((2**63 - 1, 200), (2**63, 400), (-1, 400), ("1.0", 400), ("1e3", 400), ("x", 400)):
+        response = http.get("/v1/store/log", params={"after": after})
+        assert response.status_code == status, after
+        assert status == 200 or "a whole number from 0 to 9,223,372,036,854,775,807" in response.text
+
+
 def test_limits_on_the_body(http: httpx.Client) -> None:
     too_long = http.post("/v1/completions", content=b" " * (3 << 20))
     assert too_long.status_code == 413 and "2,097,152" in too_long.json()["error"]["message"]

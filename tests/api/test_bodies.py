@@ -22,11 +22,54 @@ pytestmark = pytest.mark.slow
         ("completions", COMPLETION | {"model": ""}, 404, "model", "does not exist"),
         ("completions", {"prompt": "x"}, 400, "model", "model: Field required"),
         ("completions", COMPLETION | {"model": 5}, 400, "model", "string"),
-        ("completions", COMPLETION | {"logprobs": 3}, 400, "logprobs", "logprobs is not served"),
+        ("completions", COMPLETION | {"logprobs": 21}, 400, "logprobs", "logprobs is 21; 0 to 20 are served"),
+        ("completions", COMPLETION | {"logprobs": True}, 400, "logprobs", "integer"),
+        ("completions", COMPLETION | {"prompt_logprobs": -1}, 400, "prompt_logprobs", "0 to 20 are served"),
+        ("completions", COMPLETION | {"prompt_logprobs": 1, "stream": True}, 400, "prompt_logprobs", "not streamed"),
+        ("chat/completions", CHAT | {"logprobs": 3}, 400, "logprobs", "boolean"),
+        ("chat/completions", CHAT | {"top_logprobs": 3}, 400, "top_logprobs", "needs logprobs"),
         ("chat/completions", CHAT | {"tools": [{}]}, 400, "tools", "tools is not served"),
         ("chat/completions", CHAT | {"response_format": {"type": "json_object"}}, 400, "response_format", "not served"),
-        ("completions", COMPLETION | {"frequency_penalty": 0.5}, 400, "frequency_penalty", "not served"),
-        ("completions", COMPLETION | {"best_of": 3}, 400, "best_of", "not served"),
+        ("completions", COMPLETION | {"frequency_penalty": 2.5}, 400, "frequency_penalty", "less than or equal to 2"),
+        ("completions", COMPLETION | {"repetition_penalty": 0.009}, 400, "repetition_penalty", "or equal to 0.01"),
+        ("completions", COMPLETION | {"min_p": 1.5}, 400, "min_p", "less than or equal to 1"),
+        ("completions", COMPLETION | {"logit_bias": [1]}, 400, "logit_bias", "must be an object"),
+        ("completions", COMPLETION | {"logit_bias": {"256": 1}}, 400, "logit_bias", "'256'; token ids are 0 to 255"),
+        ("completions", COMPLETION | {"logit_bias": {"x": 1}}, 400, "logit_bias", "'x'; token ids are"),
+        ("completions", COMPLETION | {"logit_bias": {"\u0663": 1}}, 400, "logit_bias", "token ids are"),
+        ("completions", COMPLETION | {"logit_bias": {"3": 101}}, 400, "logit_bias", "a number from -100 to 100"),
+        ("completions", COMPLETION | {"logit_bias": {"3": True}}, 400, "logit_bias", "a number from -100 to 100"),
+        ("completions", COMPLETION | {"logit_bias": {str(i): 1 for i in range(1025)}}, 400, "logit_bias", "1024"),
+        ("completions", COMPLETION | {"stop_token_ids": [3, 256]}, 400, "stop_token_ids", "stop_token_ids[1]"),
+        ("completions", COMPLETION | {"stop_token_ids": [True]}, 400, "stop_token_ids", "stop_token_ids[0]"),
+        ("completions", COMPLETION | {"min_tokens": 17}, 400, "min_tokens", "17, and at most 16"),
+        ("completions", COMPLETION | {"min_tokens": 5, "max_tokens": 4}, 400, "min_tokens", "5, and at most 4"),
+        ("chat/completions", CHAT | {"min_tokens": 2**63}, 400, "min_tokens", "are generated"),
+        ("completions", COMPLETION | {"best_of": 17}, 400, "best_of", "from n, 1, to 16"),
+        ("completions", COMPLETION | {"best_of": 1, "n": 2}, 400, "best_of", "from n, 2, to 16"),
+        ("completions", COMPLETION | {"best_of": 2, "stream": True}, 400, "best_of", "leave stream out"),
+        ("completions", COMPLETION | {"prompt": ["x"] * 64, "best_of": 3}, 400, None, "192 completions"),
+        ("completions", COMPLETION | {"suffix": "x"}, 400, "suffix", "not served"),
+        ("completions", COMPLETION | {"store": True}, 400, "store", "nothing is stored"),
+        ("completions", COMPLETION | {"metadata": {"a": 1}}, 400, "metadata", "string"),
+        ("completions", COMPLETION | {"metadata": {str(i): "" for i in range(17)}}, 400, "metadata", "at most 16 keys"),
+        ("completions", COMPLETION | {"priority": 101}, 400, "priority", "less than or equal to 100"),
+        ("completions", COMPLETION | {"timeout": 0}, 400, "timeout", "greater than 0"),
+        ("chat/completions", CHAT | {"chat_template_kwargs": {"tools": []}}, 400, "chat_template_kwargs", "sets it"),
+        ("chat/completions", CHAT | {"chat_template_kwargs": {"enable_thinking": False}}, 400, "chat_template_kwargs",
+            "does not read 'enable_thinking'; of what a request may set it reads: none"),
+        ("chat/completions", CHAT | {"chat_template_kwargs": {"a": json.loads("[" * 40 + "]" * 40)}}, 400,
+            "chat_template_kwargs", "more than 32 deep"),
+        ("chat/completions", CHAT | {"messages": [{"role": "user", "content": "x", "reasoning_content": "y"}]}, 400,
+            "messages", "only assistants reason"),
+        ("chat/completions", CHAT | {"prompt_cache_retention": "24h"}, 400, "prompt_cache_retention", "not served"),
+        ("completions", COMPLETION | {"logit_bias": {"01": 1}}, 400, "logit_bias", "token ids are"),
+        ("chat/completions", CHAT | {"continue_final_message": True}, 400, "continue_final_message", "role assistant"),
+        ("chat/completions", CHAT | {"continue_final_message": True, "add_generation_prompt": True}, 400,
+            "continue_final_message", "two ends"),
+        ("chat/completions", CHAT | {"reasoning_effort": "high"}, 400, "reasoning_effort", "does not read"),
+        ("chat/completions", CHAT | {"messages": [{"role": "assistant", "content": "x", "reasoning_content": "y"}]},
+            400, "messages", "does not read reasoning_content"),
         ("completions", COMPLETION | {"ech0": True}, 400, "ech0", "not a field"),
         ("completions", COMPLETION | {"temperature": -1}, 400, "temperature", "greater than or equal to 0"),
         ("completions", COMPLETION | {"temperature": 2.1}, 400, "temperature", "less than or equal to 2"),
@@ -34,14 +77,15 @@ pytestmark = pytest.mark.slow
         ("completions", COMPLETION | {"top_p": 0}, 400, "top_p", "greater than 0"),
         ("completions", COMPLETION | {"top_k": -2}, 400, "top_k", "greater than or equal to -1"),
         ("completions", COMPLETION | {"top_k": 1.5}, 400, "top_k", "integer"),
-        ("completions", COMPLETION | {"max_tokens": 0}, 400, "max_tokens", "greater than or equal to 1"),
+        ("completions", COMPLETION | {"max_tokens": 0}, 400, "max_tokens", "nothing is asked of the prompt"),
+        ("chat/completions", CHAT | {"max_tokens": 0}, 400, "max_tokens", "greater than or equal to 1"),
         ("completions", COMPLETION | {"max_tokens": True}, 400, "max_tokens", "integer"),
-        ("completions", COMPLETION | {"max_tokens": 2**63}, 400, "max_tokens", "exceed the model's 512"),
+        ("completions", COMPLETION | {"max_tokens": 2**63}, 400, "max_tokens", "maximum context length is 512"),
         ("completions", COMPLETION | {"max_tokens": 512}, 400, "max_tokens", "1 tokens and max_tokens is 512"),
         ("completions", COMPLETION | {"n": 10**18}, 400, "n", "at most 16"),
         ("completions", COMPLETION | {"n": "3"}, 400, "n", "integer"),
         ("completions", COMPLETION | {"seed": 2**64}, 400, "seed", "less than"),
-        ("completions", COMPLETION | {"stop": ["a"] * 5}, 400, "stop", "at most 4"),
+        ("completions", COMPLETION | {"stop": ["a"] * 17}, 400, "stop", "17 stop strings; at most 16"),
         ("completions", COMPLETION | {"stop": ""}, 400, "stop", "empty"),
         ("completions", COMPLETION | {"stream": "yes"}, 400, "stream", "boolean"),
         ("completions", COMPLETION | {"stream_options": {}}, 400, "stream_options", "needs stream"),
@@ -53,9 +97,9 @@ pytestmark = pytest.mark.slow
         ("completions", COMPLETION | {"prompt": [3, 1.0]}, 400, "prompt", "prompt[1] is not a token id"),
         ("completions", COMPLETION | {"prompt": [3, "x"]}, 400, "prompt", "prompt[1] is not a token id"),
         ("completions", COMPLETION | {"prompt": "<|beyond|>"}, 400, "prompt", "token id 256; the model knows 0 to 255"),
-        ("completions", COMPLETION | {"prompt": "x" * 600}, 400, "prompt", "600 tokens; the model's context has 512"),
+        ("completions", COMPLETION | {"prompt": "x" * 600}, 400, "prompt", "600 tokens; this model's maximum"),
         ("completions", COMPLETION | {"prompt": "x" * 500}, 400, "max_tokens", "500 tokens and max_tokens is 16"),
-        ("completions", COMPLETION | {"prompt": [3] * 600}, 400, "prompt", "600 tokens; the model's context has 512"),
+        ("completions", COMPLETION | {"prompt": [3] * 600}, 400, "prompt", "600 tokens; this model's maximum"),
         ("completions", COMPLETION | {"prompt": ["x"] * 64, "n": 3}, 400, None, "192 completions in one request"),
         ("completions", COMPLETION | {"stop": "x" * 1025}, 400, "stop", "1,025 characters; 1 to 1,024"),
         ("completions", COMPLETION | {"user": "x" * 1025}, 400, "user", "at most 1024 characters"),
@@ -66,7 +110,7 @@ pytestmark = pytest.mark.slow
         ("completions", COMPLETION | {"prompt": ["a", [1]]}, 400, "prompt", "prompt[1] is neither"),
         ("completions", COMPLETION | {"prompt": {"a": 1}}, 400, "prompt", "must be a text"),
         ("chat/completions", CHAT | {"messages": [{"role": "user", "content": "x" * 600}]}, 400, "messages",
-            "617 tokens; the model's context has 512"),
+            "617 tokens; this model's maximum"),
         ("completions", COMPLETION | {"prompt": "\ud800"}, 400, "prompt", "Unicode"),
         ("chat/completions", CHAT | {"messages": []}, 400, "messages", "at least 1"),
         ("chat/completions", CHAT | {"messages": [{"role": "user"}]}, 400, "messages", "required"),
@@ -102,12 +146,29 @@ def test_bodies_that_are_no_requests(http: httpx.Client, raw: bytes) -> None:
     assert response.status_code == 400 and set(response.json()) == {"error"}, response.text
 
 
-def test_halves_of_surrogate_pairs_in_a_key_are_refused(http: httpx.Client) -> None:
-    for raw in (b'{"model": "tiny", "prompt": "a", "\\ud800": 1}',
-                b'{"model": "tiny", "messages": [{"role": "user", "content": "a", "\\ud800": 1}]}'):  # fmt: skip
-        route = "completions" if b"prompt" in raw else "chat/completions"
-        response = http.post(f"/v1/{route}", content=raw, headers={"Content-Type": "application/json"})
-        assert response.status_code == 400 and "is not a field" in response.json()["error"]["message"]
+@pytest.mark.parametrize(
+    ("route", "more", "param"),
+    [
+        ("completions", '"prompt": "a", "\\ud800": 1', "?"),
+        ("completions", '"prompt": "a", "stop": "\\udc00"', "stop"),
+        ("completions", '"prompt": "a", "metadata": {"\\ud800": "a"}', "metadata"),
+        ("chat/completions", '"messages": [{"role": "user", "content": "a", "\\ud800": 1}]', "messages"),
+        ("responses", '"input": "a", "metadata": {"a": "\\ud800"}', "metadata"),
+        ("responses", '"input": "a", "instructions": "\\ud800"', "instructions"),
+        ("embeddings", '"input": ["a", "\\uDFFF"]', "input"),
+    ],
+)
+def test_halves_of_surrogate_pairs_are_refused(http: httpx.Client, route: str, more: str, param: str) -> None:
+    raw = f'{{"model": "tiny", {more}}}'
+    response = http.post(f"/v1/{route}", content=raw, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400 and "half of a surrogate pair" in response.json()["error"]["message"]
+    assert response.json()["error"]["param"] == param
+
+
+def test_whole_surrogate_pairs_are_letters(http: httpx.Client) -> None:
+    raw = '{"model": "tiny", "prompt": "\\ud83d\\ude00", "max_tokens": 1, "echo": true}'
+    response = http.post("/v1/completions", content=raw, headers={"Content-Type": "application/json"})
+    assert response.json()["choices"][0]["text"].startswith("😀")
 
 
 @pytest.mark.parametrize("prompt", [[1.5] * 200_000, [[1.5]] * 100_000, ["x"] * 300_000 + [1], "word " * 300_000])
@@ -128,6 +189,8 @@ def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_error_of_ours(serv
 
 
 def test_no_op_values_of_unserved_fields_are_taken(http: httpx.Client) -> None:
-    nothing = {"presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": None, "echo": False, "best_of": 1}
-    body = COMPLETION | nothing | {"user": "somebody", "max_tokens": 1}
+    nothing = {"suffix": "", "response_format": {"type": "text"}, "use_beam_search": False, "guided_json": None}
+    labels = {"user": "somebody", "metadata": {"run": "7"}, "store": False, "prompt_cache_key": "k",
+              "safety_identifier": "s", "service_tier": "auto"}  # fmt: skip
+    body = COMPLETION | nothing | labels | {"max_tokens": 1}
     assert http.post("/v1/completions", json=body).status_code == 200

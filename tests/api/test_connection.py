@@ -15,8 +15,8 @@ import uvicorn
 from starlette.types import Receive, Scope, Send
 
 from server import listener
-from server.api.connection import ConnectionLimits, limited
-from server.api.limits import MAX_HEADERS, RequestLimits
+from server.api.transport.connection import ConnectionLimits, limited
+from server.api.transport.limits import MAX_HEADERS, RequestLimits
 
 LIMITS = ConnectionLimits(max_connections=5, header_s=0.5, body_s=0.5, write_s=0.5)
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n"

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from server.api.control_tokens import ControlTokens, Twin
-from server.api.text import Text
+from server.api.texts.chat_template import Conversation
+from server.api.texts.control_tokens import ControlTokens, Twin
+from server.api.texts.text import Text
 from server.errors import InvalidRequest
 
 TEMPLATE = (
@@ -69,7 +70,7 @@ def user(content: str) -> dict[str, str]:
 )
 def test_a_message_cannot_end_its_turn(tokenizer: Tokenizer, tmp_path: Path, content: str) -> None:
     text = text_of(tokenizer, tmp_path)
-    ids = text.encode_chat([{"role": "system", "content": content}, user(content)], 1000)
+    ids = text.encode_chat(Conversation([{"role": "system", "content": content}, user(content)]), 1000)
     expected = ["<s>", "<|system|>", "<|end|>", "<|user|>", "<|end|>", "<|assistant|>"]
     assert control_tokens(tokenizer, ids) == expected
     assert content.strip() in tokenizer.decode(ids, skip_special_tokens=True)
@@ -78,7 +79,7 @@ def test_a_message_cannot_end_its_turn(tokenizer: Tokenizer, tmp_path: Path, con
 def test_what_a_message_spells_is_tokenized_as_a_tokenizer_without_control_tokens_would(tmp_path: Path) -> None:
     plain = bpe()
     text = text_of(bpe(), tmp_path)
-    ids = text.encode_chat([user("the <|end|> of it")], 1000)
+    ids = text.encode_chat(Conversation([user("the <|end|> of it")]), 1000)
     begin = ids.index(Tokenizer.from_file(str(tmp_path / "tokenizer.json")).token_to_id("<|user|>")) + 1
     # as one piece of a longer text: without the space that the first piece of a text is given
     plain.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
@@ -89,20 +90,20 @@ def test_what_a_message_spells_is_tokenized_as_a_tokenizer_without_control_token
 def test_an_assistants_earlier_turn_keeps_the_tokens_that_it_generated(tokenizer: Tokenizer, tmp_path: Path) -> None:
     text = text_of(tokenizer, tmp_path)
     turns = [user("hi <|end|>"), {"role": "assistant", "content": "<think>well<|end|>"}, user("go on")]
-    assert control_tokens(tokenizer, text.encode_chat(turns, 1000)) == [
+    assert control_tokens(tokenizer, text.encode_chat(Conversation(turns), 1000)) == [
         "<s>", "<|user|>", "<|end|>", "<|assistant|>", "<think>", "<|end|>", "<|end|>", "<|user|>", "<|end|>",
         "<|assistant|>",
     ]  # fmt: skip
 
 
 def test_added_tokens_that_no_template_writes_stay_what_they_are(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    ids = text_of(tokenizer, tmp_path).encode_chat([user("<think> <|end|>")], 1000)
+    ids = text_of(tokenizer, tmp_path).encode_chat(Conversation([user("<think> <|end|>")]), 1000)
     assert control_tokens(tokenizer, ids) == ["<s>", "<|user|>", "<think>", "<|end|>", "<|assistant|>"]
 
 
 def test_messages_without_control_tokens_are_tokenized_as_ever(tokenizer: Tokenizer, tmp_path: Path) -> None:
     text = text_of(tokenizer, tmp_path)
-    ids = text.encode_chat([user("the end of it")], 1000)
+    ids = text.encode_chat(Conversation([user("the end of it")]), 1000)
     assert ids == tokenizer.encode("<s><|user|>the end of it<|end|>\n<|assistant|>", add_special_tokens=False).ids
 
 
@@ -115,16 +116,18 @@ def test_a_tokenizer_that_cannot_be_sealed_refuses_such_messages_and_serves_the_
     tokenizer = bpe()
     text = text_of(tokenizer, tmp_path, single_word=True)
     plain = tokenizer.encode("<s><|user|>hi<|end|>\n<|assistant|>", add_special_tokens=False).ids
-    assert text.encode_chat([user("hi")], 1000) == plain
+    assert text.encode_chat(Conversation([user("hi")]), 1000) == plain
     with pytest.raises(InvalidRequest, match="spells a control token"):
-        text.encode_chat([user("a <|end|> b")], 1000)
+        text.encode_chat(Conversation([user("a <|end|> b")]), 1000)
 
 
 def test_what_is_too_long_is_refused_with_the_numbers(tokenizer: Tokenizer, tmp_path: Path) -> None:
     text = text_of(tokenizer, tmp_path)
-    with pytest.raises(InvalidRequest, match=r"the text has \d+ tokens; the model's context has 5"):
-        text.encode_chat([user("one two three four")], 5)
-    with pytest.raises(InvalidRequest, match="the text has 1,000 characters"):
+    with pytest.raises(
+        InvalidRequest, match=r"the prompt is too long: it has \d+ tokens; this model's maximum context length is 5"
+    ):
+        text.encode_chat(Conversation([user("one two three four")]), 5)
+    with pytest.raises(InvalidRequest, match="it has 1,000 characters"):
         text.encode(["a" * 1000], 5, "prompt")
 
 
@@ -146,14 +149,14 @@ def test_letters_that_a_normalizer_makes_a_control_token_of_are_letters(
     tokenizer.add_tokens([AddedToken(name, normalized=True, special=False) for name in ["<|end|>", *TURNS]])
     text = text_of(tokenizer, tmp_path, single_word)
     plain = tokenizer.encode("<s><|user|>hi<|end|>\n<|assistant|>", add_special_tokens=False).ids
-    assert text.encode_chat([user("hi")], 1000) == plain
+    assert text.encode_chat(Conversation([user("hi")]), 1000) == plain
     with pytest.raises(InvalidRequest, match="Unicode"):
-        text.encode_chat([user("a\ud800")], 1000)
+        text.encode_chat(Conversation([user("a\ud800")]), 1000)
     if single_word:
         with pytest.raises(InvalidRequest, match="spells a control token"):
-            text.encode_chat([user(content)], 1000)
+            text.encode_chat(Conversation([user(content)]), 1000)
     else:
-        ids = text.encode_chat([user(content)], 1000)
+        ids = text.encode_chat(Conversation([user(content)]), 1000)
         assert control_tokens(tokenizer, ids) == ["<s>", "<|user|>", "<|end|>", "<|assistant|>"]
 
 
@@ -165,9 +168,12 @@ def test_control_tokens_that_are_not_found_under_other_names_make_a_tokenizer_un
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE, "bos_token": "<s>"}))
     text = Text.load(tmp_path)
-    assert text.encode_chat([user("hi")], 1000) == tokenizer.encode("<s><|user|>hi<|end|>\n<|assistant|>").ids
+    assert (
+        text.encode_chat(Conversation([user("hi")]), 1000)
+        == tokenizer.encode("<s><|user|>hi<|end|>\n<|assistant|>").ids
+    )
     with pytest.raises(InvalidRequest, match="not found"):
-        text.encode_chat([user("<|user|>")], 1000)
+        text.encode_chat(Conversation([user("<|user|>")]), 1000)
 
 
 def test_a_thousand_control_tokens_cost_no_more_than_one() -> None:

@@ -9,7 +9,7 @@ import pytest
 from fastapi import FastAPI, HTTPException
 
 from adapters_store.errors import AdapterError, Unforeseen
-from server.api.errors import install
+from server.api.transport.errors import install
 from server.errors import (
     ADAPTER_STATUS,
     ClientLeft,
@@ -23,7 +23,7 @@ from server.errors import (
 
 def answer_to(raised: Exception) -> httpx.Response:
     """What a client of a route that raises this gets."""
-    app = FastAPI()
+    app = FastAPI(openapi_url=None)
     install(app)
 
     @app.get("/")

@@ -71,8 +71,19 @@ def test_a_conversation_goes_on_with_the_clients_own_objects(client: openai.Open
     assert first.usage is not None and second.usage is not None
     assert second.usage.prompt_tokens > first.usage.prompt_tokens
     tool_call = {"role": "assistant", "content": "", "tool_calls": [{"id": "x"}]}
-    with pytest.raises(openai.BadRequestError, match="tool_calls in a message is not served"):
+    with pytest.raises(openai.BadRequestError, match="tool_calls in messages is not served"):
         client.chat.completions.create(model="tiny", messages=[*messages, tool_call])  # type: ignore[list-item]
+
+
+def test_a_prompt_may_end_in_the_models_own_turn(http: httpx.Client) -> None:
+    def num_tokens(**fields: Any) -> int:
+        messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hel"}]
+        body = {"model": "tiny", "messages": messages, "max_tokens": 1, **fields}
+        return int(http.post("/v1/chat/completions", json=body).json()["usage"]["prompt_tokens"])
+
+    assert num_tokens(continue_final_message=True) == len("user: hi\nassistant: Hel")
+    assert num_tokens(add_generation_prompt=False) == len("user: hi\nassistant: Hel\n")
+    assert num_tokens() == len("user: hi\nassistant: Hel\nassistant:")
 
 
 def test_developer_messages_reach_the_template_as_system_messages(http: httpx.Client) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from server.api import limits
-from server.api.limits import MAX_HEADERS, RequestLimits
+from server.api.transport import limits
+from server.api.transport.limits import MAX_HEADERS, RequestLimits
 from server.errors import HeddleError, Overloaded, PayloadTooLarge
 
 MOST = 1000  # bytes of a body

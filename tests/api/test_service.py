@@ -16,10 +16,10 @@ from adapters_store.records import Version, Weights
 from adapters_store.ref import AdapterRef
 from server.api import service as service_module
 from server.api.app import create_app
-from server.api.bodies import validated
-from server.api.generation import Generation, Wanted, plan
-from server.api.protocol import CompletionBody
+from server.api.generating.generation import Generation, plan
+from server.api.protocol.completions import CompletionBody
 from server.api.service import Service
+from server.api.transport.bodies import validated
 from server.config import EngineConfig, ServerConfig
 from server.errors import EngineDead, EngineSilent, HeddleError, InvalidRequest, NotFound, Overloaded, ShuttingDown
 from server.lifecycle.leases import Leases
@@ -41,7 +41,7 @@ class Text:
     def most_chars(self, num_tokens: int) -> int:
         return 2 * num_tokens
 
-    def encode(self, texts: Sequence[str], max_tokens: int, param: str) -> list[list[int]]:
+    def encode(self, texts: Sequence[str], max_tokens: int, param: str, _: bool) -> list[list[int]]:
         self.may_work.wait(5)
         return [[1] * len(text) for text in texts]
 
@@ -201,8 +201,9 @@ def test_short_texts_are_tokenized_at_once_and_long_ones_queue(service: Any, mon
 
 def planned(service: Any, prompts: list[list[int]], max_tokens: int | None = 5, **fields: Any) -> Generation:
     body = validated(CompletionBody, {"model": "adapter", "prompt": "x"} | fields, service.body_limits)
-    meant = service.meaning_of(body.model, body.user)
-    return plan(service, Wanted(body, meant, max_tokens), prompts, service.admit(1), service.lease(meant, 1))
+    meant = service.meaning_of(body.model, body.who)
+    wanted = body.wanted(meant, max_tokens, body.n or 1, None, None)
+    return plan(service, wanted, prompts, service.admit(1), service.lease(meant, 1))
 
 
 def test_each_prompt_is_asked_n_times_with_seeds_that_follow_one_another(service: Any) -> None:
@@ -227,7 +228,7 @@ def test_what_is_not_said_is_as_the_adapters_manifest_has_it(service: Any) -> No
     first, second = generation.submissions
     assert (first.sampling.temperature, first.sampling.top_p, first.sampling.top_k) == (0.0, 0.5, 3)
     assert (first.max_tokens, second.max_tokens) == (20, 5)  # a default is cut where the context ends
-    assert (first.weight, first.priority, generation.wanted.stops) == (3.0, 2, ["end"])
+    assert (first.weight, first.priority, generation.wanted.stop_strings) == (3.0, 512, ("end",))
     said = planned(service, [[1]], model="described", temperature=1.5, top_p=1, top_k=-1, stop=[], cache_salt="mine")
     (submission,) = said.submissions
     assert (submission.sampling.temperature, submission.sampling.top_p, submission.sampling.top_k) == (1.5, 1.0, 0)
@@ -255,8 +256,8 @@ def test_without_a_limit_an_answer_may_fill_the_context(service: Any) -> None:
     ("prompt", "max_tokens", "param", "says"),
     [
         ([], 5, "prompt", "the prompt has no tokens"),
-        ([1] * 96, 5, "max_tokens", "96 tokens and max_tokens is 5; together they exceed the model's 100"),
-        ([1] * 100, None, "messages", "100 tokens and must be shorter than the model's 100"),
+        ([1] * 96, 5, "max_tokens", "96 tokens and max_tokens is 5; this model's maximum context length is 100 tokens"),
+        ([1] * 100, None, "messages", "the prompt is too long: it has 100 tokens and leaves no room"),
         ([1, VOCAB], 5, "prompt", "the token id 50; the model knows 0 to 49"),
     ],
 )

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from fastapi import Request
 
-from server.api.sse import event_stream, unless_client_leaves
+from server.api.transport.sse import OPENAI, data, event_stream, unless_client_leaves
 from server.errors import ClientLeft, GenerationFailed, InvalidRequest
 
 
@@ -37,14 +37,14 @@ class Bodies:
         self._items = items
         self.was_closed = False
 
-    async def __call__(self) -> AsyncGenerator[dict[str, object]]:
+    async def __call__(self) -> AsyncGenerator[bytes | None]:
         try:
             for item in self._items:
                 if isinstance(item, Exception):
                     raise item
                 if item == "wait":
                     await asyncio.Event().wait()
-                yield {"item": item}
+                yield None if item is None else data({"item": item})
         finally:
             self.was_closed = True
 
@@ -59,7 +59,7 @@ def run(test: Callable[[], Awaitable[None]]) -> None:
 
 async def stream(bodies: Bodies) -> list[str]:
     """The events that a patient client reads."""
-    response = await event_stream(Client().request, bodies())
+    response = await event_stream(Client().request, bodies(), OPENAI)
     return [bytes(chunk).decode() async for chunk in response.body_iterator]  # type: ignore[arg-type]
 
 
@@ -73,9 +73,18 @@ def test_bodies_become_events_and_the_last_is_done() -> None:
     run(test)
 
 
+def test_where_nothing_comes_a_comment_is_sent_that_clients_pass_over() -> None:
+    async def test() -> None:
+        assert await stream(Bodies(None, "a", None)) == [
+            ": keep-alive\n\n", 'data: {"item":"a"}\n\n', ": keep-alive\n\n", "data: [DONE]\n\n",
+        ]  # fmt: skip
+
+    run(test)
+
+
 def test_a_stream_is_kept_by_no_cache_and_held_back_by_no_proxy() -> None:
     async def test() -> None:
-        response = await event_stream(Client().request, Bodies("a")())
+        response = await event_stream(Client().request, Bodies("a")(), OPENAI)
         assert response.status_code == 200 and response.media_type == "text/event-stream"
         assert response.headers["cache-control"] == "no-cache" and response.headers["x-accel-buffering"] == "no"
 
@@ -86,7 +95,7 @@ def test_what_fails_before_its_first_event_gets_its_own_status() -> None:
     async def test() -> None:
         refusal = InvalidRequest("no")
         with pytest.raises(InvalidRequest) as raised:
-            await event_stream(Client().request, Bodies(refusal)())
+            await event_stream(Client().request, Bodies(refusal)(), OPENAI)
         assert raised.value is refusal
 
     run(test)
@@ -116,7 +125,7 @@ def test_what_fails_later_by_our_own_fault_is_logged_and_not_told(caplog: pytest
 def test_a_client_that_leaves_in_the_middle_closes_the_source() -> None:
     async def test() -> None:
         bodies = Bodies("a", "b", "wait")
-        response = await event_stream(Client().request, bodies())
+        response = await event_stream(Client().request, bodies(), OPENAI)
         assert b'"a"' in await anext(aiter(response.body_iterator))  # type: ignore[operator]
         await response.body_iterator.aclose()  # type: ignore[union-attr]
         assert bodies.was_closed
@@ -129,7 +138,7 @@ def test_a_client_that_leaves_before_the_first_event_closes_the_source() -> None
         client, bodies = Client(), Bodies("wait")
         client.leave()
         with pytest.raises(ClientLeft):
-            await event_stream(client.request, bodies())
+            await event_stream(client.request, bodies(), OPENAI)
         assert bodies.was_closed
 
     run(test)

@@ -8,8 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.api.text import StopMatcher, Text
-from server.engine.request import Sampling
+from server.api.texts.chat_template import Conversation
+from server.api.texts.decoding import StopMatcher, StopStrings
+from server.api.texts.text import Text
+from server.engine.request import LaneSpec, Request, Sampling
 from server.errors import ConfigError, InvalidRequest
 from server.model.sampler import sample, uniform
 from tests.support.live_server import write_tokenizer
@@ -19,7 +21,7 @@ from tests.support.live_server import write_tokenizer
 def test_stop_strings_cut_at_the_first_complete_match_however_the_text_is_cut(
     text: str, stops: list[str], data: st.DataObject
 ) -> None:
-    matcher, sent, rest = StopMatcher(stops), "", text
+    matcher, sent, rest = StopMatcher(StopStrings(stops)), "", text
     while rest and not matcher.matched:
         size = data.draw(st.integers(1, len(rest)))
         sent += matcher.push(rest[:size])
@@ -27,7 +29,7 @@ def test_stop_strings_cut_at_the_first_complete_match_however_the_text_is_cut(
     if not matcher.matched:
         sent += matcher.flush()
     found = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
-    assert matcher.matched == bool(found)
+    assert (matcher.matched is not None) == bool(found)
     assert sent == (text[: min(found)[1]] if found else text)
 
 
@@ -45,16 +47,16 @@ def test_a_character_of_several_tokens_comes_out_whole(text: Text) -> None:
 
 
 def test_chat_template(text: Text) -> None:
-    assert text.render_chat([{"role": "user", "content": "hi"}]) == "user: hi\nassistant:"
+    assert text.render_chat(Conversation([{"role": "user", "content": "hi"}])) == "user: hi\nassistant:"
     with pytest.raises(InvalidRequest, match="no system here"):
-        text.render_chat([{"role": "system", "content": "hi"}])
+        text.render_chat(Conversation([{"role": "system", "content": "hi"}]))
 
 
 def test_a_template_cannot_reach_out_of_its_sandbox(tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ ''.__class__.__mro__ }}"}))
     with pytest.raises(InvalidRequest, match="unsafe|refuses"):
-        Text.load(tmp_path).render_chat([{"role": "user", "content": "x"}])
+        Text.load(tmp_path).render_chat(Conversation([{"role": "user", "content": "x"}]))
 
 
 def test_lone_surrogates_are_refused(text: Text) -> None:
@@ -73,7 +75,10 @@ LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, -30.0])
 
 
 def sampled(logits: torch.Tensor, samplings: list[Sampling], indices: list[int]) -> list[int | None]:
-    return sample(logits, samplings, indices).read()
+    requests = [Request(0, [LaneSpec([0])], 1, it) for it in samplings]
+    for request, index in zip(requests, indices, strict=True):
+        request.first.tokens += [0] * index
+    return [token and token.id for token in sample(logits, requests).read()]
 
 
 def draws(sampling: Sampling, count: int) -> list[int | None]:

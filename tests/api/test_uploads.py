@@ -22,12 +22,12 @@ from fastapi import FastAPI, Request, Response
 from adapters_store.upload_files import UploadFile, UploadLimits
 from adapters_store.uploads import Uploads
 from server import listener
-from server.api import errors
-from server.api import uploads as routes
-from server.api.connection import MIN_FILE_BYTES_PER_S, ConnectionLimits, limited
-from server.api.errors import respond
-from server.api.forms import receive_multipart
-from server.api.limits import RequestLimits
+from server.api.catalogue import uploads as routes
+from server.api.catalogue.forms import receive_multipart
+from server.api.transport import errors
+from server.api.transport.connection import MIN_FILE_BYTES_PER_S, ConnectionLimits, limited
+from server.api.transport.errors import respond
+from server.api.transport.limits import RequestLimits
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BODY_S = 0.5
@@ -35,8 +35,8 @@ LIMITS = UploadLimits(max_upload_bytes=8_000_000, max_uploads=4, max_writers=4)
 
 
 def application(uploads: Uploads) -> FastAPI:
-    app = FastAPI()
-    app.state.service = SimpleNamespace(uploads=uploads)
+    app = FastAPI(openapi_url=None)  # all routes are ours
+    app.state.service = SimpleNamespace(uploads=uploads, config=SimpleNamespace(cors_origins=()))
     app.include_router(routes.router)
 
     @app.post("/v1/adapters")

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 from torch import nn
 
-from server.api.text import Text
+from server.api.texts.text import Text
 from tests.support.live_server import LiveServer
 from tests.support.tiny_models import make_model
 
@@ -25,7 +25,7 @@ def tiny() -> nn.Module:
 
 def decode(root: Path, tokens: list[int]) -> str:
     decoder = Text.load(root / "tiny").decoder()
-    return "".join(decoder.push(token) for token in tokens)
+    return "".join(decoder.push(token) for token in tokens) + decoder.flush()
 
 
 def events(lines: Iterator[str]) -> list[Any]:

@@ -13,16 +13,19 @@ from urllib.parse import unquote
 import msgspec
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
-from pydantic import Field
+from pydantic import Field, WithJsonSchema
 
 from adapters_store.errors import AdapterNotFound, clean
-from server.api.actors import actor_of
-from server.api.bodies import read_body
-from server.api.errors import respond
+from server.api.catalogue.actors import actor_of
 from server.api.foreign.refusals import Refusal, refusing_as
-from server.api.protocol import Body
+from server.api.operation import operation
+from server.api.protocol.answers.around import DynamoAnswer, DynamoList, DynamoRefusal
+from server.api.protocol.body import Body
+from server.api.protocol.schema import ADAPTER_NAME
 from server.api.service import service_of
-from server.api.sse import unless_client_leaves
+from server.api.transport.bodies import read_body
+from server.api.transport.errors import respond
+from server.api.transport.sse import unless_client_leaves
 from server.errors import InvalidRequest
 from server.lifecycle.wish import Wish, source_path
 
@@ -43,18 +46,24 @@ def _told(_: Request, refusal: Refusal) -> Response:
 
 
 router = APIRouter(route_class=refusing_as(_told))
+_LED_TO = {"dynamo_unload": {"lora_name": "/lora_name"}}
 
 
 class Source(Body):
-    uri: Annotated[str, Field(min_length=1, max_length=4096)]
+    uri: Annotated[str, Field(min_length=1, max_length=4096, json_schema_extra={"pattern": "^file:///[^?#]*$"})]
 
 
 class LoadBody(Body):
-    lora_name: Annotated[str, Field(min_length=1)]
+    lora_name: Annotated[str, Field(min_length=1), WithJsonSchema(ADAPTER_NAME)]
     source: Source
 
 
-@router.post("/v1/loras")
+@router.post(
+    "/v1/loras",
+    openapi_extra=operation(
+        DynamoAnswer, takes=LoadBody, refuses=(404, 409, 422, 507), refusal=DynamoRefusal, leads_to=_LED_TO
+    ),
+)
 async def load(request: Request) -> Response:
     """A free name comes to mean the adapter. If it means these very weights already, nothing happens."""
     service, body = service_of(request), await read_body(request, LoadBody)
@@ -63,7 +72,7 @@ async def load(request: Request) -> Response:
     return _done(body.lora_name, "loaded successfully" if settled.is_changed else "already loaded")
 
 
-@router.get("/v1/loras")
+@router.get("/v1/loras", openapi_extra=operation(DynamoList, refusal=DynamoRefusal))
 async def list_all(request: Request) -> Response:
     """All of them, in pieces: there may be a hundred thousand."""
     names = [record.name for record in service_of(request).catalog]
@@ -79,7 +88,10 @@ async def list_all(request: Request) -> Response:
     return StreamingResponse(pieces(), media_type="application/json")
 
 
-@router.delete("/v1/loras/{lora_name:path}")
+@router.delete(
+    "/v1/loras/{lora_name:path}",
+    openapi_extra=operation(DynamoAnswer, refuses=(404, 409, 422, 507), refusal=DynamoRefusal),
+)
 async def unload(lora_name: str, request: Request) -> Response:
     """New requests no longer find it. Answers when those under way have ended."""
     try:

@@ -6,17 +6,20 @@ Every answer has one shape, and is 200 or 400; what is the server's fault keeps 
 from typing import Annotated
 
 from fastapi import APIRouter, Request, Response
-from pydantic import Field
+from pydantic import Field, WithJsonSchema
 
 from adapters_store.errors import AdapterConflict, AdapterNotFound, clean
 from adapters_store.manifest import Manifest
-from server.api.actors import actor_of
-from server.api.bodies import read_body
-from server.api.errors import respond
+from server.api.catalogue.actors import actor_of
 from server.api.foreign.refusals import Refusal, refusing_as
-from server.api.protocol import Body
+from server.api.operation import operation
+from server.api.protocol.answers.around import SGLangAnswer
+from server.api.protocol.body import Body
+from server.api.protocol.schema import ADAPTER_NAME
 from server.api.service import Service, service_of
-from server.api.sse import unless_client_leaves
+from server.api.transport.bodies import read_body
+from server.api.transport.errors import respond
+from server.api.transport.sse import unless_client_leaves
 from server.lifecycle.wish import Wish, source_path
 
 MOST_LISTED = 1000  # SGLang lists all; each answer would grow with the catalogue
@@ -48,18 +51,20 @@ router = APIRouter(route_class=refusing_as(_told))
 class LoadBody(Body):
     """`lora_id` is SGLang's own: it may be there and be null."""
 
-    lora_name: Annotated[str, Field(min_length=1)]
+    lora_name: Annotated[str, Field(min_length=1), WithJsonSchema(ADAPTER_NAME)]
     lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
     pinned: bool = False
     lora_id: None = None
 
 
 class UnloadBody(Body):
-    lora_name: Annotated[str, Field(min_length=1)]
+    lora_name: Annotated[str, Field(min_length=1), WithJsonSchema(ADAPTER_NAME)]
     lora_id: None = None
 
 
-@router.post("/load_lora_adapter")
+@router.post(
+    "/load_lora_adapter", openapi_extra=operation(SGLangAnswer, takes=LoadBody, refuses=(507,), refusal=SGLangAnswer)
+)
 async def load(request: Request) -> Response:
     """A free name comes to mean the adapter. `pinned` stands for the manifest that lies with it."""
     service, body = service_of(request), await read_body(request, LoadBody)
@@ -76,7 +81,10 @@ async def load(request: Request) -> Response:
     return _answer(service, 200, name=name) if settled.is_changed else _taken(service, name)
 
 
-@router.post("/unload_lora_adapter")
+@router.post(
+    "/unload_lora_adapter",
+    openapi_extra=operation(SGLangAnswer, takes=UnloadBody, refuses=(507,), refusal=SGLangAnswer),
+)
 async def unload(request: Request) -> Response:
     """New requests no longer find it. Answers when those under way have ended."""
     service, body = service_of(request), await read_body(request, UnloadBody)

@@ -7,16 +7,20 @@ from typing import Annotated
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
-from pydantic import Field
+from pydantic import ConfigDict, Field, WithJsonSchema
+from pydantic.config import JsonDict
 
 from adapters_store.errors import AdapterConflict, AdapterNotFound, NoAdapterThere, clean
-from server.api.actors import actor_of
-from server.api.bodies import read_body
-from server.api.errors import respond
+from server.api.catalogue.actors import actor_of
 from server.api.foreign.refusals import Refusal, refusing_as
-from server.api.protocol import Body
+from server.api.operation import TEXT, Answered, operation
+from server.api.protocol.answers.around import VLLMRefusal
+from server.api.protocol.body import Body
+from server.api.protocol.schema import ADAPTER_NAME
 from server.api.service import service_of
-from server.api.sse import unless_client_leaves
+from server.api.transport.bodies import read_body
+from server.api.transport.errors import respond
+from server.api.transport.sse import unless_client_leaves
 from server.lifecycle.wish import Wish, source_path
 
 
@@ -35,13 +39,20 @@ def _told(_: Request, refusal: Refusal) -> Response:
 
 
 router = APIRouter(route_class=refusing_as(_told))
+_LINE = {200: Answered({TEXT: {"type": "string"}})}
+
+# left out, they are refused in vLLM's own words
+_NEEDED: JsonDict = {"minLength": 1}
+Name = Annotated[str, WithJsonSchema(ADAPTER_NAME)]
 
 
 class LoadBody(Body):
     """`is_3d_lora_weight` is taken and not needed: how an adapter's tensors lie is read from its files."""
 
-    lora_name: str = ""
-    lora_path: Annotated[str, Field(max_length=4096)] = ""
+    model_config = ConfigDict(json_schema_extra={"required": ["lora_name", "lora_path"]})
+
+    lora_name: Name = ""
+    lora_path: Annotated[str, Field(max_length=4096, json_schema_extra=_NEEDED)] = ""
     load_inplace: bool = False
     is_3d_lora_weight: bool = False
 
@@ -49,11 +60,15 @@ class LoadBody(Body):
 class UnloadBody(Body):
     """`lora_int_id` is taken and not needed, as in vLLM: names are unique."""
 
-    lora_name: str = ""
+    model_config = ConfigDict(json_schema_extra={"required": ["lora_name"]})
+
+    lora_name: Name = ""
     lora_int_id: int | None = None
 
 
-@router.post("/v1/load_lora_adapter")
+@router.post(
+    "/v1/load_lora_adapter", openapi_extra=operation(_LINE, takes=LoadBody, refuses=(404, 507), refusal=VLLMRefusal)
+)
 async def load(request: Request) -> Response:
     """A free name comes to mean the adapter; with `load_inplace` whatever it means."""
     service, body = service_of(request), await read_body(request, LoadBody)
@@ -79,7 +94,9 @@ async def load(request: Request) -> Response:
     return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
 
-@router.post("/v1/unload_lora_adapter")
+@router.post(
+    "/v1/unload_lora_adapter", openapi_extra=operation(_LINE, takes=UnloadBody, refuses=(404, 507), refusal=VLLMRefusal)
+)
 async def unload(request: Request) -> Response:
     """New requests no longer find it. Answers when those under way have ended."""
     service, body = service_of(request), await read_body(request, UnloadBody)

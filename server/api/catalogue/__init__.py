@@ -1,0 +1,1 @@
+"""The routes for what is served: models, adapters, aliases, uploads and the store."""

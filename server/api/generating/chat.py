@@ -1,0 +1,98 @@
+"""POST /v1/chat/completions. See completions.py for a request's way."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, Request, Response
+
+from server.api.generating.answers import Shape, answer, prompt_logprobs
+from server.api.generating.choice import Piece
+from server.api.generating.generation import Completed, Generation, plan
+from server.api.generating.told import ChatWords
+from server.api.generating.wanted import Wanted
+from server.api.operation import operation, streamed
+from server.api.protocol.answers.generation import ChatCompletion, ChatCompletionChunk
+from server.api.protocol.chat import ChatBody
+from server.api.service import service_of
+from server.api.texts.chat_template import Conversation
+from server.api.texts.decoding import TokenTexts
+from server.api.transport.bodies import read_body
+from server.api.transport.sse import unless_client_leaves
+from server.engine.request import OfPrompt
+from server.lifecycle.models import Meant
+
+router = APIRouter()
+
+
+@router.post(
+    "/v1/chat/completions",
+    openapi_extra=operation(
+        {200: streamed(ChatCompletion, ChatCompletionChunk)}, takes=ChatBody, refuses=(404, 422, 429, 504)
+    ),
+)
+async def chat_completions(request: Request) -> Response:
+    service, body = service_of(request), await read_body(request, ChatBody)
+    meant = service.meaning_of(body.model, body.who)
+    with service.admit(body.n or 1) as admission, service.lease(meant, body.n or 1) as lease:
+        encoding = service.encode_chat(conversation(body), meant.manifest.chat_template)
+        prompt = await unless_client_leaves(request, encoding)
+        generation = plan(service, wanted(body, meant), [prompt], admission, lease)
+        shape = ChatShape(meant, service.text.token_texts, body)
+        return await answer(request, generation, shape, bool(body.stream), body.include_usage)
+
+
+def conversation(body: ChatBody) -> Conversation:
+    variables: Mapping[str, Any] = body.chat_template_kwargs or {}
+    if body.reasoning_effort is not None:
+        variables = {**variables, "reasoning_effort": body.reasoning_effort}
+    continues = bool(body.continue_final_message)
+    asks = body.add_generation_prompt is not False and not continues
+    return Conversation([it.said for it in body.messages], variables, asks, continues)
+
+
+def wanted(body: ChatBody, meant: Meant) -> Wanted:
+    return body.wanted(
+        meant,
+        max_tokens=body.max_tokens or body.max_completion_tokens,
+        best_of=body.n or 1,
+        num_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        of_prompt=None if body.prompt_logprobs is None else OfPrompt(body.prompt_logprobs),
+    )
+
+
+class ChatShape(Shape):
+    prefix, object_name, chunk_name = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, meant: Meant, texts: TokenTexts, body: ChatBody) -> None:
+        super().__init__(meant)
+        self._texts = texts
+        self._words = ChatWords(texts) if body.logprobs else None
+
+    async def whole(self, completed: Sequence[Completed], generation: Generation) -> dict[str, object]:
+        choices = [
+            {"index": index, "message": {"role": "assistant", "content": it.text, "refusal": None},
+             "finish_reason": it.finish, "stop_reason": it.stop,
+             "logprobs": None if self._words is None else _content(await self._words.all(it.tokens))}
+            for index, it in enumerate(completed)
+        ]  # fmt: skip
+        told = completed[0].of_prompt
+        if told is None or told.logprobs is None:
+            return self.body(self.object_name, choices)
+        worded = await prompt_logprobs(generation.prompts[0], told.logprobs, self._texts)
+        return self.body(self.object_name, choices, prompt_logprobs=worded)
+
+    def chunk_choice(self, piece: Piece, is_first: bool) -> dict[str, object]:
+        delta: dict[str, object] = {"role": "assistant", "content": piece.text} if is_first else {}
+        if piece.text and not is_first:
+            delta["content"] = piece.text
+        logprobs = None if self._words is None else _content(self._words.at_once(piece.tokens))
+        choice: dict[str, object] = {"index": piece.index, "delta": delta, "finish_reason": piece.finish,
+                                     "logprobs": logprobs}  # fmt: skip
+        if piece.finish is not None:
+            choice["stop_reason"] = piece.stop
+        return choice
+
+
+def _content(entries: msgspec.Raw) -> dict[str, object]:
+    return {"content": entries, "refusal": None}

@@ -1,0 +1,98 @@
+"""POST /v1/responses, without stored state. See completions.py for a request's way."""
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+
+from fastapi import APIRouter, Request, Response
+
+from server.api.generating.generation import Generation, plan
+from server.api.generating.response_answers import ResponseEvents, ResponseShape, streamed
+from server.api.operation import operation
+from server.api.operation import streamed as streamed_as
+from server.api.protocol.answers.responses import InputTokensAnswer, ResponseAnswer, ResponseEvent
+from server.api.protocol.responses import ResponseBody
+from server.api.service import service_of
+from server.api.texts.chat_template import Conversation
+from server.api.transport.bodies import read_body
+from server.api.transport.errors import respond
+from server.api.transport.sse import Ending, event_stream, unless_client_leaves
+from server.errors import InvalidRequest, NotFound
+
+router = APIRouter()
+_NOT_STORED = operation({}, refuses=(404,))
+# what the core calls by chat's names
+_PARAMS = {"messages": "input", "prompt": "input", "max_tokens": "max_output_tokens", "reasoning_effort": "reasoning"}
+
+
+@router.post(
+    "/v1/responses",
+    openapi_extra=operation(
+        {200: streamed_as(ResponseAnswer, ResponseEvent, ending=None)}, takes=ResponseBody, refuses=(404, 422, 429, 504)
+    ),
+)
+async def create_response(request: Request) -> Response:
+    body = await read_body(request, ResponseBody)
+    async with _planned(request, body) as generation:
+        shape = ResponseShape(body, generation, service_of(request).text.token_texts)
+        if body.stream:
+            events = ResponseEvents()
+            return await event_stream(request, streamed(generation, shape, events), Ending(b"", events.failed))
+        return respond(200, await unless_client_leaves(request, _whole(generation, shape)))
+
+
+@router.post(
+    "/v1/responses/input_tokens",
+    openapi_extra=operation(InputTokensAnswer, takes=ResponseBody, refuses=(404, 422, 429)),
+)
+async def input_tokens(request: Request) -> Response:
+    """How many a response to this body would begin with. What a response would be refused for, this is."""
+    async with _planned(request, await read_body(request, ResponseBody)) as generation:
+        return respond(200, {"object": "response.input_tokens", "input_tokens": len(generation.prompts[0])})
+
+
+@router.api_route("/v1/responses/{response_id}", methods=["GET", "DELETE"], openapi_extra=_NOT_STORED)
+@router.get("/v1/responses/{response_id}/input_items", name="input_items", openapi_extra=_NOT_STORED)
+@router.post("/v1/responses/{response_id}/cancel", name="cancel", openapi_extra=_NOT_STORED)
+async def stored_response(response_id: str) -> Response:
+    raise NotFound(
+        f"responses are not stored, so there is no {response_id[:100]!r}; keep the answer of POST /v1/responses",
+        param="response_id",
+        code="response_not_found",
+    )
+
+
+@asynccontextmanager
+async def _planned(request: Request, body: ResponseBody) -> AsyncIterator[Generation]:
+    """All but begun, in room that it has for as long."""
+    service = service_of(request)
+    meant = service.meaning_of(body.model, body.who)
+    with service.admit(1) as admission, service.lease(meant, 1) as lease, _in_words_of_this_route():
+        encoding = service.encode_chat(conversation(body), meant.manifest.chat_template)
+        prompt = await unless_client_leaves(request, encoding)
+        wanted = body.sampled(meant, body.max_output_tokens, (body.top_logprobs or 0) if body.tells_logprobs else None)
+        yield plan(service, wanted, [prompt], admission, lease)
+
+
+async def _whole(generation: Generation, shape: ResponseShape) -> dict[str, object]:
+    (completed,) = await generation.completed()
+    await shape.tell(completed.tokens)
+    return shape.ended(completed, generation.usage)
+
+
+def conversation(body: ResponseBody) -> Conversation:
+    said = [it.said for it in body.input]
+    if body.instructions:
+        said.insert(0, {"role": "system", "content": body.instructions})
+    effort = None if body.reasoning is None else body.reasoning.effort
+    return Conversation(said, {} if effort is None else {"reasoning_effort": effort})
+
+
+@contextmanager
+def _in_words_of_this_route() -> Iterator[None]:
+    try:
+        yield
+    except InvalidRequest as error:
+        if error.param == "max_tokens":
+            error.message = error.message.replace("max_tokens", "max_output_tokens")
+        error.param = _PARAMS.get(error.param or "", error.param)
+        raise

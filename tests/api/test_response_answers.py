@@ -1,0 +1,121 @@
+"""The events of a response, of what a test says is generated: as OpenAI's client types them, and as it reads them."""
+
+import asyncio
+import json
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from fastapi import Request, Response
+from openai.types.responses import ResponseStreamEvent
+
+from server.api.generating.choice import Piece
+from server.api.generating.response_answers import ResponseEvents, ResponseShape, streamed
+from server.api.protocol.responses import LOGPROBS, ResponseBody
+from server.api.transport.sse import Ending, event_stream
+from server.errors import GenerationFailed
+from tests.support.schemas import MORE_IN_RESPONSES, NOT_OF_RESPONSES, checked
+from tests.support.scripted import Letters, ScriptedGeneration, app_at, told, typed_events
+
+
+def body(**fields: Any) -> ResponseBody:
+    return ResponseBody.model_construct(model="tiny", input="hi", **fields)
+
+
+def shape(generation: Any, **fields: Any) -> ResponseShape:
+    return ResponseShape(body(**fields), generation, Letters())  # type: ignore[arg-type]
+
+
+def events_of(generation: Any, **fields: Any) -> list[dict[str, Any] | None]:
+    return typed_events(streamed(generation, shape(generation, **fields), ResponseEvents()))
+
+
+def test_an_answer_grows_in_typed_events() -> None:
+    generation = ScriptedGeneration(Piece(0, "ab"), Piece(0, "c"), Piece(0, "", finish="stop"))
+    events: list[Any] = events_of(generation)
+    assert [it["type"] for it in events] == [
+        "response.created", "response.in_progress", "response.output_item.added", "response.content_part.added",
+        "response.output_text.delta", "response.output_text.delta", "response.output_text.done",
+        "response.content_part.done", "response.output_item.done", "response.completed",
+    ]  # fmt: skip
+    assert [it["sequence_number"] for it in events] == list(range(10))
+    typed = [checked(ResponseStreamEvent, it, NOT_OF_RESPONSES, MORE_IN_RESPONSES) for it in events]
+    assert [it.type for it in typed] == [it["type"] for it in events]
+    assert [typed[4].delta, typed[5].delta, typed[6].text, typed[7].part.text] == ["ab", "c", "abc", "abc"]
+    assert typed[8].item == typed[9].response.output[0] and typed[9].response.output_text == "abc"
+    assert typed[0].response.usage is None and typed[9].response.usage.input_tokens_details.cached_tokens == 16
+    assert {typed[0].response.id, typed[1].response.id, typed[9].response.id} == {typed[0].response.id}
+    assert {it.item_id for it in typed[3:8]} == {typed[2].item.id, typed[8].item.id}
+    assert generation.was_closed
+
+
+def test_an_answer_that_is_cut_off_says_so() -> None:
+    *_, item, last = events_of(ScriptedGeneration(Piece(0, "ab", finish="length")))
+    assert item is not None and item["item"]["status"] == "incomplete"
+    assert last is not None and last["type"] == "response.incomplete"
+    assert last["response"]["incomplete_details"] == {"reason": "max_output_tokens"}
+    assert last["response"]["completed_at"] is None
+
+
+def test_an_answer_without_words_is_whole_as_well() -> None:
+    events: list[Any] = events_of(ScriptedGeneration(Piece(0, "", finish="stop")))
+    assert "response.output_text.delta" not in {it["type"] for it in events}
+    assert events[-1]["response"]["output"][0]["content"][0]["text"] == ""
+
+
+def test_who_waits_hears_first_that_it_has_begun() -> None:
+    events = events_of(ScriptedGeneration(None, None, Piece(0, "a"), None, Piece(0, "b", finish="stop")))
+    assert [it and it["type"].partition(".")[2] for it in events][:8] == [
+        "created", "in_progress", "output_item.added", "content_part.added", None, "output_text.delta", None,
+        "output_text.delta",
+    ]  # fmt: skip
+
+
+def test_logprobs_come_with_their_text_and_again_with_all_of_it() -> None:
+    script = Piece(0, "ab", told("ab")), Piece(0, "c", told("c", 2), finish="stop")
+    events: list[Any] = events_of(ScriptedGeneration(*script), include=[LOGPROBS], top_logprobs=1)
+    for it in events:
+        checked(ResponseStreamEvent, it, NOT_OF_RESPONSES, MORE_IN_RESPONSES)
+    deltas = [it["logprobs"] for it in events if it["type"] == "response.output_text.delta"]
+    whole = next(it["logprobs"] for it in events if it["type"] == "response.output_text.done")
+    assert [[entry["token"] for entry in delta] for delta in deltas] == [["a", "b"], ["c"]]
+    assert whole == sum(deltas, []) == events[-1]["response"]["output"][0]["content"][0]["logprobs"]
+    assert whole[0] == {"token": "a", "logprob": -1.5, "bytes": [97],
+                        "top_logprobs": [{"token": "z", "logprob": -0.5, "bytes": [122]}]}  # fmt: skip
+
+
+def test_logprobs_that_nobody_asked_for_are_empty() -> None:
+    events: list[Any] = events_of(ScriptedGeneration(Piece(0, "ab", told("ab"), finish="stop")))
+    assert all(it.get("logprobs", []) == [] for it in events)
+
+
+def test_what_fails_later_is_an_error_to_openais_client() -> None:
+    """Also to one who reads nothing but the text."""
+
+    async def answer(request: Request) -> Response:
+        generation: Any = ScriptedGeneration(Piece(0, "ab"), GenerationFailed("gone"))
+        events = ResponseEvents()
+        return await event_stream(request, streamed(generation, shape(generation), events), Ending(b"", events.failed))
+
+    async def ask() -> None:
+        transport = httpx.ASGITransport(app_at("/v1/responses", answer))
+        async with (
+            httpx.AsyncClient(transport=transport) as http,
+            openai.AsyncOpenAI(base_url="http://test/v1", api_key="none", max_retries=0, http_client=http) as client,
+        ):
+            text = ""
+            with pytest.raises(openai.APIError, match="gone"):
+                async for event in await client.responses.create(model="tiny", input="hi", stream=True):
+                    text += event.delta if event.type == "response.output_text.delta" else ""
+            assert text == "ab"
+            with pytest.raises(openai.APIError, match="gone"):
+                async with client.responses.stream(model="tiny", input="hi") as stream:
+                    await stream.get_final_response()
+            raw = (await http.post("http://test/v1/responses", json={})).text.strip().split("\n\n")[-1]
+        name, data = raw.split("\n")
+        error = checked(ResponseStreamEvent, json.loads(data.removeprefix("data: ")), more={"error"})
+        assert name == "event: error" and (error.message, error.code) == ("gone", "generation_failed")
+        assert error.sequence_number == 5
+
+    asyncio.run(ask())
