@@ -1,0 +1,1 @@
+"""Clients that people have already, unmodified, against one real server: ``make clients``."""
