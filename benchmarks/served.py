@@ -51,6 +51,11 @@ class Heddle:
                     raise RuntimeError(f"the server of {root} did not start") from None
                 time.sleep(0.2)
 
+    @property
+    def front(self) -> psutil.Process:
+        """The process that speaks HTTP; the engine is a child of it."""
+        return psutil.Process(self._process.pid)
+
     def measure(self, jobs: list[Job]) -> Speed:
         """All jobs at once, from the first request's start to the last one's end."""
         before, start = self._cpu_seconds(), time.perf_counter()
@@ -78,7 +83,7 @@ class Heddle:
             return sum(await asyncio.gather(*(complete(job) for job in jobs)))
 
     def _cpu_seconds(self) -> float:
-        front = psutil.Process(self._process.pid)
+        front = self.front
         return sum(sum(it.cpu_times()[:2]) for it in (front, *front.children(recursive=True)))
 
     def stop(self) -> None:
