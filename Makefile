@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 
 export HF_HUB_OFFLINE = 1
 
-.PHONY: serve test unit thorough lint simulate census catalogue bench bench-against clean
+.PHONY: serve test unit thorough lint simulate schemathesis census catalogue clients bench bench-front bench-against clean
 
 serve: $(INSTALLED)  ## serve the demo, or: make serve ARGS="MODEL_DIR --adapters DIR"
 	$(BIN)/heddle serve $(ARGS)
@@ -29,14 +29,23 @@ lint: $(INSTALLED)
 simulate: $(INSTALLED)  ## a million steps of the engine without a model
 	$(BIN)/python -m tests.engine.test_simulation --steps 1000000
 
+schemathesis: $(INSTALLED)  ## thousands of requests made from /openapi.json: does the server do what it says?
+	$(BIN)/python -m tests.support.schema_run $(ARGS)
+
 census: $(INSTALLED)  ## which adapters are served exactly, refused or served wrongly; rewrites docs/adapters.md
 	$(BIN)/python -m tests.census
 
 catalogue: $(INSTALLED)  ## ten thousand adapters, hundreds of kill -9; rewrites benchmarks/results/catalogue.md
 	$(BIN)/python -m benchmarks.catalogue --write
 
+clients: $(INSTALLED)  ## the clients that people use, from their registries, against the demo; rewrites README's table
+	$(BIN)/python -m clients --write
+
 bench: $(INSTALLED)  ## throughput beside Transformers and PEFT; rewrites README's table
 	$(BIN)/python -m benchmarks.throughput
+
+bench-front: $(INSTALLED)  ## CPU time of the front process a streamed token; rewrites benchmarks/results/front.md
+	$(BIN)/python -m benchmarks.front --write
 
 bench-against: $(INSTALLED)  ## is this checkout slower than a commit? make bench-against REF=main~3
 	$(BIN)/python -m benchmarks.against $(or $(REF),$(error REF=... is missing: the commit to compare with))
