@@ -113,8 +113,9 @@ def main() -> int:
     if options.write:
         RESULTS.write_text(
             "# A streamed token in the front process\n\n"
-            f"`make bench-front`, {date.today()}, {options.streams} streams at once, {options.tokens} tokens each, "
-            f"{options.rounds} rounds; CPU time of the front process, user and system. The limit is {LIMIT_US:g} µs."
+            f"On {os.cpu_count()} cores; `make bench-front`, {date.today()}, {options.streams} streams at once, "
+            f"{options.tokens} tokens each, {options.rounds} rounds; CPU time of the front process, user and system. "
+            f"The limit is {LIMIT_US:g} µs."
             "\n\n"
             "| route | µs a token, median | lowest to highest round |\n|---|---:|---:|\n" + "\n".join(rows) + "\n"
         )
