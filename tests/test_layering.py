@@ -29,7 +29,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "server/api/texts": ("server.api.texts", "server.errors", "adapters_store.errors"),
     "server/api/transport": ("server.api.transport", "server.api.protocol", "server.api.routes", "server.api.service",
                              "adapters_store", "server.errors"),
-    "server/api/protocol": ("server.api.protocol", "server.api.generating.wanted", "server.engine.request",
+    "server/api/protocol": ("server.api.protocol", "server.api.protocol.wanted", "server.engine.request",
                             "adapters_store", "server.lifecycle", "server.errors"),
     "server/device.py": ("server.config", "server.errors", "server.memory"),
     "server/assembly.py": ("server.engine", "server.model", "server.weights", "server.config", "server.device",

@@ -203,7 +203,7 @@ def planned(service: Any, prompts: list[list[int]], max_tokens: int | None = 5, 
     body = validated(CompletionBody, {"model": "adapter", "prompt": "x"} | fields, service.body_limits)
     meant = service.meaning_of(body.model, body.who)
     wanted = body.wanted(meant, max_tokens, body.n or 1, None, None)
-    return plan(service, wanted, prompts, service.admit(1), service.lease(meant, 1))
+    return plan(service, wanted, prompts, service.admit(1), service.lease(meant, 1), arrived=0.0)
 
 
 def test_each_prompt_is_asked_n_times_with_seeds_that_follow_one_another(service: Any) -> None:

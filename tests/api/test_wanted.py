@@ -3,7 +3,7 @@
 import pytest
 
 from adapters_store.manifest import PLAIN, Manifest, SamplingDefaults
-from server.api.generating.wanted import Wanted
+from server.api.protocol.wanted import Wanted
 from server.engine.request import Sampling
 from server.errors import InvalidRequest
 from server.lifecycle.models import Meant

@@ -11,7 +11,7 @@ from fastapi import FastAPI, Request, Response
 from adapters_store.manifest import PLAIN
 from server.api.generating.choice import Piece, TokenTold
 from server.api.generating.generation import Usage
-from server.api.generating.wanted import Wanted
+from server.api.protocol.wanted import Wanted
 from server.api.texts.decoding import TokenText
 from server.engine.request import Logprobs
 from server.lifecycle.models import Meant

@@ -8,17 +8,17 @@ from fastapi import APIRouter, Request, Response
 
 from server.api.generating.answers import Shape, answer, prompt_logprobs
 from server.api.generating.choice import Piece
-from server.api.generating.generation import Completed, Generation, plan
+from server.api.generating.generation import Completed, Generation
+from server.api.generating.planned import planned
 from server.api.generating.told import ChatWords
-from server.api.generating.wanted import Wanted
 from server.api.operation import operation, streamed
 from server.api.protocol.answers.generation import ChatCompletion, ChatCompletionChunk
 from server.api.protocol.chat import ChatBody
+from server.api.protocol.wanted import Wanted
 from server.api.service import service_of
 from server.api.texts.chat_template import Conversation
 from server.api.texts.decoding import TokenTexts
 from server.api.transport.bodies import read_body
-from server.api.transport.sse import unless_client_leaves
 from server.engine.request import OfPrompt
 from server.lifecycle.models import Meant
 
@@ -34,10 +34,7 @@ router = APIRouter()
 async def chat_completions(request: Request) -> Response:
     service, body = service_of(request), await read_body(request, ChatBody)
     meant = service.meaning_of(body.model, body.who)
-    with service.admit(body.n or 1) as admission, service.lease(meant, body.n or 1) as lease:
-        encoding = service.encode_chat(conversation(body), meant.manifest.chat_template)
-        prompt = await unless_client_leaves(request, encoding)
-        generation = plan(service, wanted(body, meant), [prompt], admission, lease)
+    async with planned(request, wanted(body, meant), conversation(body)) as generation:
         shape = ChatShape(meant, service.text.token_texts, body)
         return await answer(request, generation, shape, bool(body.stream), body.include_usage)
 

@@ -1,29 +1,28 @@
 """POST /v1/completions.
 
-A request's way: parse and refuse (bodies, protocol) -> room for it (service.admit) -> prompt to tokens (text) -> sizes,
-seeds and adapter (wanted, generation.plan) -> engine client -> pieces of text -> one JSON body, or events (answers).
+A request's way: parse and refuse (bodies, protocol) -> what it wants (wanted) -> room for it, and prompt to tokens
+(planned) -> sizes and seeds (generation.plan) -> engine client -> pieces of text -> one JSON body, or events (answers).
 """
 
 import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import cast
 
 import msgspec
 from fastapi import APIRouter, Request, Response
 
 from server.api.generating.answers import Shape, answer, prompt_logprobs
 from server.api.generating.choice import Piece, TokenTold
-from server.api.generating.generation import Completed, Generation, plan
+from server.api.generating.generation import Completed, Generation
+from server.api.generating.planned import Prompts, planned
 from server.api.generating.told import joined
-from server.api.generating.wanted import Wanted
 from server.api.operation import operation, streamed
 from server.api.protocol.answers.generation import Completion, CompletionChunk
 from server.api.protocol.completions import CompletionBody
+from server.api.protocol.wanted import Wanted
 from server.api.service import Service, service_of
 from server.api.texts.decoding import Decoder, TokenTexts
 from server.api.transport.bodies import read_body
-from server.api.transport.sse import unless_client_leaves
 from server.engine.request import Logprobs, OfPrompt
 from server.lifecycle.models import Meant
 
@@ -41,15 +40,9 @@ _AT_ONCE = 500  # tokens that are worded before others have their turn
 async def completions(request: Request) -> Response:
     service, body = service_of(request), await read_body(request, CompletionBody)
     meant = service.meaning_of(body.model, body.who)  # an unknown model is the first thing to say
-    num_sequences = len(body.prompt) * max(body.n or 1, body.best_of or 1)
-    with service.admit(num_sequences) as admission, service.lease(meant, num_sequences) as lease:
-        texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
-        prompts = cast(list[list[int]], body.prompt)
-        if texts:
-            encoding = service.encode(texts, "prompt", body.add_special_tokens is not False)
-            prompts = await unless_client_leaves(request, encoding)
-        generation = plan(service, wanted(body, meant), prompts, admission, lease)
-        shape = CompletionShape(meant, service, body, prompts)
+    prompts = Prompts(body.prompt, "prompt", body.add_special_tokens is not False)
+    async with planned(request, wanted(body, meant), prompts) as generation:
+        shape = CompletionShape(meant, service, body, generation.prompts)
         return await answer(request, generation, shape, bool(body.stream), body.include_usage)
 
 
@@ -85,7 +78,7 @@ class CompletionShape(Shape):
     async def whole(self, completed: Sequence[Completed], generation: Generation) -> dict[str, object]:
         choices: list[dict[str, object]] = []
         for place, prompt in enumerate(self._prompts):
-            own = completed[place * generation.per_prompt : (place + 1) * generation.per_prompt]
+            own = completed[place * generation.wanted.per_prompt : (place + 1) * generation.wanted.per_prompt]
             told = None if own[0].of_prompt is None else own[0].of_prompt.logprobs
             more: dict[str, object] = {}
             if told is not None and self._body.prompt_logprobs is not None:

@@ -3,29 +3,28 @@
 
 import asyncio
 import base64
-from collections.abc import Sequence
-from typing import cast
 
 import msgspec
 import numpy as np
 from fastapi import APIRouter, Request, Response
 from numpy.typing import NDArray
 
-from server.api.generating.generation import Generation, plan
-from server.api.generating.wanted import Wanted
+from server.api.generating.generation import Generation
+from server.api.generating.planned import Prompts, in_words_of_the_route, planned
 from server.api.operation import operation
 from server.api.protocol.answers.generation import Embeddings
 from server.api.protocol.embeddings import EmbeddingBody
-from server.api.service import Admission, Service, service_of
+from server.api.protocol.wanted import Wanted
+from server.api.service import Service, service_of
 from server.api.transport.bodies import read_body
 from server.api.transport.errors import respond
 from server.api.transport.sse import unless_client_leaves
 from server.engine.request import OfPrompt
 from server.errors import GenerationFailed, InvalidRequest
-from server.lifecycle.leases import Lease
 from server.lifecycle.models import Meant
 
 router = APIRouter()
+_NAMES = {"prompt": "input", "messages": "input"}
 Vector = NDArray[np.float32]
 LITTLE_ENDIAN = np.dtype("<f4")  # as the engine sends vectors, and as OpenAI's clients read them
 
@@ -35,14 +34,10 @@ async def embeddings(request: Request) -> Response:
     service, body = service_of(request), await read_body(request, EmbeddingBody)
     meant = service.meaning_of(body.model, body.who)
     _check_dimensions(body, service)
-    with service.admit(len(body.input)) as admission, service.lease(meant, len(body.input)) as lease:
-        texts = [text for text in body.input if isinstance(text, str)]
-        prompts = cast(list[list[int]], body.input)
-        if texts:
-            encoding = service.encode(texts, "input", body.add_special_tokens is not False)
-            prompts = await unless_client_leaves(request, encoding)
-        generation = _planned(service, wanted(body, meant), prompts, admission, lease)
-        return respond(200, await unless_client_leaves(request, _answer(generation, body)))
+    prompts = Prompts(body.input, "input", body.add_special_tokens is not False)
+    with in_words_of_the_route(_NAMES):
+        async with planned(request, wanted(body, meant), prompts) as generation:
+            return respond(200, await unless_client_leaves(request, _answer(generation, body)))
 
 
 def wanted(body: EmbeddingBody, meant: Meant) -> Wanted:
@@ -65,17 +60,6 @@ def _check_dimensions(body: EmbeddingBody, service: Service) -> None:
             param="dimensions",
             code="unsupported_parameter",
         )
-
-
-def _planned(
-    service: Service, wanted: Wanted, prompts: Sequence[list[int]], admission: Admission, lease: Lease
-) -> Generation:
-    """Refusals name the field that this route has."""
-    try:
-        return plan(service, wanted, prompts, admission, lease)
-    except InvalidRequest as refusal:
-        refusal.param = "input"
-        raise
 
 
 async def _answer(generation: Generation, body: EmbeddingBody) -> dict[str, object]:

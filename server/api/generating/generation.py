@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from server.api.generating.choice import Choice, Piece, TokenTold
-from server.api.generating.wanted import Wanted
+from server.api.protocol.wanted import Wanted
 from server.api.service import Admission, Service
 from server.api.texts.decoding import StopStrings
 from server.engine.client import Submission
@@ -67,16 +67,12 @@ class Generation:
     submissions: list[Submission]
     admission: Admission
     lease: Lease
+    arrived: float  # of the monotonic clock, seconds: from then on its time runs
     usage: Usage = field(default_factory=Usage)
 
     @property
-    def per_prompt(self) -> int:
-        """Completions of each."""
-        return max(self.wanted.n, self.wanted.best_of)
-
-    @property
     def prompts(self) -> list[list[int]]:
-        return [it.prompt for it in self.submissions[:: self.per_prompt]]
+        return [it.prompt for it in self.submissions[:: self.wanted.per_prompt]]
 
     async def completed(self) -> list[Completed]:
         """All completions, by prompt and then by number."""
@@ -89,7 +85,7 @@ class Generation:
     async def pieces(self) -> AsyncGenerator[Piece | None]:
         """Pieces of all completions as they come, and None from time to time while nothing does: whoever waits for them
         may be told that all is well. Closing the iterator cancels what still runs."""
-        metrics, started, model = self.service.metrics, time.monotonic(), self.wanted.meant.label
+        metrics, model = self.service.metrics, self.wanted.meant.label
         self.usage.prompt_tokens = sum(map(len, self.prompts))
         metrics.prompt_tokens.labels(model).inc(self.usage.prompt_tokens)
         stream = self.service.client.submit(self.submissions)
@@ -111,9 +107,9 @@ class Generation:
                 choice = choices[event.request_id]
                 if event.token is not None:
                     if self.usage.completion_tokens == 0:
-                        metrics.time_to_first_token.labels(model).observe(time.monotonic() - started)
+                        metrics.time_to_first_token.labels(model).observe(time.monotonic() - self.arrived)
                     self.usage.completion_tokens += 1
-                if choice.index % self.per_prompt == 0:  # a prompt is counted once, not once a choice
+                if choice.index % self.wanted.per_prompt == 0:  # a prompt is counted once, not once a choice
                     self.usage.cached_tokens += event.num_cached_tokens
                 piece = choice.push(event)
                 if piece.finish is not None:
@@ -132,7 +128,7 @@ class Generation:
                 timer.cancel()
             metrics.requests.labels(model, finish).inc(len(choices))
             metrics.generated_tokens.labels(model).inc(self.usage.completion_tokens)
-            metrics.duration.labels(model).observe(time.monotonic() - started)
+            metrics.duration.labels(model).observe(time.monotonic() - self.arrived)
             if not self.service.is_served(model):  # deleted meanwhile: its series must not come back
                 metrics.forget_model(model)
 
@@ -146,11 +142,17 @@ class Generation:
         if limit is None:
             return None
         error = GenerationTimeout(f"the request had {limit:g} s (timeout), and they are over", param="timeout")
-        return asyncio.get_running_loop().call_later(limit, end, error)
+        left = self.arrived + limit - time.monotonic()
+        return asyncio.get_running_loop().call_later(max(0.0, left), end, error)
 
 
 def plan(
-    service: Service, wanted: Wanted, prompts: Sequence[list[int]], admission: Admission, lease: Lease
+    service: Service,
+    wanted: Wanted,
+    prompts: Sequence[list[int]],
+    admission: Admission,
+    lease: Lease,
+    arrived: float,
 ) -> Generation:
     """Check sizes against the model and spread the completions of each prompt over requests. Raises InvalidRequest."""
     submissions: list[Submission] = []
@@ -158,7 +160,7 @@ def plan(
     for prompt in prompts:
         max_tokens = wanted.max_tokens_in(_room(service, wanted, prompt))
         wanted.check_least(max_tokens)
-        for index in range(max(wanted.n, wanted.best_of)):
+        for index in range(wanted.per_prompt):
             of_prompt = wanted.of_prompt if index == 0 else None
             submissions.append(_submission(service, wanted, prompt, max_tokens, seed + len(submissions), of_prompt))
     tokens, limit = sum(len(it.prompt) + it.max_tokens for it in submissions), service.max_request_tokens
@@ -169,7 +171,7 @@ def plan(
             param="max_tokens",
         )
     _refuse_to_tell_too_much(wanted, submissions)
-    return Generation(service, wanted, submissions, admission, lease)
+    return Generation(service, wanted, submissions, admission, lease, arrived)
 
 
 def _refuse_to_tell_too_much(wanted: Wanted, submissions: Sequence[Submission]) -> None:

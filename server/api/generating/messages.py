@@ -2,13 +2,13 @@
 
 from fastapi import APIRouter, Request, Response
 
-from server.api.generating.generation import plan
 from server.api.generating.message_answers import MessageShape, streamed
-from server.api.generating.wanted import Wanted
+from server.api.generating.planned import planned
 from server.api.operation import operation
 from server.api.operation import streamed as streamed_as
 from server.api.protocol.answers.messages import MessageAnswer, MessageErrorAnswer, MessageEvent, TokenCount
 from server.api.protocol.messages import MessageBody, PromptBody
+from server.api.protocol.wanted import Wanted
 from server.api.service import service_of
 from server.api.texts.chat_template import Conversation
 from server.api.transport.bodies import read_body
@@ -32,10 +32,7 @@ router = APIRouter()
 async def create_message(request: Request) -> Response:
     service, body = service_of(request), await read_body(request, MessageBody)
     meant = service.meaning_of(body.model, body.who)
-    with service.admit(1) as admission, service.lease(meant, 1) as lease:
-        encoding = service.encode_chat(conversation(body), meant.manifest.chat_template)
-        prompt = await unless_client_leaves(request, encoding)
-        generation = plan(service, wanted(body, meant), [prompt], admission, lease)
+    async with planned(request, wanted(body, meant), conversation(body)) as generation:
         shape = MessageShape(meant.model, body.stop_sequences or ())
         if body.stream:
             response: Response = await event_stream(request, streamed(generation, shape), _ending(request))

@@ -1,11 +1,12 @@
 """POST /v1/responses, without stored state. See completions.py for a request's way."""
 
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from fastapi import APIRouter, Request, Response
 
-from server.api.generating.generation import Generation, plan
+from server.api.generating.generation import Generation
+from server.api.generating.planned import in_words_of_the_route, planned
 from server.api.generating.response_answers import ResponseEvents, ResponseShape, streamed
 from server.api.operation import operation
 from server.api.operation import streamed as streamed_as
@@ -16,12 +17,12 @@ from server.api.texts.chat_template import Conversation
 from server.api.transport.bodies import read_body
 from server.api.transport.errors import respond
 from server.api.transport.sse import Ending, event_stream, unless_client_leaves
-from server.errors import InvalidRequest, NotFound
+from server.errors import NotFound
 
 router = APIRouter()
 _NOT_STORED = operation({}, refuses=(404,))
-# what the core calls by chat's names
-_PARAMS = {"messages": "input", "prompt": "input", "max_tokens": "max_output_tokens", "reasoning_effort": "reasoning"}
+# for what the core calls by chat's names
+_NAMES = {"messages": "input", "prompt": "input", "max_tokens": "max_output_tokens", "reasoning_effort": "reasoning"}
 
 
 @router.post(
@@ -63,14 +64,11 @@ async def stored_response(response_id: str) -> Response:
 
 @asynccontextmanager
 async def _planned(request: Request, body: ResponseBody) -> AsyncIterator[Generation]:
-    """All but begun, in room that it has for as long."""
-    service = service_of(request)
-    meant = service.meaning_of(body.model, body.who)
-    with service.admit(1) as admission, service.lease(meant, 1) as lease, _in_words_of_this_route():
-        encoding = service.encode_chat(conversation(body), meant.manifest.chat_template)
-        prompt = await unless_client_leaves(request, encoding)
-        wanted = body.sampled(meant, body.max_output_tokens, (body.top_logprobs or 0) if body.tells_logprobs else None)
-        yield plan(service, wanted, [prompt], admission, lease)
+    meant = service_of(request).meaning_of(body.model, body.who)
+    wanted = body.sampled(meant, body.max_output_tokens, (body.top_logprobs or 0) if body.tells_logprobs else None)
+    with in_words_of_the_route(_NAMES):
+        async with planned(request, wanted, conversation(body)) as generation:
+            yield generation
 
 
 async def _whole(generation: Generation, shape: ResponseShape) -> dict[str, object]:
@@ -85,14 +83,3 @@ def conversation(body: ResponseBody) -> Conversation:
         said.insert(0, {"role": "system", "content": body.instructions})
     effort = None if body.reasoning is None else body.reasoning.effort
     return Conversation(said, {} if effort is None else {"reasoning_effort": effort})
-
-
-@contextmanager
-def _in_words_of_this_route() -> Iterator[None]:
-    try:
-        yield
-    except InvalidRequest as error:
-        if error.param == "max_tokens":
-            error.message = error.message.replace("max_tokens", "max_output_tokens")
-        error.param = _PARAMS.get(error.param or "", error.param)
-        raise

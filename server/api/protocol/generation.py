@@ -17,9 +17,9 @@ from pydantic import (
 from pydantic.config import JsonDict
 
 from adapters_store.manifest import LEAST_REPETITION
-from server.api.generating.wanted import Wanted
 from server.api.protocol.body import Body, Count, Finite, Label, Labels, Unserved, limits_of
 from server.api.protocol.schema import NOT_TRUE, NOTHING, TOKEN_ID, at_most, given, limit, one_of
+from server.api.protocol.wanted import Wanted
 from server.engine.request import OfPrompt
 from server.errors import InvalidRequest
 from server.lifecycle.models import Meant

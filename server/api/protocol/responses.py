@@ -131,7 +131,6 @@ class ResponseBody(SamplingBody):
         None
     )
     stream_options: ResponseStreamOptions | None = None
-    store: Annotated[bool, WithJsonSchema({"const": False})] | None = None  # true is refused with the reason
     text: TextConfig | None = None
     reasoning: Reasoning | None = None
     parallel_tool_calls: bool | None = None
@@ -158,12 +157,6 @@ class ResponseBody(SamplingBody):
 
     @model_validator(mode="after")
     def _check_between_fields(self) -> Self:
-        if self.store:
-            raise InvalidRequest(
-                "store: nothing is stored here; send false, or leave it out, and keep the answer yourself",
-                param="store",
-                code="unsupported_parameter",
-            )
         for name in self.include or ():
             if name != LOGPROBS and name not in _OF_WHAT_THERE_IS_NOT:
                 raise InvalidRequest(

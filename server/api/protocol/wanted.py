@@ -48,6 +48,11 @@ class Wanted:
     timeout_s: float | None = None
     cache_salt: str = ""
 
+    @property
+    def per_prompt(self) -> int:
+        """Completions of each."""
+        return max(self.n, self.best_of)
+
     def max_tokens_in(self, room: int) -> int:
         """`room`: tokens that the context leaves. A manifest's number of tokens is a wish, and not asked of anybody."""
         if self.max_tokens is not None:
