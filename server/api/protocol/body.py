@@ -123,7 +123,7 @@ def _nothing_is_stored(store: bool) -> bool:
     """By hand: for Literal[False] a 0 is one too."""
     if store:
         raise InvalidRequest(
-            "nothing is stored; send store: false, or leave it out", param="store", code="invalid_value"
+            "nothing is stored here; send store: false, or leave it out", param="store", code="invalid_value"
         )
     return store
 
