@@ -9,8 +9,11 @@ from server.model.attention import CachedLayer
 from server.model.experts import RoutedExperts, Stacks
 from server.model.inputs import CurrentStep
 from server.model.probe import Probed
+from server.model.product import Product
 from server.model.site_op import SiteOps
 
+# modules of one input, all nn.Linear -> their product; whoever calls it lets go of them
+MakeProduct = Callable[[Sequence[nn.Module]], Product]
 # (layer, gate_up, down) of the base -> stacks that begin with the same experts and have room for adapters'
 MakeStacks = Callable[[int, Tensor, Tensor], Stacks]
 
@@ -32,6 +35,7 @@ class Build:
     step: CurrentStep
     site_ops: Sequence[SiteOps]  # of every kind of part that acts at linears
     make_stacks: MakeStacks
+    make_product: MakeProduct
 
     def replace(self, name: str, module: nn.Module) -> None:
         parent, _, leaf = name.rpartition(".")

@@ -4,14 +4,14 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from server.model.product import DenseProduct
+from server.model.product import Product
 from server.model.site_op import SiteOp, begin_all
 
 
 class AdaptedLinear(nn.Module):
     """One product, and after it the ops of every kind of part, in order."""
 
-    def __init__(self, product: DenseProduct, ops: Sequence[SiteOp]) -> None:
+    def __init__(self, product: Product, ops: Sequence[SiteOp]) -> None:
         super().__init__()
         self.product, self._ops = product, tuple(ops)
 

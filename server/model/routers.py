@@ -73,6 +73,7 @@ class Router(nn.Module):
     @property
     def weight(self) -> Tensor:
         """[M, H] float32."""
+        assert isinstance(self.logits.product, DenseProduct)
         return self.logits.product.weight
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:

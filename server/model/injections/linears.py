@@ -2,7 +2,7 @@
 
 from server.model.build import Build, Injected, Target
 from server.model.linears import AdaptedLinear, LinearSlice, SharedInput
-from server.model.product import Product, product_of
+from server.model.product import Product
 
 
 def inject_linears(build: Build, injected: Injected) -> None:
@@ -15,7 +15,7 @@ def inject_linears(build: Build, injected: Injected) -> None:
 
 
 def _replace(build: Build, names: list[str]) -> Product:
-    product = product_of([build.model.get_submodule(name) for name in names])
+    product = build.make_product([build.model.get_submodule(name) for name in names])
     is_lm_head = names[0] == "lm_head"  # logits are computed for sampled rows only
     ops = [ops.at_linears(names, product, is_lm_head) for ops in build.site_ops]
     adapted = AdaptedLinear(product, ops)
