@@ -7,10 +7,11 @@ from typing import NamedTuple
 import torch
 
 from adapters_store.base_spec import BaseSpec, ExpertStack
+from kernels import host
 from kernels.adapter_rows import ShapeKey
 from kernels.compiled import takes_on
 from server.config import EngineConfig
-from server.device import CPU, choose_tokens_per_step, keep_free, num_kv_blocks, require_room
+from server.device import CPU, choose_target_s, choose_tokens_per_step, keep_free, num_kv_blocks, require_room
 from server.engine.kv_cache import KVCache
 from server.engine.messages import EngineInfo
 from server.engine.scheduler import SchedulerLimits
@@ -22,10 +23,14 @@ from server.model.families import Foreign, fused_rows, max_model_len, pin_rope
 from server.model.forward import Forward, HostForward, KernelForward, Model
 from server.model.injections import inject
 from server.model.inputs import CurrentStep, TokenField
+from server.model.linear_forms import FormChooser
+from server.model.linear_times import LinearTimes, cache_directory
 from server.model.loader import OnProgress
 from server.model.lora_op import LoraOps
+from server.model.packed import Made, PackedProducts
 from server.model.parity import ParityChecker, Prefills
 from server.model.probe import probe
+from server.model.product import product_of
 from server.model.runner import ModelRunner
 from server.model.site_op import SiteOps
 from server.model.warm_up import warm_up
@@ -55,6 +60,7 @@ class Assembly:
     residency: DeviceResidency
     checker: ParityChecker
     tables: Tables
+    linears: tuple[Made, ...]  # on a CPU: the forms that they are kept in
     info: EngineInfo
     limits: SchedulerLimits
 
@@ -83,9 +89,13 @@ def assemble(
     site_ops: list[SiteOps] = [LoraOps(tables.lora, step)]
     biased = frozenset(name.rpartition(".")[0] for name, _ in model.named_parameters() if name.endswith("bias"))
     probed = probe(model)  # before injection: the probe runs the model as Transformers made it
-    injected = inject(Build(model, probed, step, site_ops, lambda *it: Stacks(*tables.experts.add_layer(*it))))
+    packed = _packed_products(model, config) if device.type == "cpu" else None
+    make_product = packed.product_of if packed else product_of
+    build = Build(model, probed, step, site_ops, lambda *it: Stacks(*tables.experts.add_layer(*it)), make_product)
+    injected = inject(build)
+    linears = packed.finish(model) if packed else ()
     model.to(device)
-    if takes_on(device):
+    if takes_on(device) or host.takes_on(device, dtype):
         tables.lora.show_kernels(device)
     adapter_bytes = pool.num_free * pool.page_bytes  # what adapters have not taken yet
     cache = _allocate_cache(injected, config, length, dtype, device, adapter_bytes)
@@ -125,7 +135,12 @@ def assemble(
         info.vocab_size,
     )
     runner = ModelRunner(forward, residency, config.block_size)
-    return Assembly(cache, runner, residency, checker, tables, info, limits)
+    return Assembly(cache, runner, residency, checker, tables, linears, info, limits)
+
+
+def _packed_products(model: Foreign, config: EngineConfig) -> PackedProducts:
+    times = LinearTimes(cache_directory(), torch.get_num_threads())
+    return PackedProducts(FormChooser(config.linear_form, times), model)
 
 
 def _block_bytes(injected: Injected, config: EngineConfig, dtype: torch.dtype) -> int:
@@ -149,7 +164,12 @@ def _allocate_cache(
 def _limits(config: EngineConfig, device: torch.device, vocab_size: int) -> SchedulerLimits:
     tokens_per_step = choose_tokens_per_step(config, device)
     return SchedulerLimits(
-        tokens_per_step, config.max_running, config.max_waiting, config.max_skips, vocab_size=vocab_size
+        tokens_per_step,
+        config.max_running,
+        config.max_waiting,
+        config.max_skips,
+        vocab_size=vocab_size,
+        target_inter_token_s=choose_target_s(config, device),
     )
 
 

@@ -10,6 +10,7 @@ CPU = torch.device("cpu")
 
 DEFAULT_HOST_KV_BYTES = 4 << 30
 DEFAULT_TOKENS_PER_STEP = {"cpu": 512, "cuda": 2048}
+DEFAULT_TARGET_MS = {"cpu": 50, "cuda": 0}
 # what a GPU keeps beside weights, adapters and KV cache: its context, captured graphs, a step's activations
 _RESERVED_SHARE = 0.05
 _CONTEXT_BYTES = 1 << 30
@@ -55,6 +56,12 @@ def reserved_bytes(total: int) -> int:
 def choose_tokens_per_step(config: EngineConfig, device: torch.device) -> int:
     """As configured, else so many that a GPU is busy with its steps rather than with their launches."""
     return config.tokens_per_step or max(config.max_running, DEFAULT_TOKENS_PER_STEP[device.type])
+
+
+def choose_target_s(config: EngineConfig, device: torch.device) -> float:
+    """As configured, else a calm one on a CPU; none on a GPU, where what it costs was not measured."""
+    wanted = config.target_inter_token_ms
+    return (DEFAULT_TARGET_MS[device.type] if wanted < 0 else wanted) / 1000
 
 
 def num_kv_blocks(

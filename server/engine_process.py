@@ -5,6 +5,7 @@ and the message codec; never FastAPI or pydantic.
 """
 
 import argparse
+import logging
 import os
 import sys
 import traceback
@@ -12,9 +13,10 @@ from pathlib import Path
 
 import torch
 
+from kernels import host
 from server.assembly import Assembly, assemble
 from server.config import EngineConfig
-from server.device import choose_device, choose_dtype
+from server.device import CPU, choose_device, choose_dtype
 from server.engine.core import Engine
 from server.engine.link import EngineLink
 from server.engine.loop import Loop
@@ -27,13 +29,27 @@ from server.model.runner import ModelRunner
 from server.model.trace import TracedRunner
 from server.weights.arena import ArenaError
 
+log = logging.getLogger("heddle.engine")
+
 
 def build(config: EngineConfig, on_progress: OnProgress) -> Assembly:
     """Load the model that `config` names and build the engine around it."""
     device = choose_device(config.device)
+    if device.type == "cpu":
+        prepare_host_kernels(on_progress)
+    elif config.linear_form != "auto":
+        raise ConfigError(f"linear_form {config.linear_form!r} is of products on a CPU, and the device is {device}")
     torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
     model, generation = load_model(Path(config.model_dir), choose_dtype(config.dtype, device), on_progress)
     return assemble(model, config, stop_token_ids(model.config, generation), on_progress, device)
+
+
+def prepare_host_kernels(on_progress: OnProgress) -> None:
+    """The first start on a machine compiles them, which takes some seconds."""
+    on_progress("Compiling CPU kernels", 0, 1)
+    if not host.takes_on(CPU, torch.float32):
+        log.warning("CPU kernels: %s", host.status())
+    on_progress("Compiling CPU kernels", 1, 1)
 
 
 def traced(runner: ModelRunner, config: EngineConfig) -> Runner:

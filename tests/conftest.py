@@ -9,6 +9,8 @@ import math
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +24,16 @@ if not torch.cuda.is_available():
 # servers keep registered adapters among the user's data
 os.environ["XDG_DATA_HOME"] = tempfile.mkdtemp(prefix="heddle-test-data-")
 atexit.register(shutil.rmtree, os.environ["XDG_DATA_HOME"], True)
+
+# and times of products in their cache, where those of a machine that is busy with tests must not end up
+_cached = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "heddle"
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="heddle-test-cache-")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], True)
+# compiled kernels are kept beyond the tests: their names say what they were made from
+os.mkdir(f"{os.environ['XDG_CACHE_HOME']}/heddle", mode=0o700)
+with suppress(OSError):
+    (_cached / "kernels").mkdir(mode=0o700, parents=True, exist_ok=True)
+    os.symlink(_cached / "kernels", f"{os.environ['XDG_CACHE_HOME']}/heddle/kernels")
 
 # the same examples in every CI run: what a new one finds is for whoever runs them by hand, not for somebody's merge
 settings.register_profile("ci", derandomize=True)

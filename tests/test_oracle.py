@@ -74,9 +74,9 @@ class Oracle:
         return reference(self._models[request.adapter], request.prompt, request.max_tokens)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_mixed_batch_equals_merged_models(name: str, tmp_path: Path) -> None:
-    engine = Engine(make_model(name, attention=PROBE))
+@pytest.mark.parametrize("name, form", [*((name, "onednn-packed") for name in CASES), ("deepseek_v2", "torch")])
+def test_mixed_batch_equals_merged_models(name: str, form: str, tmp_path: Path) -> None:
+    engine = Engine(make_model(name, attention=PROBE), linear_form=form)
     entries = [register(engine, path) for path in save_adapters(tmp_path, name)]
     oracle = Oracle(name, entries)
     choices = [None, *(entry.ref for entry in entries)]
@@ -171,12 +171,13 @@ def _kv_bytes(name: str, blocks: int) -> int:
     return blocks * 4 * (info.kv_cache_bytes // info.kv_cache_tokens)
 
 
-def test_logits_agree_within_float32_rounding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("form", ["torch", "onednn", "onednn-packed", "mkl-packed"])
+def test_logits_agree_within_float32_rounding(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens could agree by luck; the logits of the first step must agree to 1e-4 of values around 4."""
     import server.model.runner
 
     name = "deepseek_v2"
-    engine = Engine(make_model(name, attention=PROBE), tokens_per_step=512)
+    engine = Engine(make_model(name, attention=PROBE), tokens_per_step=512, linear_form=form)
     entries = [register(engine, path) for path in save_adapters(tmp_path, name)]
     seen: list[torch.Tensor] = []
     sample = server.model.runner.sample

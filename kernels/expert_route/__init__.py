@@ -28,8 +28,9 @@ Source: ExpertWeave's batched rerouting (arXiv 2508.17624, section 4.3).
 from torch import Tensor
 
 from kernels.compiled import takes
-from kernels.expert_route import reference
+from kernels.expert_route import host, reference
 from kernels.expert_route.routing import GroupScore, Routed, Routing, Score, TokenBatch
+from kernels.host import takes as host_takes
 
 __all__ = ["GroupScore", "Routed", "Routing", "Score", "TokenBatch", "expert_route"]
 
@@ -48,4 +49,6 @@ def expert_route(
         from kernels.expert_route import kernel
 
         return kernel.expert_route(logits, routing, expert_map, num_places, batch, tile_rows, bias)
+    if host_takes(logits) and batch.num_tokens is None:  # the host does not pad its steps
+        return host.expert_route(logits, routing, expert_map, num_places, batch, tile_rows, bias)
     return reference.expert_route(logits, routing, expert_map, num_places, batch, tile_rows, bias)

@@ -1,4 +1,4 @@
-"""Reference and CPU path of expert_route: ExpertWeave's batched rerouting (arXiv 2508.17624, section 4.3)."""
+"""Reference of expert_route: ExpertWeave's batched rerouting (arXiv 2508.17624, section 4.3)."""
 
 import torch
 from torch import Tensor

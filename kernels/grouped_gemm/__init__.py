@@ -27,8 +27,10 @@ from torch import Tensor
 
 from kernels.compiled import takes
 from kernels.expert_route import Routed
-from kernels.grouped_gemm import reference
-from kernels.grouped_gemm.layout import Act, Activation, Layout
+from kernels.gated.activation import Act, Activation
+from kernels.grouped_gemm import host, reference
+from kernels.grouped_gemm.layout import Layout
+from kernels.host import takes as host_takes
 
 __all__ = ["Act", "Activation", "Layout", "activate", "combine", "down", "gate_up", "tile_rows"]
 
@@ -55,6 +57,8 @@ def gate_up(
         from kernels.grouped_gemm import kernel
 
         return kernel.gate_up(x, stack, routed, activation, layout, bias)
+    if host_takes(x):
+        return host.gate_up(x, stack, routed, activation, layout, bias)
     return reference.gate_up(x, stack, routed, activation, layout, bias)
 
 
@@ -64,6 +68,8 @@ def activate(products: Tensor, activation: Activation, interleaved: bool, routed
         from kernels.grouped_gemm import kernel
 
         return kernel.activate(products, activation, interleaved, routed, dtype)
+    if host_takes(products):
+        return host.activate(products, activation, interleaved, routed, dtype)
     return reference.activate(products, activation, interleaved, routed, dtype)
 
 
@@ -73,6 +79,8 @@ def down(h: Tensor, stack: Tensor, routed: Routed, layout: Layout, bias: Tensor 
         from kernels.grouped_gemm import kernel
 
         return kernel.down(h, stack, routed, layout, bias)
+    if host_takes(h):
+        return host.down(h, stack, routed, layout, bias)
     return reference.down(h, stack, routed, layout, bias)
 
 
@@ -82,4 +90,6 @@ def combine(rows: Tensor, routed: Routed) -> Tensor:
         from kernels.grouped_gemm import kernel
 
         return kernel.combine(rows, routed)
+    if host_takes(rows):
+        return host.combine(rows, routed)
     return reference.combine(rows, routed)

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from kernels.compiled.kernel import Configuration, Tiles, dot, open_tile, stages
 from kernels.expert_route import Routed
+from kernels.gated.activation import Act, Activation
 from kernels.grouped_gemm.activation import kernel as activation_kernel
 from kernels.grouped_gemm.activation.kernel import act, activate
-from kernels.grouped_gemm.layout import Act, Activation, Layout
+from kernels.grouped_gemm.layout import Layout
 
 __all__ = ["activate", "combine", "configurations", "down", "gate_up", "tile_rows"]
 

@@ -1,4 +1,4 @@
-"""Reference and CPU path of grouped_gemm: a loop over the expert places in use.
+"""Reference of grouped_gemm: a loop over the expert places in use.
 
 torch's own grouped product walks over all places. It takes 0.7 times as long where all are in use, but 2.6 times as
 long where one in 32 is (benchmarks/README.md). Besides, the stack may be an arena of which only the places in use are
@@ -6,11 +6,12 @@ mapped, so no other may be read.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.expert_route import Routed
-from kernels.grouped_gemm.layout import Act, Activation, Layout, split_gate_up
+from kernels.gated.activation import Activation
+from kernels.gated.reference import gated
+from kernels.grouped_gemm.layout import Layout
 
 
 def gate_up(
@@ -28,7 +29,7 @@ def gate_up(
     rows = x[routed.pairs[: _num_rows(tiles)] // routed.places.shape[1]]
     products = _products(rows, stack, tiles, layout, bias)
     if activation is not None:
-        products = _activate(products, activation, layout.interleaved)
+        products = gated(products, activation, layout.interleaved)
     return _behind(products, len(routed.pairs))
 
 
@@ -38,7 +39,7 @@ def activate(products: Tensor, activation: Activation, interleaved: bool, routed
     products: in float32 or `dtype`. dtype: of what is returned, which is that of gate_up's x.
     """
     real = products[: int((routed.places >= 0).sum())]
-    return _behind(_activate(real, activation, interleaved).to(dtype), len(products))
+    return _behind(gated(real, activation, interleaved).to(dtype), len(products))
 
 
 def down(h: Tensor, stack: Tensor, routed: Routed, layout: Layout, bias: Tensor | None = None) -> Tensor:
@@ -62,22 +63,6 @@ def combine(rows: Tensor, routed: Routed) -> Tensor:
     if bool(padding.any()):
         choices = choices.masked_fill(padding, 0)
     return torch.einsum("tkh,tk->th", choices, routed.weights.to(rows.dtype))
-
-
-def _activate(products: Tensor, activation: Activation, interleaved: bool) -> Tensor:
-    """[.., 2I] -> [.., I]."""
-    gate, up = split_gate_up(products, interleaved)
-    match activation.act:
-        case Act.SILU:
-            return F.silu(gate) * up
-        case Act.GELU_TANH:
-            return F.gelu(gate, approximate="tanh") * up
-        case Act.GELU:
-            return F.gelu(gate) * up
-        case Act.CLAMPED:
-            gate = gate.clamp(max=activation.limit)
-            up = up.clamp(-activation.limit, activation.limit)
-            return (up + 1) * gate * torch.sigmoid(gate * activation.alpha)
 
 
 def _tiles(routed: Routed) -> list[list[int]]:

@@ -28,7 +28,8 @@ from kernels.adapter_rows import AdapterTiles
 from kernels.compiled import takes
 from kernels.expert_route import Routed
 from kernels.expert_tiles import ExpertTiles
-from kernels.lora import reference
+from kernels.host import takes as host_takes
+from kernels.lora import host, reference
 from kernels.lora.site import (
     NOTHING,
     TABLE_FIELDS,
@@ -70,6 +71,8 @@ def lora(
         from kernels.lora import kernel
 
         kernel.lora(y, x, site, adapters, tiles, max_rank, bias)
+    elif host_takes(x) and tiles.tiles is not None and adapters.table is not None:
+        host.lora(y, x, site, adapters, tiles, max_rank, bias)
     else:
         reference.lora(y, x, site, adapters, tiles, max_rank, bias)
 
@@ -85,12 +88,14 @@ def expert_lora(
     max_rank: int,
     counters: Tensor | None,
 ) -> None:
-    """See reference.py for shapes. counters int32: zero, and left zero; for the kernel, which takes two launches
-    where they are fewer than 1 + most tiles * slices. None: only the reference can be asked."""
+    """See reference.py for shapes. counters int32: zero, and left zero; for Triton's kernel, which takes two
+    launches where they are fewer than 1 + most tiles * slices. None: on a CPU."""
     if takes(y):
         from kernels.lora import kernel
 
         assert counters is not None
         kernel.expert_lora(y, x, site, adapters, routed, tiles, gathers, max_rank, counters)
+    elif host_takes(x) and adapters.table is not None:
+        host.expert_lora(y, x, site, adapters, routed, tiles, gathers, max_rank)
     else:
         reference.expert_lora(y, x, site, adapters, routed, tiles, gathers, max_rank, counters)

@@ -1,4 +1,4 @@
-"""Reference and CPU path of lora: mixed ranks in one batch, each at its true rank.
+"""Reference of lora: mixed ranks in one batch, each at its true rank.
 
 The rows of an adapter are next to each other, so each adapter is two small products on views. The alternative, one
 product over the ranks of all adapters of the batch with those of others masked, makes every token pay for all of them:

@@ -21,7 +21,8 @@ three keys of block 4; row 3 sees all of block 4 and the first key of block 7.
 from torch import Tensor
 
 from kernels.compiled import takes
-from kernels.paged_attention import reference
+from kernels.host import takes as host_takes
+from kernels.paged_attention import host, reference
 from kernels.paged_attention.batch import NUM_COUNTERS, AttentionBatch, DeviceBatch, splits_decodes
 
 __all__ = ["NUM_COUNTERS", "AttentionBatch", "DeviceBatch", "paged_attention", "splits_decodes"]
@@ -40,12 +41,15 @@ def paged_attention(
 ) -> Tensor:
     """Causal attention of each token over its own sequence, [T, Hq, Dv]; the arguments are explained in reference.py.
 
-    batch: a DeviceBatch where the kernel computes, an AttentionBatch where the reference does.
+    batch: a DeviceBatch where a kernel computes, an AttentionBatch where the reference does.
     """
     if takes(query):
         from kernels.paged_attention.kernel import paged_attention as launch
 
         assert isinstance(batch, DeviceBatch), "the kernel reads lengths and block tables from the device"
         return launch(query, key_cache, value_cache, batch, scale, window, softcap, sinks, chunk)
+    if isinstance(batch, DeviceBatch):
+        assert host_takes(query), f"no kernel takes {query.dtype} on {query.device}"
+        return host.paged_attention(query, key_cache, value_cache, batch, scale, window, softcap, sinks, chunk)
     assert isinstance(batch, AttentionBatch), "the reference reads lengths and block tables from the host"
     return reference.paged_attention(query, key_cache, value_cache, batch, scale, window, softcap, sinks, chunk)

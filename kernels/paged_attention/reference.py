@@ -1,4 +1,4 @@
-"""Reference and CPU path of paged_attention.
+"""Reference of paged_attention.
 
 Where several query heads share a key head, they become further rows of one product: torch's `enable_gqa` would copy the
 keys and values for each of them on the CPU. Decodes are computed a few at a time, padded to the longest of them: one

@@ -10,7 +10,8 @@ sum [[3, 4]].
 from torch import Tensor
 
 from kernels.compiled import takes
-from kernels.rms_norm import reference
+from kernels.host import takes as host_takes
+from kernels.rms_norm import host, reference
 
 __all__ = ["add_rms_norm", "rms_norm"]
 
@@ -21,6 +22,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, cast_fi
         from kernels.rms_norm import kernel
 
         return kernel.rms_norm(x, weight, eps, offset, cast_first)
+    if host_takes(x) and weight.dtype == x.dtype:
+        return host.rms_norm(x, weight, eps, offset, cast_first)
     return reference.rms_norm(x, weight, eps, offset, cast_first)
 
 
@@ -32,4 +35,6 @@ def add_rms_norm(
         from kernels.rms_norm import kernel
 
         return kernel.add_rms_norm(x, residual, weight, eps, offset, cast_first)
+    if host_takes(x) and weight.dtype == x.dtype:
+        return host.add_rms_norm(x, residual, weight, eps, offset, cast_first)
     return reference.add_rms_norm(x, residual, weight, eps, offset, cast_first)

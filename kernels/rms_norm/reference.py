@@ -1,4 +1,4 @@
-"""Reference and CPU path of rms_norm: what Transformers' norm modules compute, with each family's own rounding.
+"""Reference of rms_norm: what Transformers' norm modules compute, with each family's own rounding.
 
 | family | call |
 |---|---|

@@ -17,7 +17,8 @@ Running example, a head [1, 2, 3, 4]; pair 0 turns by 90 degrees (cos 0, sin 1),
 from torch import Tensor
 
 from kernels.compiled import takes
-from kernels.rope import reference
+from kernels.host import takes as host_takes
+from kernels.rope import host, reference
 
 __all__ = ["rope", "rope_complex"]
 
@@ -28,6 +29,8 @@ def rope(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
         from kernels.rope import kernel
 
         return kernel.rope(query, key, cos, sin, interleaved)
+    if host_takes(query):
+        return host.rope(query, key, cos, sin, interleaved)
     return reference.rope(query, key, cos, sin, interleaved)
 
 
@@ -37,4 +40,6 @@ def rope_complex(query: Tensor, key: Tensor, frequencies: Tensor) -> tuple[Tenso
         from kernels.rope import kernel
 
         return kernel.rope_complex(query, key, frequencies)
+    if host_takes(query):
+        return host.rope_complex(query, key, frequencies)
     return reference.rope_complex(query, key, frequencies)

@@ -1,4 +1,4 @@
-"""Reference and CPU path of rope: Transformers' rotary embeddings, in its two pairings.
+"""Reference of rope: Transformers' rotary embeddings, in its two pairings.
 
 | function there | call here |
 |---|---|

@@ -15,7 +15,8 @@ tokens 3, 4 and 5. Their block tables are [9, 2] and [4, 7].
 from torch import Tensor
 
 from kernels.compiled import takes
-from kernels.store_kv import reference
+from kernels.host import takes as host_takes
+from kernels.store_kv import host, reference
 
 __all__ = ["store_kv", "store_latent"]
 
@@ -26,6 +27,8 @@ def store_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
         from kernels.store_kv.kernel import store_kv as launch
 
         return launch(key, value, key_cache, value_cache, slot_mapping)
+    if host_takes(key):
+        return host.store_kv(key, value, key_cache, value_cache, slot_mapping)
     return reference.store_kv(key, value, key_cache, value_cache, slot_mapping)
 
 
@@ -35,4 +38,6 @@ def store_latent(latent: Tensor, rope: Tensor, cache: Tensor, slot_mapping: Tens
         from kernels.store_kv.kernel import store_latent as launch
 
         return launch(latent, rope, cache, slot_mapping)
+    if host_takes(latent):
+        return host.store_latent(latent, rope, cache, slot_mapping)
     return reference.store_latent(latent, rope, cache, slot_mapping)

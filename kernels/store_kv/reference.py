@@ -1,4 +1,4 @@
-"""Reference and CPU path of store_kv."""
+"""Reference of store_kv."""
 
 from torch import Tensor
 

@@ -8,13 +8,11 @@ from typing import NamedTuple, Protocol
 from torch import Tensor, nn
 
 from kernels.expert_route import Routed, TokenBatch, expert_route
-from kernels.grouped_gemm import Act, Activation, Layout, activate, combine, down, gate_up, tile_rows
-from server.model.families import Foreign, UnsupportedModelError
+from kernels.grouped_gemm import Layout, activate, combine, down, gate_up, tile_rows
+from server.model.activations import activation_of
+from server.model.families import Foreign
 from server.model.inputs import CurrentStep
 from server.model.routers import Router
-
-_ACTS = {"SiLU": Act.SILU, "SiLUActivation": Act.SILU, "GELUTanh": Act.GELU_TANH, "PytorchGELUTanh": Act.GELU_TANH,
-         "GELUActivation": Act.GELU}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ class RoutedExperts(nn.Module):
         self.gate_up_bias: Tensor | None = original.gate_up_proj_bias if spec.biased else None
         self.down_bias: Tensor | None = original.down_proj_bias if spec.biased else None
         self._layout = Layout(spec.transposed, spec.interleaved)
-        self.activation = _activation(original)
+        self.activation = activation_of(original)
 
     @property
     def choices(self) -> int:
@@ -118,12 +116,3 @@ def spec_of(name: str, experts: Foreign) -> ExpertSpec:
     hidden, intermediate = reversed(matrix) if experts.is_transposed else matrix
     return ExpertSpec(num_experts, hidden, intermediate, name, experts.is_transposed, not experts.is_concatenated,
                       experts.has_bias)  # fmt: skip
-
-
-def _activation(experts: Foreign) -> Activation:
-    if not experts.is_concatenated:  # gpt-oss
-        return Activation(Act.CLAMPED, experts.alpha, experts.limit)
-    name = type(experts.act_fn).__name__
-    if name not in _ACTS:
-        raise UnsupportedModelError(f"experts with the activation {name} are not served; these are: {', '.join(_ACTS)}")
-    return Activation(_ACTS[name])

@@ -1,4 +1,4 @@
-"""From a step to logits: on the host by the references, on a GPU by kernels and captured graphs."""
+"""From a step to logits: on the host step by step, on a GPU by captured graphs."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -55,7 +55,7 @@ class Model:
 
 
 class HostForward:
-    """By the references."""
+    """By the host's kernels, or the references where there are none."""
 
     def __init__(
         self, model: Model, block_size: int, dtype: torch.dtype, token_fields: Sequence[TokenField] = ()

@@ -6,12 +6,16 @@ from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.adapter_rows import AdapterRows, AdapterTiles, Segment, ShapeKey
+from kernels import host
+from kernels.adapter_rows import MANY_TILE_ROWS, AdapterRows, AdapterTiles, Segment, ShapeKey, cut
 from kernels.paged_attention import AttentionBatch, DeviceBatch
 from server.engine.plan import Scheduled
+
+_NO_COUNTERS = torch.zeros(0, dtype=torch.int32)  # the host's kernels need none
 
 
 class AdapterTables(Protocol):
@@ -112,7 +116,8 @@ class TokenField:
 
 @dataclass(frozen=True)
 class StepInputs:
-    """A step as tensors, for the host's path or for kernels. Integers are int64 there and int32 here."""
+    """A step as tensors, for the host's path or for kernels. Integers are int64 there (what describes
+    sequences and adapters int32) and int32 here."""
 
     token_ids: Tensor  # [T]
     positions: Tensor  # [T]
@@ -158,21 +163,41 @@ class CurrentStep:
 def host_inputs(
     step: HostStep, block_size: int, dtype: torch.dtype, token_fields: Sequence[TokenField] = ()
 ) -> StepInputs:
-    """For the reference path. `dtype` is that of attention scores' masks."""
+    """For the host's kernels, or the references where there are none. `dtype` is the model's."""
     slot_mapping = torch.tensor(step.slot_mapping)
+    by_kernels = host.takes_on(torch.device("cpu"), dtype)
     return StepInputs(
         token_ids=torch.tensor(step.token_ids),
         positions=torch.tensor(step.positions),
         slot_mapping=slot_mapping,
         # a block is taken for the token that begins it
-        fresh_blocks=slot_mapping[slot_mapping % block_size == 0] // block_size,
-        attention=AttentionBatch(step.query_lens, step.kv_lens, step.block_tables, block_size, dtype),
+        fresh_blocks=None if by_kernels else slot_mapping[slot_mapping % block_size == 0] // block_size,
+        attention=_host_batch(step)
+        if by_kernels
+        else AttentionBatch(step.query_lens, step.kv_lens, step.block_tables, block_size, dtype),
         logit_rows=torch.tensor(step.logit_rows, dtype=torch.int64),
         rows=AdapterRows(
             torch.tensor(step.token_slots, dtype=torch.int32) if any(step.shape) else None,
-            AdapterTiles(step.spans),
-            AdapterTiles(step.logit_spans),
+            _host_tiles(step.spans, by_kernels),
+            _host_tiles(step.logit_spans, by_kernels),
             step.shape,
         ),
         fields={it.name: torch.tensor(it.values(step)) for it in token_fields},
     )
+
+
+def _host_batch(step: HostStep) -> DeviceBatch:
+    starts = torch.zeros(len(step.query_lens) + 1, dtype=torch.int32)
+    torch.cumsum(torch.tensor(step.query_lens), 0, out=starts[1:])
+    tables = np.zeros((len(step.block_tables), max(map(len, step.block_tables), default=0)), np.int32)
+    for row, table in zip(tables, step.block_tables, strict=True):
+        row[: len(table)] = table
+    return DeviceBatch(starts, torch.tensor(step.kv_lens, dtype=torch.int32), torch.from_numpy(tables),
+                       _NO_COUNTERS, max(step.query_lens))  # fmt: skip
+
+
+def _host_tiles(spans: Sequence[Segment], by_kernels: bool) -> AdapterTiles:
+    if not by_kernels:
+        return AdapterTiles(spans)
+    tiles = torch.tensor(cut(spans, MANY_TILE_ROWS), dtype=torch.int32).view(-1, 3)
+    return AdapterTiles(spans, tiles, tile_rows=MANY_TILE_ROWS)

@@ -1,6 +1,32 @@
 """What the tests of several ops share."""
 
+import os
+from collections.abc import Iterator
+
 import pytest
+import torch
+
+from kernels import host
+
+
+@pytest.fixture
+def host_kernels() -> None:
+    """For tests of the compiled kernels themselves."""
+    if not host.takes_on(torch.device("cpu"), torch.float32):
+        if os.environ.get("CI"):  # which has a compiler: to skip all of them would look like passing
+            pytest.fail(host.status())
+        pytest.skip(host.status())
+
+
+@pytest.fixture(params=["reference", "host"])
+def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
+    """What computes on the CPU: each test that asks for it runs with both."""
+    if request.param == "host":
+        request.getfixturevalue("host_kernels")
+        yield "host"
+        return
+    with host.references_only():
+        yield "reference"
 
 
 @pytest.fixture

@@ -1,9 +1,10 @@
-"""The running examples in the docstrings of kernels/ say what the references compute."""
+"""The running examples in the docstrings of kernels/ say what references and host kernels compute."""
 
+import pytest
 import torch
 from torch import Tensor
 
-from kernels.adapter_rows import AdapterTiles, Segment, cut
+from kernels.adapter_rows import Segment, cut
 from kernels.expert_route import Routed, Routing, TokenBatch, expert_route
 from kernels.expert_tiles import expert_tiles
 from kernels.grouped_gemm import combine
@@ -14,6 +15,10 @@ from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope import rope, rope_complex
 from kernels.sampling import sample
 from kernels.store_kv import store_kv
+from tests.support.device_batch import device_batch
+from tests.support.lora_tables import attach, tiles_of
+
+pytestmark = pytest.mark.usefixtures("implementation")
 
 
 def ints(*values: int) -> Tensor:
@@ -21,13 +26,20 @@ def ints(*values: int) -> Tensor:
 
 
 def test_lora() -> None:
-    site, tiles = LoraSite((2, 1)), AdapterTiles([Segment(1, 3, 2)])
-    assert cut(tiles.spans, 16) == [(2, 1, 2)]
+    site, tiles = LoraSite((2, 1)), tiles_of([0, 2, 2], 16)
+    assert (
+        tiles.spans == [Segment(1, 3, 2)]
+        and cut(tiles.spans, 16) == [(2, 1, 2)]
+        and tiles.tiles.tolist() == [[2, 1, 2]]
+    )
     x = torch.tensor([[1.0, 0.0], [1.0, 1.0], [2.0, 1.0]])
     weights = LoraWeights(torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0], [0.0]]), 2.0)
     for gain, row in ((None, [9, 5, 5]), (torch.tensor([2.0, 1.0]), [18, 5, 5])):
         y = torch.full((3, 3), 5.0)
-        lora(y, x, site, SiteAdapters({2: [weights._replace(gain=gain), None]}), tiles, 1)
+        held = SiteAdapters({2: [weights._replace(gain=gain), None]})
+        attach(site, held, 3, "cpu")
+        assert held.offsets.tolist() == [0, 2, 3]
+        lora(y, x, site, held, tiles, 1)
         assert y[1].tolist() == row and y[0].tolist() == [5, 5, 5]
 
 
@@ -61,14 +73,15 @@ def test_grouped_gemm() -> None:
     torch.testing.assert_close(combine(rows, routed()), wanted)
 
 
-def test_paged_attention_and_store_kv() -> None:
+def test_paged_attention_and_store_kv(implementation: str) -> None:
     """Each key that a row sees has a value of its own, and all the same score."""
     tables, slots = [[9, 2], [4, 7]], ints(9, 18, 19, 28)
     earlier = ints(36, 37, 38, 39, 8, 16, 17)
     key_cache, value_cache = torch.zeros(10, 4, 1, 2), torch.zeros(10, 4, 1, 40)
     store_kv(torch.ones(7, 1, 2), torch.eye(40)[earlier.long(), None], key_cache, value_cache, earlier)
     store_kv(torch.ones(4, 1, 2), torch.eye(40)[slots.long(), None], key_cache, value_cache, slots)
-    batch = AttentionBatch([1, 3], [6, 5], tables, 4, torch.float32)
+    lengths = [1, 3], [6, 5], tables
+    batch = device_batch(*lengths, "cpu") if implementation == "host" else AttentionBatch(*lengths, 4, torch.float32)
     out = paged_attention(torch.ones(4, 1, 2), key_cache, value_cache, batch, 1.0)
     seen = [row.nonzero().flatten().tolist() for row in out[:, 0]]
     assert [set(it) for it in seen] == [{36, 37, 38, 39, 8, 9}, {16, 17, 18}, {16, 17, 18, 19}, {16, 17, 18, 19, 28}]

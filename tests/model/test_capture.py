@@ -25,6 +25,7 @@ from server.model.injections import inject
 from server.model.inputs import CurrentStep
 from server.model.lora_op import LoraOps
 from server.model.probe import PROBE, probe
+from server.model.product import product_of
 from server.weights.kv_memory import KVMemory
 from tests.support.tiny_models import MODELS, make_config
 
@@ -82,7 +83,7 @@ def test_a_decode_step_can_be_captured(name: str, with_adapters: bool) -> None:
     model.to(META)
     memory = KVMemory(32, 16, torch.bfloat16, META)
     with everywhere(), torch.inference_mode(), META:
-        injected = inject(Build(model, probed, step, [LoraOps(FakeSites(), step)], fake_stacks))
+        injected = inject(Build(model, probed, step, [LoraOps(FakeSites(), step)], fake_stacks, product_of))
         for layer in injected.layers:
             layer.allocate(memory.tensor)
         inputs = DeviceInputs(Capacity(ROWS, SEQUENCES, BLOCKS, slices=8), META)

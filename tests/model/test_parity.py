@@ -22,6 +22,7 @@ from adapters_store.parts import AdapterPackage
 from adapters_store.ref import AdapterRef
 from adapters_store.rules import Adapter
 from kernels.adapter_rows import ShapeKey
+from kernels.lora import table_rows
 from server.engine.messages import AdapterChecked
 from server.model.experts import RoutedExperts
 from server.model.forward import HostForward, Model
@@ -160,9 +161,12 @@ def installed(engine: Engine, entry: Adapter) -> int:
 
 
 def double_one_scale(engine: Engine, slot: int) -> None:
-    site = next(it for it in engine.assembly.tables.lora.sites.values() if slot in it.by_slot)
-    index, weights = next((index, it) for index, it in enumerate(site.by_slot[slot]) if it is not None)
-    site.by_slot[slot][index] = weights._replace(scale=2 * weights.scale)
+    """Where references read it and where kernels do."""
+    site, held = next(it for it in engine.assembly.tables.lora.sites.items() if slot in it[1].by_slot)
+    index, weights = next((index, it) for index, it in enumerate(held.by_slot[slot]) if it is not None)
+    held.by_slot[slot][index] = weights._replace(scale=2 * weights.scale)
+    if held.table is not None:
+        held.table[slot] = torch.tensor(table_rows(site, held, slot))
 
 
 def spoil_one_gain(engine: Engine, slot: int) -> None:

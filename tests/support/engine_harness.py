@@ -25,11 +25,12 @@ def prompts(count: int = 5, vocab: int = 199, seed: int = 7, longest: int = 33) 
 
 
 class Engine(Driver):
-    """Small on purpose: blocks of 4 tokens and a budget of 24, so that every prompt is cut and requests mix."""
+    """Small on purpose: blocks of 4 tokens and a budget of 24, so that every prompt is cut and requests mix.
+    Matrices are packed, as those of real models mostly are: what is this small would not be."""
 
     def __init__(self, model: nn.Module, device: torch.device = CPU, **settings: object) -> None:
         defaults = dict(model_dir=".", block_size=4, tokens_per_step=24, max_running=8, kv_cache_bytes=1 << 22,
-                        adapter_bytes=1 << 26, adapter_slots=4)  # fmt: skip
+                        adapter_bytes=1 << 26, adapter_slots=4, linear_form="onednn-packed")  # fmt: skip
         config = EngineConfig(**{**defaults, **settings})  # type: ignore[arg-type]
         self.assembly = assemble(model, config, frozenset(), device=device)
         it = self.assembly

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels.compiled.kernel import Configuration
 from kernels.expert_route import Routed
-from kernels.grouped_gemm.layout import Act, Activation
+from kernels.gated.activation import Act, Activation
 
 _COLUMNS = 512  # of a program
 _SILU, _GELU_TANH, _GELU = tl.constexpr(int(Act.SILU)), tl.constexpr(int(Act.GELU_TANH)), tl.constexpr(int(Act.GELU))

@@ -10,14 +10,16 @@ from server.model.build import Build, Injected
 from server.model.injections.attention import inject_attention
 from server.model.injections.experts import inject_experts
 from server.model.injections.linears import inject_linears
+from server.model.injections.mlps import inject_mlps
 from server.model.injections.norms import inject_norms
 
-# in this order: linears that attention goes around are not looked at afterwards
+# in this order: linears that attention goes around are not looked at afterwards, and gated layers look at theirs
 INJECTIONS: tuple[Callable[[Build, Injected], None], ...] = (
     inject_experts,
     inject_norms,
     inject_attention,
     inject_linears,
+    inject_mlps,
 )
 
 

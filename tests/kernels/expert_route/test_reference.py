@@ -1,4 +1,4 @@
-"""expert_route's reference against the paper's example, with unwritten memory poisoned."""
+"""expert_route's reference and its host kernel against the paper's example, with unwritten memory poisoned."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kernels.expert_route import Routing, TokenBatch, expert_route
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "implementation")
 
 ONE_TILE = 1 << 30
 

@@ -1,4 +1,4 @@
-"""Routed experts by references against the obvious computation, with unwritten memory poisoned."""
+"""Routed experts by references and by host kernels against the obvious computation, with unwritten memory poisoned."""
 
 import math
 import random
@@ -10,7 +10,7 @@ from kernels.expert_route import Routing, TokenBatch, expert_route
 from kernels.grouped_gemm import Activation, Layout, combine, down, gate_up
 from tests.support.popularity import POPULARITIES, pick
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "implementation")
 
 ATOL = 2e-4  # float32 sums of up to a few hundred products of order 1, twice one after another
 ONE_TILE = 1 << 30

@@ -1,9 +1,8 @@
-"""LoRA inside routed experts: the chain of ops, by kernels and by references, against merged matrices."""
+"""LoRA inside routed experts: the chain of ops, by each implementation, against merged matrices."""
 
 import math
 import random
 from collections.abc import Callable
-from types import ModuleType
 from typing import NamedTuple
 
 import pytest
@@ -14,11 +13,15 @@ from torch import Tensor
 from kernels.expert_route import Routed, Routing, TokenBatch
 from kernels.expert_tiles import kernel as tiles_kernel
 from kernels.expert_tiles import reference as tiles_reference
+from kernels.gated import split_gate_up
 from kernels.grouped_gemm import Activation, Layout
+from kernels.grouped_gemm import host as gemm_host
 from kernels.grouped_gemm import kernel as gemm_kernel
 from kernels.grouped_gemm import reference as gemm_reference
-from kernels.grouped_gemm.layout import split_gate_up
+from kernels.host import status
+from kernels.host import takes as host_takes
 from kernels.lora import LoraSite, LoraWeights, SiteAdapters
+from kernels.lora import host as lora_host
 from kernels.lora import kernel as lora_kernel
 from kernels.lora import reference as lora_reference
 from tests.support.kernel_device import DEVICE
@@ -138,6 +141,22 @@ def by_references(case: LoraExperts, x: Tensor, slots: Tensor, routed: Routed, s
     return rows
 
 
+def by_host(case: LoraExperts, x: Tensor, slots: Tensor, routed: Routed, single_launch: bool) -> Tensor:
+    if not host_takes(x):
+        pytest.skip(status())
+    tiles = tiles_reference.expert_tiles(routed, slots, EXPERTS)
+    products = gemm_host.gate_up(x, case.gate_up, routed, None, case.layout)
+    lora_host.expert_lora(products, x, case.gate_up_site, case.gate_up_adapters, routed, tiles, True, MAX_RANK)
+    h = gemm_host.activate(products, Activation(), case.layout.interleaved, routed, x.dtype)
+    rows = gemm_host.down(h, case.down, routed, Layout())
+    lora_host.expert_lora(rows, h, case.down_site, case.down_adapters, routed, tiles, False, MAX_RANK)
+    return rows
+
+
+OPS = {by_kernels: gemm_kernel, by_references: gemm_reference, by_host: gemm_host}
+ON_THE_HOST = pytest.mark.skipif(DEVICE != "cpu", reason="reads memory of the host")
+
+
 def batch(case: LoraExperts, popularity: str, tokens: int, num_tokens: int) -> tuple[Tensor, Routed]:
     """Slots, in order and 0 for padding, and routed pairs."""
     adapters = sorted(pick(popularity, num_tokens, SLOTS, random.Random(6))) + [0] * (tokens - num_tokens)
@@ -148,9 +167,13 @@ def batch(case: LoraExperts, popularity: str, tokens: int, num_tokens: int) -> t
     return slots, route(logits, Routing(TOP_K), case.expert_map, token_batch, 4, num_places=PLACES)
 
 
+CHAINS = [(by_kernels, True), (by_kernels, False), (by_references, True),
+          pytest.param(by_host, True, marks=ON_THE_HOST)]  # fmt: skip
+CHAIN_NAMES = ["one launch", "two launches", "references", "host"]
+
+
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize(("chain", "single_launch"), [(by_kernels, True), (by_kernels, False), (by_references, True)],
-                         ids=["one launch", "two launches", "references"])  # fmt: skip
+@pytest.mark.parametrize(("chain", "single_launch"), CHAINS, ids=CHAIN_NAMES)
 @pytest.mark.parametrize(("popularity", "tokens", "num_tokens", "interleaved"), [
     *((popularity, 11, 9, False) for popularity in POPULARITIES), ("distinct", 14, 14, True),
     ("zipf", 9, 7, True), ("identical", 1, 1, False), ("uniform", 4, 0, False),
@@ -167,22 +190,22 @@ def test_lora_inside_experts(chain: Callable[..., Tensor], single_launch: bool, 
     real = num_tokens * TOP_K
     torch.testing.assert_close(rows[:real], want[:real], atol=1e-3, rtol=1e-5)
     assert bool(rows[real:].isnan().all())  # poisoned, and left alone
-    got = (gemm_kernel if chain is by_kernels else gemm_reference).combine(rows, routed)
+    got = OPS[chain].combine(rows, routed)
     weights = routed.weights.masked_fill(routed.places < 0, 0)
     torch.testing.assert_close(got, (want.view(tokens, TOP_K, -1) * weights[..., None]).sum(1), atol=1e-3, rtol=1e-5)
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize(("chain", "ops", "single_launch"), [
-    (by_kernels, gemm_kernel, True), (by_kernels, gemm_kernel, False), (by_references, gemm_reference, True),
-], ids=["one launch", "two launches", "references"])  # fmt: skip
+@pytest.mark.parametrize(("chain", "single_launch"), CHAINS, ids=CHAIN_NAMES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_rows_of_others_have_the_bits_of_a_step_without_lora(
-    chain: Callable[..., Tensor], ops: ModuleType, single_launch: bool, dtype: torch.dtype, interleaved: bool
+    chain: Callable[..., Tensor], single_launch: bool, dtype: torch.dtype, interleaved: bool
 ) -> None:
     """Where nobody in the step has LoRA inside experts the activation is not a launch of its own."""
-    case = lora_experts(interleaved, dtype)
+    if chain is by_host and not host_takes(torch.empty(0, dtype=dtype)):
+        pytest.skip("no type of the host's kernels")
+    case, ops = lora_experts(interleaved, dtype), OPS[chain]
     slots, routed = batch(case, "distinct", 14, 14)
     x = torch.randn(14, HIDDEN, device=DEVICE).to(dtype)
     alone = ops.gate_up(x, case.gate_up, routed, Activation(), case.layout)

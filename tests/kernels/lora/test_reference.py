@@ -1,18 +1,18 @@
-"""lora's reference against the obvious computation, on odd shapes, with unwritten memory poisoned."""
+"""lora's reference and its host kernel against the obvious computation, on odd shapes; unwritten memory is poisoned."""
 
 import random
 
 import pytest
 import torch
 
-from kernels.adapter_rows import AdapterTiles, Segment
 from kernels.expert_route import Routing, TokenBatch, expert_route
 from kernels.expert_tiles import expert_tiles
 from kernels.lora import LoraSite, LoraWeights, SiteAdapters, expert_lora, lora
+from tests.support.lora_tables import attach, tiles_of
 from tests.support.popularity import POPULARITIES, pick
 from tests.support.routed import expert_maps
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "implementation")
 
 ATOL = 1e-4  # float32 sums of up to a few hundred products of order 1, of magnitude up to 100
 
@@ -29,12 +29,10 @@ def test_lora(popularity: str, tokens: int, width: int, inner: int) -> None:
             for index, out in enumerate(site.widths)
         ]
     slots = sorted(pick(popularity, tokens, 7, random.Random(3)))
-    spans = [
-        Segment(slots.index(slot), len(slots) - slots[::-1].index(slot), slot) for slot in sorted(set(slots)) if slot
-    ]
+    attach(site, held, 7, "cpu")
     x, y = torch.randn(tokens, width), torch.randn(tokens, inner + 3)
     got = y.clone()
-    lora(got, x, site, held, AdapterTiles(spans), 64)
+    lora(got, x, site, held, tiles_of(slots, 16), 64)
     for token, slot in enumerate(slots):
         expected = y[token].clone()
         for weights, part in zip(held.by_slot.get(slot, []), expected.split([inner, 3]), strict=False):
@@ -59,7 +57,8 @@ def test_gains(own_inputs: bool, has_bias: bool) -> None:
     y = (products + bias).flatten(1)
     held = SiteAdapters({1: [LoraWeights(*it, scale, gain) for *it, gain in zip(a, b, gains, strict=True)]})
     site = LoraSite((width,) * heads, own_inputs)
-    tiles = AdapterTiles([Segment(2, 5, 1)])
+    attach(site, held, 2, "cpu")
+    tiles = tiles_of([0, 0, 1, 1, 1], 2)
     lora(y, x.flatten(1) if own_inputs else x[:, 0], site, held, tiles, rank, bias.flatten() if has_bias else None)
     merged = torch.einsum("hwd,thd->thw", base + scale * b @ a, x)
     torch.testing.assert_close(y[2:], (gains * merged + bias).flatten(1)[2:], atol=ATOL, rtol=1e-5)
@@ -80,6 +79,7 @@ def test_expert_lora(popularity: str, tokens: int, num_tokens: int, tile: int, g
             for it, width in zip((a, a, torch.randn(1, rank, depth).expand_as(a)), site.widths, strict=True)
         ]
         held.by_slot[slot] = [None if index == slot - 1 > 0 else it for index, it in enumerate(weights)]
+    attach(site, held, 4, "cpu")
     slots = torch.tensor(sorted(pick(popularity, tokens, 4, random.Random(3))), dtype=torch.int32)
     batch = TokenBatch(slots, torch.tensor([num_tokens], dtype=torch.int32))
     routed = expert_route(torch.randn(tokens, experts), Routing(top_k), expert_maps(experts).cpu(), 24, batch, tile)

@@ -1,6 +1,5 @@
 """rms_norm: the reference against Transformers' modules, bit for bit, and the kernel against the reference."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,7 @@ from transformers.models.llama import modeling_llama
 from kernels.rms_norm import kernel as norm_kernel
 from kernels.rms_norm import reference as norm_reference
 from tests.support.kernel_device import DEVICE
+from tests.support.norm_views import views
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -57,25 +57,6 @@ def test_rms_norm_of_odd_shapes(width: int, count: int) -> None:
     got = norm_kernel.rms_norm(x, weight, 1e-6, 1.0, False)
     assert got.shape == (count, width)
     torch.testing.assert_close(got, norm_reference.rms_norm(x, weight, 1e-6, 1.0, False), atol=ATOL, rtol=ATOL)
-
-
-def views(tokens: int) -> dict[str, Tensor]:
-    """What models norm that is not contiguous; what lies between the rows is NaN."""
-    poison = math.nan
-    latent = torch.full((1, tokens, 48), poison, device=DEVICE)  # kv_a_proj: the latent, then the rotary key
-    latent[..., :32] = randn(1, tokens, 32)
-    fused = torch.full((1, tokens, 8, 32), poison, device=DEVICE)  # heads of queries in a fused projection
-    fused[:, :, 2:5] = randn(1, tokens, 3, 32)
-    whole = torch.full((2, tokens + 1, 4, 32), poison, device=DEVICE)
-    whole[:, :tokens, 1:] = randn(2, tokens, 3, 32)
-    return {
-        "latent": latent[..., :32],
-        "heads": fused[:, :, 2:5],
-        "transposed": fused[:, :, 2:5].transpose(1, 2),
-        "three strides": whole[:, :tokens, 1:],
-        "repeated": randn(1, 1, 32).expand(1, tokens, 32),
-        "columns": randn(1, 32, tokens).transpose(1, 2),
-    }
 
 
 @pytest.mark.parametrize("name", views(1))
