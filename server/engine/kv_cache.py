@@ -128,9 +128,10 @@ class KVCache:
         assert not lane.block_table and lane.num_computed_tokens == 0
         reusable = (len(lane.tokens) - 1) // self.block_size
         self._extend_hashes(lane, reusable)
-        for content in lane.block_hashes[:reusable]:
+        for index, content in enumerate(lane.block_hashes[:reusable]):
             block = self.pool.find(content)
             if block is None:
+                self.pool.missed(lane.block_hashes[index:reusable])
                 break
             self.pool.touch(block)
             lane.block_table.append(block)
