@@ -13,6 +13,8 @@ import msgspec
 from server.errors import ConfigError
 
 Device = Literal["auto", "cpu", "cuda"]
+# forms that kernels/linear knows
+LinearForm = Literal["auto", "torch", "onednn", "onednn-packed", "mkl-packed"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 # as browsers write an origin: in lower case, without a path, and without the port that its scheme has anyway
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(?P<port>:[1-9][0-9]{0,4})?")
@@ -28,11 +30,14 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model_dir: str
     device: Device = "auto"
     dtype: Dtype = "auto"
+    linear_form: LinearForm = "auto"  # that matrices are kept in on a CPU; auto: as is measured on this machine
     threads: int = 0  # 0: the machine's cores
     max_model_len: int = 0  # 0: the model's own limit
     block_size: int = 16
     kv_cache_bytes: int = 0  # 0: a quarter of a host's free memory, at most 4 GiB; what is left of a GPU's
     tokens_per_step: int = 0  # token budget of one step; 0: 512 on a CPU, 2048 on a GPU, at least max_running
+    # of a step in which some decode and prompts are computed; 0: none; -1: 50 on a CPU, none on a GPU
+    target_inter_token_ms: int = -1
     max_running: int = 128  # requests decoded together
     max_waiting: int = 2048
     adapter_bytes: int = 4 << 30  # weights of adapters on the device
@@ -45,6 +50,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def __post_init__(self) -> None:
         _at_least(self, 0, "threads", "max_model_len", "kv_cache_bytes", "max_experts_per_adapter", "tokens_per_step")
         _at_least(self, 0, "max_rank")
+        _at_least(self, -1, "target_inter_token_ms")
         _at_least(self, 1 << 16, "adapter_bytes")
         _at_least(self, 1, "block_size", "max_running", "max_waiting", "adapter_slots", "max_skips")
         if 0 < self.tokens_per_step < self.max_running:

@@ -5,8 +5,9 @@ import asyncio
 import logging
 import os
 from pathlib import Path
+from typing import get_args
 
-from server.config import EngineConfig, ServerConfig
+from server.config import EngineConfig, LinearForm, ServerConfig
 from server.errors import ConfigError
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"
@@ -70,6 +71,9 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     )
     engine.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
                         help="of weights and cache; auto is float32 on a CPU")  # fmt: skip
+    engine.add_argument("--linear-form", choices=get_args(LinearForm), default="auto",
+                        help="that matrices are kept in on a CPU; auto: the fastest, measured once on each "
+                        "machine (heddle doctor shows it)")  # fmt: skip
     for name, text in _NUMBERS.items():
         engine.add_argument(
             f"--{name.replace('_', '-')}", type=int, default=getattr(defaults, name), metavar="N", help=text
@@ -99,6 +103,8 @@ _NUMBERS = {
     "max_model_len": "longest sequence in tokens; 0: the model's own limit",
     "kv_cache_bytes": "memory for keys and values; 0: a quarter of what is free, at most 4 GiB",
     "tokens_per_step": "token budget of one step",
+    "target_inter_token_ms": "while some decode, prompts get so much of a step that it takes about so long, or "
+    "2.5 times as long as without them where that is more; 0: all of it; -1: 50 on a CPU, 0 on a GPU",
     "max_running": "requests decoded together",
     "adapter_bytes": "memory for adapters",
     "adapter_slots": "adapters in memory at once",
@@ -117,6 +123,7 @@ def config_of(options: argparse.Namespace) -> ServerConfig:
         model_dir=model_dir,
         device=options.device,
         dtype=options.dtype,
+        linear_form=options.linear_form,
         trace_steps=os.environ.get("HEDDLE_TRACE_STEPS") or None,
         **numbers,
     )

@@ -26,6 +26,7 @@ from server.engine.plan import Plan, Runner
 from server.engine.request import FinishReason, Request
 from server.engine.residency import Residency
 from server.engine.scheduler import CannotServe, Scheduler, SchedulerLimits
+from server.engine.step_budget import StepBudget, Work, work_of
 
 
 class Pace(enum.Enum):
@@ -42,8 +43,10 @@ class Engine:
     ) -> None:
         self._kv_cache, self._runner, self._residency = kv_cache, runner, residency
         self._adapters = AdapterUsers(residency)
-        self.scheduler = Scheduler(limits, kv_cache, residency, self._adapters)
+        self._step_budget = StepBudget(limits.tokens_per_step, limits.target_inter_token_s)
+        self.scheduler = Scheduler(limits, kv_cache, residency, self._adapters, self._step_budget)
         self._checks = Checks(checker, residency, self._adapters, kv_cache)
+        self._work: Work | None = None  # of the last step, if it did nothing else
         self.pace = Pace.BUSY
         self.is_shut_down = False
         self._vocab_size = limits.vocab_size
@@ -59,10 +62,15 @@ class Engine:
             pending = self._runner.launch(plan)
             self.scheduler.advance(plan)
             events += self.scheduler.record(plan, pending.outputs())
-        events += self._checks.step(gives_way=self.scheduler.lacks_adapters)
-        events += self._adapters.take_gone()
-        self._account(plan)
+        checked = self._checks.step(gives_way=self.scheduler.lacks_adapters)
+        events += [*checked, *self._adapters.take_gone()]
+        self._account(plan, is_alone=not (checked or self._checks))
         return events
+
+    def took(self, seconds: float) -> None:
+        """The last step was so long: those to come are cut accordingly."""
+        if self._work is not None:
+            self._step_budget.took(self._work, seconds)
 
     def _apply(self, messages: Iterable[ToEngine]) -> list[Event]:
         events: list[Event] = []
@@ -98,7 +106,10 @@ class Engine:
             return [TokenEvent(it.request_id, None, FinishReason.ERROR, str(refusal))]
         return []
 
-    def _account(self, plan: Plan) -> None:
+    def _account(self, plan: Plan, is_alone: bool) -> None:
+        """is_alone: the step computed no more than that. Where the logits of whole prompts are made, it took longer."""
+        is_usual = is_alone and not any(it.lane.request.of_prompt is not None for it in plan)
+        self._work = work_of(plan) if plan and is_usual else None
         self._num_steps += bool(plan)
         self._num_computed_tokens += sum(scheduled.num_tokens for scheduled in plan)
         if plan:

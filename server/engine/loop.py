@@ -35,7 +35,9 @@ class Loop:
         messages = self._inbox.receive_all(_WAIT_MS[before])
         start = time.monotonic()
         events = self._engine.step(messages)
-        self._longest_step_s = max(self._longest_step_s, time.monotonic() - start)
+        seconds = time.monotonic() - start
+        self._engine.took(seconds)
+        self._longest_step_s = max(self._longest_step_s, seconds)
         if self._engine.pace is Pace.IDLE and before is not Pace.IDLE:
             self._engine.check()  # busy until now: prove that nothing leaked
         if events or self._engine.pace is not Pace.BUSY or self._is_silent():

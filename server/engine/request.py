@@ -209,6 +209,11 @@ class Request:
             count += len(lane.tokens) - lane.num_computed_tokens
         return count
 
+    @property
+    def is_in_prompt(self) -> bool:
+        """It has more to compute than each lane's last token: its prompts, or what was computed before it gave way."""
+        return self.num_uncomputed_tokens > len(self.lanes)
+
     def divide(self, count: int) -> list[tuple[Lane, int]]:
         """At most `count` tokens among its lanes, in order.
 

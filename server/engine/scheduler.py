@@ -1,9 +1,9 @@
 """Continuous batching: each step, which lanes compute how many tokens.
 
 One rule covers chunked prefill, prefix reuse and preemption: a step hands out tokens so that every lane's
-`num_computed_tokens` catches up with its tokens, under a budget. Requests that run are served first, in order of
-admission; then waiting ones are admitted, group by group in turn (queue.py), and a group that holds more than its share
-gives way (shares.py). The scheduler does no I/O and knows no clock.
+`num_computed_tokens` catches up with its tokens, under a budget (step_budget.py). Requests that run are served first
+(prompts.py); then waiting ones are admitted, group by group in turn (queue.py), and a group that holds more than its
+share gives way (shares.py). The scheduler does no I/O and knows no clock.
 
     schedule() -> plan      which tokens
     advance(plan)           they are being computed: the next plan may count on them
@@ -11,10 +11,11 @@ gives way (shares.py). The scheduler does no I/O and knows no clock.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
+from server.engine import prompts
 from server.engine.adapter_users import AdapterUsers
 from server.engine.kv_cache import KVCache
 from server.engine.messages import TokenEvent
@@ -24,6 +25,7 @@ from server.engine.queue import WaitingQueue
 from server.engine.request import BASE_SLOT, FinishReason, Group, Lane, Request, Slot, Status, Token, ToldOfPrompt
 from server.engine.residency import AdapterFailed, Residency, Wait
 from server.engine.shares import Shares
+from server.engine.step_budget import StepBudget
 
 
 class CannotServe(Exception):
@@ -38,13 +40,20 @@ class SchedulerLimits:
     max_skips: int  # see pins.is_held_back
     logits_per_step: int = LOGITS_PER_STEP  # see Draft
     vocab_size: int = 1 << 31  # what prompts are made of
+    target_inter_token_s: float = 0.0  # see StepBudget
 
 
 class Scheduler:
     def __init__(
-        self, limits: SchedulerLimits, kv_cache: KVCache, residency: Residency, adapters: AdapterUsers
+        self,
+        limits: SchedulerLimits,
+        kv_cache: KVCache,
+        residency: Residency,
+        adapters: AdapterUsers,
+        step_budget: StepBudget,
     ) -> None:
         self._limits = limits
+        self._step_budget = step_budget
         self._kv_cache = kv_cache
         self._residency = residency
         self._adapters = adapters
@@ -54,7 +63,8 @@ class Scheduler:
         self.running: list[Request] = []  # in order of admission
         self._num_running_lanes = 0
         self.num_preemptions = 0
-        self.lacks_adapters = False  # whether, in the last step, a request waited for adapters to come to the device
+        self._num_lacking = 0  # requests that waited, in the last step, for adapters to come to the device
+        self._is_walled = False  # whether, in the last step, one waited for blocks
 
     # -- requests come and go -----------------------------------------------------------
 
@@ -97,6 +107,11 @@ class Scheduler:
         return self._requests.get(request_id)
 
     @property
+    def lacks_adapters(self) -> bool:
+        """Whether, in the last step, a request waited for adapters to come to the device."""
+        return self._num_lacking > 0
+
+    @property
     def has_requests(self) -> bool:
         return bool(self._requests)
 
@@ -105,36 +120,37 @@ class Scheduler:
     def schedule(self) -> tuple[list[Scheduled], list[TokenEvent]]:
         """The tokens of the next step, and requests that ended instead because their adapter failed to load."""
         self._residency.poll()
-        self.lacks_adapters = False
-        draft = Draft(self._limits.tokens_per_step, self._limits.logits_per_step)
+        draft = Draft(self._budget(), self._limits.logits_per_step)
+        self._num_lacking = 0
         preemptions = self.num_preemptions
         self._serve_running(draft)
-        failed = self._admit(draft, is_short=self.num_preemptions > preemptions)
+        is_short = self._is_walled = self.num_preemptions > preemptions
+        failed = self._admit(draft, is_short)
         self._spend_the_rest(draft)
         return draft.plan, failed
 
+    def _budget(self) -> int:
+        """Tokens of this step: at least one for each lane that runs, and for those of who may start next."""
+        startable = 0
+        if not self._is_walled:  # else they wait for blocks, and a longer step would not bring them any
+            ready = max(0, len(self.waiting) - self._num_lacking)
+            startable = max(0, min(ready, self._limits.max_running - self._num_running_lanes))
+        load = prompts.load(self.running, self._num_running_lanes, startable)
+        starting = len(next(self.waiting.order()).lanes) if startable else 0
+        least = min(self._num_running_lanes + starting, self._limits.tokens_per_step)
+        return max(least, self._step_budget.tokens(load))
+
     def _serve_running(self, draft: Draft) -> None:
-        """At least one token for each lane that runs, in order of admission."""
-        running = tuple(self.running)
+        """At least one token for each lane that runs."""
+        running = prompts.in_turn(self.running)
         for index, request in enumerate(running):
             if request.status is not Status.RUNNING or not request.num_uncomputed_tokens:
                 continue  # it gave way to an older one, or waits for what a launched step says
             unserved = self._num_running_lanes - draft.num_lanes - len(request.lanes)
-            count = self._chunk(request, draft.budget - unserved, islice(running, index + 1, None))
+            count = prompts.chunk(request, draft.budget - unserved, islice(running, index + 1, None), self.waiting)
             chunks = draft.divide(request, count)
             if self._make_room(request, chunks, draft):
                 draft.add(request, chunks)
-
-    def _chunk(self, request: Request, budget: int, behind: Iterable[Request]) -> int:
-        """How many of its tokens a running request computes. A long prompt leaves half of the budget while another
-        group's prompt stands behind it, so that a short one does not wait until the long one is through."""
-        needed, half = request.num_uncomputed_tokens, max(len(request.lanes), budget // 2)
-        if needed <= half:
-            return needed
-        is_awaited = self.waiting.has_others(request.group) or any(
-            other.group != request.group and other.num_uncomputed_tokens > len(other.lanes) for other in behind
-        )
-        return half if is_awaited else min(needed, budget)
 
     def _make_room(self, request: Request, chunks: list[tuple[Lane, int]], draft: Draft) -> bool:
         """Blocks for these tokens, if need be by preempting others. False if `request` itself went."""
@@ -183,12 +199,14 @@ class Scheduler:
                 continue
             if isinstance(slots, Wait):  # passed over, never a wall: those behind it may run
                 request.num_skips += slots is Wait.NO_ROOM
-                self.lacks_adapters = True
+                self._num_lacking += 1
                 if starving is None and len(set(request.adapters)) > 1:
                     starving = request  # else two such requests evict each other's adapters before all of one are there
                 continue
             if not self._start(request, slots, draft, shares):
-                is_walled = True  # first come, first served for blocks: else a large request would wait for ever
+                is_walled = self._is_walled = (
+                    True  # first come, first served for blocks: else a large request would wait for ever
+                )
                 request.num_passes += 1
                 if request.num_passes > self._limits.max_skips:
                     break

@@ -37,6 +37,7 @@ class ScriptedEngine:
         self.is_shut_down = False
         self.script: list[tuple[Pace, list[Event], float]] = []
         self.heard: list[list[ToEngine]] = []
+        self.told: list[float] = []
         self.num_checks = 0
 
     def step(self, messages: list[ToEngine]) -> list[Event]:
@@ -45,6 +46,9 @@ class ScriptedEngine:
         self.pace, events, seconds = self.script.pop(0)
         self.clock.now += seconds
         return events
+
+    def took(self, seconds: float) -> None:
+        self.told.append(seconds)
 
     def check(self) -> None:
         self.num_checks += 1

@@ -256,7 +256,11 @@ def test_a_long_prompt_leaves_half_of_the_budget_to_prompts_behind_it_and_takes_
     other = setup.add([2] * 40, 1)
     assert setup.computed() == {long.id: 8, other.id: 8}
     short = setup.add([3], 1)
-    assert setup.computed() == {long.id: 8 + 3, other.id: 4, short.id: 1}
+    assert setup.computed() == {
+        long.id: 4,
+        other.id: 8 + 3,
+        short.id: 1,
+    }  # the one that is nearer to its end goes first
     blocked = setup.add([4], 1, setup.adapter("not on the device"))
     setup.residency.acquire = lambda ref: Wait.LOADING  # type: ignore[method-assign]
     assert sum(setup.computed().values()) == 16
