@@ -30,6 +30,7 @@ from adapters_store.parts import AdapterPackage
 from adapters_store.rules import Rules
 from adapters_store.verifier import Verifier, VerifierBusy, VerifierClosed, _encode
 from adapters_store.verify import Job
+from adapters_store.worker_process import NICENESS
 from tests.support.adapter_files import esft, lora, slow_patterns
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -214,6 +215,9 @@ def test_a_process_finds_our_code_wherever_the_server_was_started_and_stands_apa
         assert environment["OPENBLAS_NUM_THREADS"] == environment["OMP_NUM_THREADS"] == "1"
         assert environment["PATH"] == os.environ["PATH"]
         assert os.getsid(child.pid) == child.pid  # Ctrl-C is the server's
+        assert child.nice() == max(NICENESS, psutil.Process().nice())  # and the processors are the engine's first
+        group = Path(f"/proc/{child.pid}/autogroup")
+        assert not group.exists() or group.read_text().endswith(f"nice {NICENESS}\n")
 
     run(test)
 
