@@ -52,6 +52,13 @@ def test_a_character_comes_when_it_is_whole_and_its_tokens_with_it(text: Text) -
     assert [it.id for piece in made for it in piece.tokens] == tokens
 
 
+def test_the_first_token_says_something_even_if_it_has_no_text_and_later_ones_only_if_they_have(text: Text) -> None:
+    made = pieces(text, ids(text, "€€b"))
+    assert [it.text for it in made] == ["", "", "€", "", "", "€", "b"]
+    assert [it.begins for it in made] == [True] + [False] * 6
+    assert [it.says_something for it in made] == [True, False, True, False, False, True, True]
+
+
 def test_what_may_be_a_stop_is_held_with_its_tokens(text: Text) -> None:
     made = pieces(text, ids(text, "xENx"), ["END"])
     assert [it.text for it in made] == ["x", "", "", "ENx"]

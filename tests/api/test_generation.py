@@ -8,9 +8,10 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from tokenizers.pre_tokenizers import ByteLevel
 
 from tests.support.live_server import LiveServer
-from tests.support.served import PROMPT, VOCAB, decode, settle, stream_text
+from tests.support.served import CHAT, COMPLETION, PROMPT, VOCAB, decode, events, settle, stream_text
 
 pytestmark = pytest.mark.slow
 
@@ -61,6 +62,21 @@ def test_chat_streams_what_it_would_have_answered(client: openai.OpenAI) -> None
     parts = [{"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]}]
     again = client.chat.completions.create(**options | {"messages": parts})
     assert again.choices[0].message.content == whole.choices[0].message.content
+
+
+@pytest.mark.parametrize("route", ["completions", "chat/completions"])
+@pytest.mark.parametrize("stop", [None, "\ufffdx"])
+def test_the_first_token_is_an_event_although_it_has_no_text(server: LiveServer, route: str, stop: str | None) -> None:
+    """Each token is the first byte of a character of three, and no second one ever comes."""
+    byte = sorted(ByteLevel.alphabet()).index("\u00e2")
+    asked = CHAT if "chat" in route else COMPLETION
+    body = {**asked, "stream": True, "max_tokens": 4, "logit_bias": {str(byte): 100}, "stop": stop}
+    with httpx.stream("POST", f"{server.url}/v1/{route}", json=body) as response:
+        first, *_, last = [it["choices"][0] for it in events(response.iter_lines())]
+    assert first["finish_reason"] is None and last["finish_reason"] == "length"
+    said = [(it.get("delta") or {}).get("content", it.get("text")) for it in (first, last)]
+    assert said == ["", "\ufffd" * 4]
+    assert "delta" not in first or first["delta"]["role"] == "assistant"
 
 
 def test_a_conversation_goes_on_with_the_clients_own_objects(client: openai.OpenAI) -> None:

@@ -36,6 +36,13 @@ def test_a_message_grows_in_typed_events() -> None:
     assert generation.was_closed
 
 
+def test_it_begins_with_a_first_token_that_has_no_text() -> None:
+    generation = ScriptedGeneration(Piece(0, "", begins=True), None, Piece(0, "a", finish="stop"))
+    assert [it and it["type"] for it in events_of(generation)][:5] == [
+        "message_start", "content_block_start", "ping", "ping", "content_block_delta",
+    ]  # fmt: skip
+
+
 def test_input_tokens_are_those_that_were_not_in_the_cache() -> None:
     start, *_, delta, _ = events_of(ScriptedGeneration(Piece(0, "a", finish="stop")))
     assert start is not None and delta is not None

@@ -72,6 +72,14 @@ def test_who_waits_hears_first_that_it_has_begun() -> None:
     ]  # fmt: skip
 
 
+def test_it_begins_with_a_first_token_that_has_no_text() -> None:
+    events = events_of(ScriptedGeneration(Piece(0, "", begins=True), Piece(0, "a", finish="stop")))
+    assert [it and it["type"].partition(".")[2] for it in events][:5] == [
+        "created", "in_progress", "output_item.added", "content_part.added", "output_text.delta",
+    ]  # fmt: skip
+    assert events[4] is not None and events[4]["delta"] == "a"
+
+
 def test_logprobs_come_with_their_text_and_again_with_all_of_it() -> None:
     script = Piece(0, "ab", told("ab")), Piece(0, "c", told("c", 2), finish="stop")
     events: list[Any] = events_of(ScriptedGeneration(*script), include=[LOGPROBS], top_logprobs=1)

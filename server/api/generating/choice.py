@@ -26,7 +26,8 @@ class Piece:
     """Some text of one choice, and the tokens that it is made of, where they were asked about.
 
     `finish` comes with the last one, and `stop` too: the stop string that ended it, or the stop token of the request's
-    own. `of_prompt` comes with the first, if it was asked for.
+    own. `of_prompt` comes with the first, if it was asked for. `begins`: it is the first, and comes with the first
+    token, even if that has no text yet (a part of a character, what may be a stop string).
     """
 
     index: int
@@ -35,10 +36,11 @@ class Piece:
     finish: str | None = None
     stop: str | int | None = None
     of_prompt: ToldOfPrompt | None = None
+    begins: bool = False
 
     @property
     def says_something(self) -> bool:
-        return bool(self.text or self.finish or self.of_prompt)
+        return bool(self.text or self.finish or self.of_prompt or self.begins)
 
 
 class Choice:
@@ -57,6 +59,7 @@ class Choice:
         self._num_decoded = 0  # characters
         self._num_released = 0
         self._held: list[TokenTold] = []  # those whose text is not released yet
+        self._has_begun = False
 
     def push(self, event: TokenEvent) -> Piece:
         """The text that this token completes. A stop token has none."""
@@ -88,4 +91,5 @@ class Choice:
             tokens, self._held = self._held, []
             if self._matcher.matched is not None:  # those behind the cut are not in the answer
                 tokens = [it for it in tokens if it.offset < self._num_released]
-        return Piece(self.index, text, tokens, finish, stop, event.of_prompt)
+        begins, self._has_begun = not self._has_begun, True
+        return Piece(self.index, text, tokens, finish, stop, event.of_prompt, begins)

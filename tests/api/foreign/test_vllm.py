@@ -119,7 +119,7 @@ def test_refusals_of_unloading(http: httpx.Client) -> None:
 
 def test_unloading_waits_for_what_runs(http: httpx.Client, server: LiveServer) -> None:
     assert load(http, "../more/late").text == ADDED
-    long = {"model": "sql", "prompt": PROMPT, "max_tokens": 400, "stream": True, "temperature": 0}
+    long = {"model": "sql", "prompt": PROMPT, "max_tokens": 450, "stream": True, "n": 16}
     answers: list[tuple[int, str]] = []
 
     def remove() -> None:
