@@ -6,7 +6,7 @@ import os
 import sys
 
 from adapters_store.errors import clean
-from server.commands import adapters, base_id, serve, store
+from server.commands import adapters, base_id, doctor, serve, store
 from server.exits import EXIT_REFUSED, EXIT_STOPPED_EARLY, FORESEEN, status_of
 from server.version import VERSION
 
@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"heddle {VERSION}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (serve, adapters, store, base_id):
+    for command in (serve, adapters, store, base_id, doctor):
         command.add_to(commands)
     return parser
 
