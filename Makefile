@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 
 export HF_HUB_OFFLINE = 1
 
-.PHONY: serve test unit thorough lint simulate schemathesis census catalogue clients bench bench-front bench-against clean
+.PHONY: serve test unit thorough lint simulate schemathesis census catalogue clients bench bench-front bench-against bench-peers wheel clean
 
 serve: $(INSTALLED)  ## serve the demo, or: make serve ARGS="MODEL_DIR --adapters DIR"
 	$(BIN)/heddle serve $(ARGS)
@@ -50,6 +50,13 @@ bench-front: $(INSTALLED)  ## CPU time of the front process a streamed token; re
 bench-against: $(INSTALLED)  ## is this checkout slower than a commit? make bench-against REF=main~3
 	$(BIN)/python -m benchmarks.against $(or $(REF),$(error REF=... is missing: the commit to compare with))
 
+bench-peers: $(INSTALLED)  ## beside vLLM, OpenVINO, llama.cpp, Transformers, which it installs; writes a page into benchmarks/results/
+	$(BIN)/python -m benchmarks.peers $(ARGS)
+
+wheel: $(INSTALLED)  ## dist/*.whl with compiled kernels, for machines of this kind that have no compiler
+	rm -rf build
+	HEDDLE_PREBUILT=1 $(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
@@ -57,4 +64,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build dist

@@ -52,7 +52,7 @@ def make_llama(directory: Path, num_adapters: int = NUM_ADAPTERS) -> None:
         wrapped = peft.get_peft_model(model, lora)
         wrapped.save_pretrained(directory / "adapters" / f"lora-{index}")
         model = wrapped.unload()
-    _write_tokenizer(directory / "base", config.vocab_size)
+    write_tokenizer(directory / "base", config.vocab_size)
 
 
 def make_mixture(directory: Path, rank: int = 8) -> None:
@@ -75,7 +75,7 @@ def make_mixture(directory: Path, rank: int = 8) -> None:
             wrapped = peft.get_peft_model(model, lora)
             wrapped.save_pretrained(directory / "adapters" / f"{kind}-{index}")
             model = wrapped.unload()
-    _write_tokenizer(directory / "base", config.vocab_size)
+    write_tokenizer(directory / "base", config.vocab_size)
 
 
 def copy_demo(directory: Path) -> None:
@@ -106,10 +106,12 @@ def make_jobs(count: int, adapters: Sequence[str | None], vocab_size: int, seed:
     ]
 
 
-def _write_tokenizer(directory: Path, vocab_size: int) -> None:
-    """Prompts are sent as ids and answers are not read, but a server needs a tokenizer to start."""
-    from tokenizers import Tokenizer, models
+def write_tokenizer(directory: Path, vocab_size: int) -> None:
+    """Token i is spelled "<i>". Prompts are sent as ids, but a server needs a tokenizer to start, and answers text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
 
-    Tokenizer(models.WordLevel({f"<{index}>": index for index in range(vocab_size)}, unk_token="<0>")).save(
-        str(directory / "tokenizer.json")
-    )
+    tokenizer = Tokenizer(models.WordLevel({f"<{index}>": index for index in range(vocab_size)}, unk_token="<0>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    # without it Transformers makes a tokenizer of the model's family out of it, which refuses this one
+    (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
