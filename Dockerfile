@@ -1,5 +1,10 @@
 # Image for CPUs and, with the arguments below, GPUs. Build: docker build -t heddle .   Run: docker run -p 127.0.0.1:8000:8000 heddle
 # There is no authentication: put a proxy in front before you publish the port to others.
+# The host's kernels, compiled here since the image has no compiler
+FROM python:3.11 AS compiled
+COPY kernels /kernels
+RUN python /kernels/host/build.py
+
 FROM python:3.11-slim
 
 RUN useradd --create-home heddle
@@ -7,6 +12,7 @@ WORKDIR /heddle
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY adapters_store adapters_store
 COPY kernels kernels
+COPY --from=compiled /kernels/host/prebuilt kernels/host/prebuilt
 COPY server server
 COPY demo demo
 # The default build of torch brings CUDA with it. For a tenth of the size, name the index of torch's CPU builds. torch alone
