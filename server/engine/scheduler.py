@@ -131,6 +131,8 @@ class Scheduler:
 
     def _budget(self) -> int:
         """Tokens of this step: at least one for each lane that runs, and for those of who may start next."""
+        if not self._step_budget.has_target:
+            return self._limits.tokens_per_step
         startable = 0
         if not self._is_walled:  # else they wait for blocks, and a longer step would not bring them any
             ready = max(0, len(self.waiting) - self._num_lacking)

@@ -118,9 +118,15 @@ class StepBudget:
         self._allowed = float(most)  # tokens of prompts in the last step that was cut
         self.times = StepTimes()
 
+    @property
+    def has_target(self) -> bool:
+        """Else a step has its whole budget, whatever it took."""
+        return self._target_s > 0.0
+
     def took(self, work: Work, seconds: float) -> None:
         """A step of that took so long."""
-        self.times.learn(work, seconds)
+        if self.has_target:
+            self.times.learn(work, seconds)
 
     def tokens(self, load: Load) -> int:
         """Of the next step.
@@ -129,7 +135,7 @@ class StepBudget:
         calm for few is not bought with a long wait for many. Nor are chunks so small that they cost more than what is
         in them.
         """
-        if not (self._target_s and load.decodes and load.prompts and self.times.knows_prompts):
+        if not (self.has_target and load.decodes and load.prompts and self.times.knows_prompts):
             return self._most
         quiet, chunks = self.times.of_decodes(load.decodes), self.times.of_chunks(min(load.prompts, _MOST_CHUNKS))
         target = max(self._target_s, _STRETCH * quiet) * max(1.0, load.prompts / (_MANY_PROMPTS * load.decodes))
