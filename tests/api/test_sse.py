@@ -57,6 +57,13 @@ def run(test: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(limited())
 
 
+def test_what_some_readers_take_for_a_line_end_is_escaped() -> None:
+    text = "".join(map(chr, range(0x2100))) + "\U0001f9f5"
+    event = data({"text": text})
+    assert event.decode().splitlines() == [event.decode().removesuffix("\n\n"), ""]
+    assert json.loads(event.removeprefix(b"data: ")) == {"text": text}
+
+
 async def stream(bodies: Bodies) -> list[str]:
     """The events that a patient client reads."""
     response = await event_stream(Client().request, bodies(), OPENAI)

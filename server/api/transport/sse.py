@@ -13,11 +13,17 @@ from server.api.transport.errors import body_of, internal_error
 from server.errors import ClientLeft, HeddleError
 
 _COMMENT = b": keep-alive\n\n"  # which clients pass over
+# An event's lines end with CR or LF alone, but many readers (Python's str.splitlines, httpx's iter_lines) also end one
+# at these, which a model may well write. As JSON escapes they mean the same to every reader.
+_LINE_ENDS = {end.encode(): f"\\u{ord(end):04x}".encode() for end in "\x85\u2028\u2029"}
 Result = TypeVar("Result")
 
 
 def data(body: Mapping[str, object]) -> bytes:
-    return b"data: " + msgspec.json.encode(body) + b"\n\n"
+    encoded = msgspec.json.encode(body)
+    for end, escape in _LINE_ENDS.items():
+        encoded = encoded.replace(end, escape)
+    return b"data: " + encoded + b"\n\n"
 
 
 def named(name: str, body: Mapping[str, object]) -> bytes:
