@@ -19,6 +19,7 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 # as browsers write an origin: in lower case, without a path, and without the port that its scheme has anyway
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(?P<port>:[1-9][0-9]{0,4})?")
 _IMPLIED = {"http": ":80", "https": ":443"}
+LEAST_ADAPTER_BYTES = 1 << 16
 
 
 class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -34,14 +35,21 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     threads: int = 0  # 0: the machine's cores
     max_model_len: int = 0  # 0: the model's own limit
     block_size: int = 16
-    kv_cache_bytes: int = 0  # 0: a quarter of a host's free memory, at most 4 GiB; what is left of a GPU's
+    # that KV blocks and adapters share; 0: both of the limits below, where they are set, else half of a host's free
+    # memory, at most 8 GiB, or what is left of a GPU's
+    memory_budget: int = 0
+    kv_reserve: int = 0  # of it, that adapters never take; 0: a quarter, or one context if that is more; at most half
+    kv_cache_bytes: int = 0  # the most that KV blocks take; 0: what adapters need not have
+    adapter_bytes: int = 0  # the most that weights of adapters take; 0: what is not kept for KV blocks
+    # of adapters' files in a host's memory, verified; 0: none; -1: beside a GPU an eighth of what is free, at most
+    # 16 GiB, and none on a CPU, where the system's own cache of files is as near and costs nobody any memory
+    host_cache_bytes: int = -1
     tokens_per_step: int = 0  # token budget of one step; 0: 512 on a CPU, 2048 on a GPU, at least max_running
     # of a step in which some decode and prompts are computed; 0: none; -1: 50 on a CPU, none on a GPU
     target_inter_token_ms: int = -1
     max_running: int = 128  # requests decoded together
     max_waiting: int = 2048
-    adapter_bytes: int = 4 << 30  # weights of adapters on the device
-    adapter_slots: int = 64  # adapters on the device at once
+    adapter_slots: int = 0  # adapters on the device at once; 0: as many as there are bytes for, up to 1,024
     max_rank: int = 64  # the highest LoRA rank that a GPU's decodes are captured for; higher ones run without
     max_experts_per_adapter: int = 0  # E_max: tuned experts of one adapter in one layer; 0: as many as the base has
     trace_steps: str | None = None  # a file to which each step is appended as a line of JSON (server/model/trace.py)
@@ -49,10 +57,11 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "threads", "max_model_len", "kv_cache_bytes", "max_experts_per_adapter", "tokens_per_step")
-        _at_least(self, 0, "max_rank")
-        _at_least(self, -1, "target_inter_token_ms")
-        _at_least(self, 1 << 16, "adapter_bytes")
-        _at_least(self, 1, "block_size", "max_running", "max_waiting", "adapter_slots", "max_skips")
+        _at_least(self, 0, "max_rank", "memory_budget", "kv_reserve", "adapter_slots")
+        _at_least(self, -1, "target_inter_token_ms", "host_cache_bytes")
+        _at_least(self, 1, "block_size", "max_running", "max_waiting", "max_skips")
+        if 0 != self.adapter_bytes < LEAST_ADAPTER_BYTES:
+            raise ConfigError(f"adapter_bytes must be at least {LEAST_ADAPTER_BYTES}, or 0, not {self.adapter_bytes}")
         if 0 < self.tokens_per_step < self.max_running:
             raise ConfigError(
                 f"tokens_per_step ({self.tokens_per_step}) must be at least max_running ({self.max_running}): "
@@ -96,6 +105,7 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     keep_alive_s: float = 15.0  # after which a stream in which nothing comes is sent a comment
     cors_origins: tuple[str, ...] = ()  # whose pages may ask from a browser; *: any
     max_concurrent_requests: int = 1024
+    metrics_adapters: int = 50  # the most active ones, which have series of their own in /metrics
     startup_timeout_s: float = 900.0
     engine_silence_s: float = 30.0  # after so long without a word from the engine new work is refused
     engine_silence_exit_s: float = 300.0  # and after so long the server exits; 0: never
@@ -103,7 +113,8 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     drain_s: float = 5.0  # time in which running requests may finish after Ctrl-C or SIGTERM
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "max_request_tokens", "engine_silence_exit_s", "drain_s", "max_upload_bytes")
+        _at_least(self, 0, "max_request_tokens", "engine_silence_exit_s", "drain_s", "max_upload_bytes",
+                  "metrics_adapters")  # fmt: skip
         _at_least(self, 1, "max_adapters", "max_body_bytes", "max_n", "max_prompts", "max_sequences", "max_messages",
                   "max_parts", "max_stop", "max_stop_chars", "max_concurrent_requests", "max_connections",
                   "max_logprobs")  # fmt: skip

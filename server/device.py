@@ -2,13 +2,16 @@
 
 import torch
 
-from server.config import Device, Dtype, EngineConfig
+from server.config import LEAST_ADAPTER_BYTES, Device, Dtype, EngineConfig
 from server.errors import ConfigError
 from server.memory import available_bytes
 
 CPU = torch.device("cpu")
 
-DEFAULT_HOST_KV_BYTES = 4 << 30
+DEFAULT_HOST_BYTES = 8 << 30
+DEFAULT_CACHE_BYTES = 16 << 30
+DEFAULT_PADDED_SLOTS = 8
+_MOST_SLOTS, _MOST_ADDRESSES, _ALL_ADDRESSES = 1024, 16 << 40, 64 << 40
 DEFAULT_TOKENS_PER_STEP = {"cpu": 512, "cuda": 2048}
 DEFAULT_TARGET_MS = {"cpu": 50, "cuda": 0}
 # what a GPU keeps beside weights, adapters and KV cache: its context, captured graphs, a step's activations
@@ -34,18 +37,20 @@ def choose_dtype(wanted: Dtype, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if wanted == "bfloat16" else torch.float32
 
 
-def require_room(device: torch.device, weight_bytes: int, adapter_bytes: int) -> None:
-    """Raise ConfigError where weights and adapters cannot fit, before anything is moved."""
+def bytes_left(device: torch.device, weight_bytes: int) -> int:
+    """For KV blocks and adapters: beside the model's weights, of which so many bytes are not on the device yet. Raises
+    ConfigError where nothing is left. A host's is a default, not a bound: half of what is free, at most 8 GiB."""
     if device.type == "cpu":
-        return
+        return min(DEFAULT_HOST_BYTES, available_bytes() // 2)
     free, total = torch.cuda.mem_get_info(device)
-    # a model that was made on the device is part of what is taken already
-    free += torch.cuda.memory_allocated(device)
-    if weight_bytes + adapter_bytes + reserved_bytes(total) > free:
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    left = free - weight_bytes - reserved_bytes(total)
+    if left <= 0:
         raise ConfigError(
-            f"the model's weights take {weight_bytes:,} bytes, adapters {adapter_bytes:,} (adapter_bytes), and "
-            f"{reserved_bytes(total):,} are kept for activations; {device} has {free:,} of {total:,} free"
+            f"the model's weights take {weight_bytes:,} bytes more, and {reserved_bytes(total):,} are kept for "
+            f"activations; {device} has {free:,} of {total:,} free"
         )
+    return left
 
 
 def reserved_bytes(total: int) -> int:
@@ -64,44 +69,39 @@ def choose_target_s(config: EngineConfig, device: torch.device) -> float:
     return (DEFAULT_TARGET_MS[device.type] if wanted < 0 else wanted) / 1000
 
 
-def num_kv_blocks(
-    config: EngineConfig, max_model_len: int, bytes_per_block: int, device: torch.device, adapter_bytes: int
-) -> int:
-    """Blocks of KV cache: as configured, else what is free once the weights are in place and adapters have theirs.
-
-    adapter_bytes: what adapters may still take. Raises ConfigError with the numbers.
-    """
-    if device.type == "cpu":
-        budget = config.kv_cache_bytes or min(DEFAULT_HOST_KV_BYTES, available_bytes() // 4)
-    else:
-        free, total = torch.cuda.mem_get_info(device)
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        budget = kv_bytes(config.kv_cache_bytes, free + unused, total, adapter_bytes)
-    blocks = budget // bytes_per_block
-    if blocks <= 0:
+def host_cache_bytes(config: EngineConfig, device: torch.device) -> int:
+    """As configured, else an eighth of what is free. None where the device is the host: the system caches files there,
+    and hashing them again is all that would be saved."""
+    if config.host_cache_bytes > available_bytes():
         raise ConfigError(
-            f"there are {max(0, budget):,} bytes for the KV cache, less than one block ({bytes_per_block:,} bytes)"
-            f"{'' if config.kv_cache_bytes else f'; adapters have {adapter_bytes:,} (adapter_bytes)'}"
+            f"host_cache_bytes {config.host_cache_bytes:,} is more than is free: {available_bytes():,} bytes of memory"
         )
-    # at most what all running requests can hold at once: prefixes of earlier ones live in what those leave free
-    return min(blocks, config.max_running * -(-max_model_len // config.block_size))
+    if config.host_cache_bytes >= 0:
+        return config.host_cache_bytes
+    return 0 if device.type == "cpu" else min(DEFAULT_CACHE_BYTES, available_bytes() // 8)
 
 
-def kv_bytes(wanted: int, free: int, total: int, adapter_bytes: int) -> int:
-    """Of a GPU's memory, for the KV cache. wanted: 0 is all that is left. Raises ConfigError if that is less."""
-    left = free - adapter_bytes - reserved_bytes(total)
-    if wanted and wanted > left:
-        raise ConfigError(
-            f"kv_cache_bytes {wanted:,} does not fit: {free:,} bytes of the GPU's {total:,} are free, of which "
-            f"adapters may take {adapter_bytes:,} (adapter_bytes); {reserved_bytes(total):,} are kept for activations"
-        )
-    return wanted or left
+def choose_slots(config: EngineConfig, adapter_bytes: int, weight_bytes: int, is_shared: bool) -> int:
+    """Places for adapters: as configured, else so many that bytes are what adapters lack first. A slot costs addresses,
+    for all that adapters may take and for a set of experts, and some kilobytes of tables."""
+    if config.adapter_slots:
+        addresses = config.adapter_slots * max(adapter_bytes, weight_bytes)
+        if is_shared and addresses > _ALL_ADDRESSES:
+            raise ConfigError(
+                f"adapter_slots {config.adapter_slots:,} take {addresses / 2**40:,.0f} TiB of addresses; a process has "
+                f"{_ALL_ADDRESSES >> 40} for them. Lower it, or set it to 0 for as many as bytes allow"
+            )
+        return config.adapter_slots
+    if not is_shared:
+        return DEFAULT_PADDED_SLOTS
+    addresses = _MOST_ADDRESSES // max(adapter_bytes, weight_bytes)
+    return max(1, min(_MOST_SLOTS, adapter_bytes // LEAST_ADAPTER_BYTES, addresses))
 
 
-def keep_free(device: torch.device, adapter_bytes: int) -> None:
-    """Bar torch from the adapters' share of a GPU: their pages come from the driver, past torch, and much later."""
+def keep_free(device: torch.device, num_bytes: int) -> None:
+    """Bar torch from so much of a GPU: pages of adapters and KV blocks come from the driver, past torch, and later."""
     if device.type == "cpu":
         return
     free, total = torch.cuda.mem_get_info(device)
-    limit = torch.cuda.memory_reserved(device) + free - adapter_bytes
+    limit = torch.cuda.memory_reserved(device) + free - num_bytes
     torch.cuda.set_per_process_memory_fraction(max(0.01, limit / total), device)

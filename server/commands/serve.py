@@ -47,6 +47,9 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
                         "part of the largest logit (2e-3 in float32, 0.25 in bfloat16)")  # fmt: skip
     served.add_argument("--verify-timeout-s", type=float, default=60.0, metavar="S",
                         help="seconds that verifying one adapter may take, with reading every byte")  # fmt: skip
+    served.add_argument("--metrics-adapters", type=int, default=50, metavar="K",
+                        help="adapters that have series of their own in /metrics, those that are asked for most; "
+                        "the others are summed as `other`")  # fmt: skip
     http = serve.add_argument_group("where")
     http.add_argument("--host", default="127.0.0.1", metavar="H", help="address to listen on")
     http.add_argument("--port", type=int, default=8000, metavar="N", help="port to listen on")
@@ -101,13 +104,19 @@ def demo_base() -> Path:
 _NUMBERS = {
     "threads": "threads of the engine; 0: the machine's cores",
     "max_model_len": "longest sequence in tokens; 0: the model's own limit",
-    "kv_cache_bytes": "memory for keys and values; 0: a quarter of what is free, at most 4 GiB",
+    "memory_budget": "bytes that keys and values and adapters share; 0: kv_cache_bytes and adapter_bytes together, "
+    "where they are set; else half of what is free, at most 8 GiB, or what is left of a GPU",
+    "kv_reserve": "of it, bytes that adapters never take; 0: a quarter, or one context where that is more; at most "
+    "half",
+    "kv_cache_bytes": "the most that keys and values take of it; 0: no limit of their own",
     "tokens_per_step": "token budget of one step",
     "target_inter_token_ms": "while some decode, prompts get so much of a step that it takes about so long, or "
     "2.5 times as long as without them where that is more; 0: all of it; -1: 50 on a CPU, 0 on a GPU",
     "max_running": "requests decoded together",
-    "adapter_bytes": "memory for adapters",
-    "adapter_slots": "adapters in memory at once",
+    "adapter_bytes": "the most that adapters take of it; 0: no limit of their own",
+    "adapter_slots": "adapters in memory at once; 0: as many as bytes allow",
+    "host_cache_bytes": "files of adapters that are kept in the host's memory when they leave the device; 0: none; "
+    "-1: none on a CPU; beside a GPU an eighth of what is free, at most 16 GiB",
     "max_rank": "highest LoRA rank that decodes are captured for on a GPU; higher ones run without a graph; 0: all do",
     "max_experts_per_adapter": "experts that an ESFT adapter may tune in one layer; 0: all",
 }
@@ -137,6 +146,7 @@ def config_of(options: argparse.Namespace) -> ServerConfig:
         ignore_keys=tuple(options.ignore_key),
         store=options.store,
         max_adapters=options.max_adapters,
+        metrics_adapters=options.metrics_adapters,
         allow_sources=tuple(options.allow_source),
         max_upload_bytes=options.max_upload_bytes,
         verify_timeout_s=options.verify_timeout_s,

@@ -97,7 +97,7 @@ class Checks:
 
     def _turn(self, check: CheckAdapter) -> Found | None:
         pool, count = self._kv_cache.pool, self._kv_cache.num_blocks(check.num_tokens)
-        if count > pool.num_free or (self._comparison is not None and not self._comparison.is_ready()):
+        if (self._comparison is not None and not self._comparison.is_ready()) or not pool.make_ready(count):
             return None
         if self._comparison is not None:
             with _Borrowed(self._kv_cache, count) as blocks:

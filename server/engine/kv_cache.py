@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from adapters_store.ref import AdapterRef
+from server.engine.block_memory import BlockMemory
 from server.engine.block_pool import Block, BlockPool
 from server.engine.request import Lane, Request
 
@@ -34,16 +35,21 @@ class KVCache:
     a prefix outlives the tokens that followed it.
     """
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, memory: BlockMemory | None = None, num_certain: int | None = None
+    ) -> None:
+        """num_blocks: the most that there can be, out of `memory`; None: nobody else wants any. num_certain: so many of
+        them there always are, whatever others hold; None: all."""
         self.block_size = block_size
-        self.pool = BlockPool(num_blocks)
+        self.pool = BlockPool(num_blocks, memory)
+        self.num_certain_blocks = num_blocks if num_certain is None else num_certain
         self.num_prefix_queries = 0  # prompt tokens looked up
         self.num_prefix_hits = 0  # and found
 
     @property
     def capacity(self) -> int:
-        """Tokens that one lane could hold if it were alone."""
-        return self.pool.num_blocks * self.block_size
+        """Tokens that one lane can hold if it is alone."""
+        return self.num_certain_blocks * self.block_size
 
     def num_blocks(self, num_tokens: int) -> int:
         """Blocks that so many tokens fill or begin."""
@@ -81,9 +87,9 @@ class KVCache:
         missing = 0
         for lane, count in chunks:
             missing += max(0, self.num_blocks(lane.num_computed_tokens + count) - len(lane.block_table))
-        if missing > self.pool.num_free:
-            return False
         if missing:
+            if not self.pool.make_ready(missing):
+                return False
             for lane, count in chunks:
                 own = self.num_blocks(lane.num_computed_tokens + count) - len(lane.block_table)
                 lane.block_table += self.pool.take(max(0, own))

@@ -84,6 +84,9 @@ class Arena(Protocol):
     def pages_to_map(self, offset: int, size: int) -> int:
         """How many pages of the budget mapping this range would take."""
 
+    def pages_of(self, size: int) -> int:
+        """How many it takes of a range that begins on a page."""
+
     def map(self, offset: int, size: int) -> int:
         """Make a range usable, with undefined contents; returns the pages added."""
 
@@ -146,6 +149,9 @@ class VirtualArena:
 
     def pages_to_map(self, offset: int, size: int) -> int:
         return len(self._counted.added_by(offset, size))
+
+    def pages_of(self, size: int) -> int:
+        return -(-size // self.page_bytes)
 
     def map(self, offset: int, size: int) -> int:
         added = self._counted.add(offset, size)

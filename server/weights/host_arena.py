@@ -16,7 +16,8 @@ from server.weights.arena import ArenaError, VirtualArenas, log
 
 _PROT_NONE, _PROT_READ_WRITE = 0, 3
 _MAP_PRIVATE, _MAP_ANONYMOUS, _MAP_NORESERVE = 0x02, 0x20, 0x4000
-_MADV_DONTNEED, _MADV_NOHUGEPAGE = 4, 15
+_MADV_DONTNEED, _MADV_HUGEPAGE, _MADV_NOHUGEPAGE = 4, 14, 15
+HUGE_PAGE_BYTES = 2 << 20
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -27,15 +28,27 @@ _libc.mprotect.argtypes = _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_si
 
 
 class HostPages:
-    page_bytes = mmap.PAGESIZE
+    """Of the system's size, or huge ones: fewer faults and fewer misses for what is large and read as a whole."""
+
     device = torch.device("cpu")
+
+    def __init__(self, page_bytes: int = mmap.PAGESIZE) -> None:
+        assert page_bytes in (mmap.PAGESIZE, HUGE_PAGE_BYTES)
+        self.page_bytes = page_bytes
 
     def reserve(self, num_bytes: int) -> int:
         flags = _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE
-        address: int = _libc.mmap(None, num_bytes, _PROT_NONE, flags, -1, 0)
-        if address == _MAP_FAILED:
+        beyond = self.page_bytes - mmap.PAGESIZE  # so that a page can begin where one of this size may
+        start: int = _libc.mmap(None, num_bytes + beyond, _PROT_NONE, flags, -1, 0)
+        if start == _MAP_FAILED:
             raise ArenaError(f"cannot reserve {num_bytes / 2**40:.2f} TiB of addresses ({_reason()})")
-        _libc.madvise(address, num_bytes, _MADV_NOHUGEPAGE)  # a huge page would map what nobody asked for
+        address = -(-start // self.page_bytes) * self.page_bytes
+        for left, size in ((start, address - start), (address + num_bytes, start + beyond - address)):
+            if size:
+                self.release(left, size)
+        # else a huge page may be mapped where nobody asked for one
+        is_huge = self.page_bytes == HUGE_PAGE_BYTES
+        _libc.madvise(address, num_bytes, _MADV_HUGEPAGE if is_huge else _MADV_NOHUGEPAGE)
         return address
 
     def release(self, address: int, num_bytes: int) -> None:
@@ -53,8 +66,8 @@ class HostPages:
         return _nothing_to_wait_for  # the host computes before it goes on
 
 
-def host_arenas() -> VirtualArenas:
-    return VirtualArenas(HostPages())
+def host_arenas(page_bytes: int = mmap.PAGESIZE) -> VirtualArenas:
+    return VirtualArenas(HostPages(page_bytes))
 
 
 def _nothing_to_wait_for() -> None:

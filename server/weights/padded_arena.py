@@ -62,6 +62,9 @@ class PaddedArena:
     def pages_to_map(self, offset: int, size: int) -> int:
         return 0
 
+    def pages_of(self, size: int) -> int:
+        return 0
+
     def map(self, offset: int, size: int) -> int:
         return 0
 
@@ -99,6 +102,9 @@ class BlockArena:
 
     def pages_to_map(self, offset: int, size: int) -> int:
         return len(self._counts.added_by(offset, size))
+
+    def pages_of(self, size: int) -> int:
+        return -(-size // _PAGE_BYTES)
 
     def map(self, offset: int, size: int) -> int:
         assert offset % _PAGE_BYTES == 0  # or two would share a page that is not shared

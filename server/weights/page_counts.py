@@ -27,7 +27,8 @@ class PageCounts:
         """Returns the pages added: one run, since only its ends can be shared."""
         pages = self._pages(offset, size)
         added = self._sole(pages, users=0)
-        self._edges.update({pages[0], pages[-1]})
+        for edge in {pages[0], pages[-1]}:  # Counter.update would take longer than all else
+            self._edges[edge] += 1
         self._num_inner += max(0, len(pages) - 2)
         return added
 
@@ -35,8 +36,10 @@ class PageCounts:
         """Undo one add of exactly this range; returns the pages that nobody uses any more."""
         pages = self._pages(offset, size)
         gone = self._sole(pages, users=1)
-        self._edges.subtract({pages[0], pages[-1]})
-        self._edges += Counter()  # drops the zeros
+        for edge in {pages[0], pages[-1]}:
+            self._edges[edge] -= 1
+            if not self._edges[edge]:
+                del self._edges[edge]
         self._num_inner -= max(0, len(pages) - 2)
         return gone
 

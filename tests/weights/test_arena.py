@@ -1,5 +1,6 @@
 """Arenas over the host's pages: what a mapping costs, what neighbours share, what faults."""
 
+import mmap
 import random
 from collections.abc import Iterator
 
@@ -10,7 +11,7 @@ from server.weights.arena import ArenaError, VirtualArena
 from server.weights.host_arena import HostPages
 from tests.support.process_memory import resident_bytes, touches_unmapped
 
-PAGE = HostPages.page_bytes
+PAGE = mmap.PAGESIZE
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Which arenas and copies a device gets, and what is said where it cannot have the best."""
 
 import logging
+import mmap
 
 import pytest
 import torch
@@ -8,7 +9,6 @@ import torch
 from server.weights import choice, cuda_driver
 from server.weights.arena import ArenaError, VirtualMemoryUnsupported
 from server.weights.cuda_driver import CudaDriver
-from server.weights.host_arena import HostPages
 from server.weights.padded_arena import PaddedArenas
 from server.weights.staging import HostCopy
 from tests.support.cuda_fake_driver import FakeBindings, Result
@@ -68,5 +68,5 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_host_gets_its_own_pages() -> None:
-    assert choice.choose_arenas(CPU).page_bytes == HostPages.page_bytes
+    assert choice.choose_arenas(CPU).page_bytes == mmap.PAGESIZE
     assert isinstance(choice.choose_copier(CPU), HostCopy)

@@ -8,7 +8,7 @@ import torch
 from server.engine.residency import AdapterFailed
 from server.weights.arena import ArenaError
 from server.weights.padded_arena import BlockArena, PaddedArenas
-from server.weights.page_pool import PagePool
+from server.weights.page_pool import own_pool
 from tests.support.fake_gpu import engine_with, serve_both_kinds
 from tests.support.tiny_adapters import register, save_lora
 from tests.support.tiny_models import make_model
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 def test_padded_stacks_take_their_room_from_the_budget_at_once() -> None:
-    pool = PagePool(1 << 20, PaddedArenas.page_bytes)
+    pool = own_pool(1 << 20, PaddedArenas.page_bytes)
     arenas = PaddedArenas(CPU)
     arena = arenas.stack(num_bytes=700_000, base_bytes=512 * 100, pool=pool)
     assert pool.num_withdrawn == -(-700_000 // 512) - 100 and pool.num_free == 2048 - pool.num_withdrawn
