@@ -1,63 +1,79 @@
-"""Adapter bytes from disk to their places, off the step loop."""
+"""Adapter bytes from disk or the host's cache to their places, off the step loop."""
 
-import hashlib
-import os
-import queue
+import contextlib
 import threading
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from adapters_store.errors import clean
-from adapters_store.files import open_resolved, read_exactly
 from adapters_store.parts import SourceFile, TensorRef
-from server.weights.arena import PageWork, log
+from server.weights.arena import ArenaError, PageWork, log
+from server.weights.failures import LoadFailure, UnusableAdapter, failure_of
+from server.weights.host_cache import CachedFiles
+from server.weights.runs import Run, in_runs
+from server.weights.sources import CachedFile, FileBytes, fill, verified
 from server.weights.staging import CopyRun
+from server.weights.tables.table import Place, Prepared
 
-Place = tuple[TensorRef, Tensor]
-Derive = Callable[[], None]
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_CHUNK_BYTES = 1 << 20
 
 
-class TransferError(Exception):
-    """The adapter's files are not as they were verified."""
+class MissingFile(UnusableAdapter):
+    """A place that no file fills would be served as it was found."""
 
 
-class Job(Protocol):
-    """What the transfer thread does, one after another: transfers, and the page work of evictions."""
+class ValuesNotFinite(UnusableAdapter):
+    """What is on the device is not what any adapter can be."""
 
-    def run(self) -> None: ...
+
+# of each file: all places, and in which steps they are filled
+_ByFile = dict[str, tuple[Sequence[Place], Sequence[Run | list[Place]]]]
+
+
+class _Steps(NamedTuple):
+    """What is to be done."""
+
+    tables: Sequence[Prepared]
+    by_file: _ByFile
 
 
 class Transfer:
-    """One adapter's copy. `done` turns true when it is over; `error` says why it failed, if it did.
+    """One adapter's way to the device. `done` turns true when it is over; `failure` says why it failed, if it did.
 
-    Its pages are mapped first, by the thread that runs it. Files are read, not mapped: a file that is cut short while
-    mapped would kill the process with SIGBUS. They are hashed as they are read: if that is not what was
-    verified the transfer fails, and its places, which nobody looks at yet, are never looked at.
+    Three threads work on it (loading.py): one maps its pages, one prepares, one reads and copies. The bytes come from
+    `cached`, if that is whole by then; else from disk, and fill it on the way. What comes from disk is hashed: if it is
+    not what was verified, the transfer fails, and its places, which nobody looks at yet, are never looked at. With a
+    copy to fill it does not even get there.
 
-    `cleared` become zero before anything is copied: what of them no place lies in stays so. `derive`: what is computed
-    of the places when all are filled (from the base's weights, say). Both on this thread and on the copies' stream, so
-    that the step loop never does it.
+    `tables` are the `prepare` of those that have parts of it. What they clear becomes zero before anything is copied:
+    what of it no place lies in stays so. What they derive is computed of the places when all are filled. At last all
+    values must be finite in the type that they have here: files were checked when they were registered, but what was
+    converted may have become too large, and a bit may have flipped since it was hashed.
     """
 
     def __init__(
         self,
         files: Sequence[SourceFile],
-        places: Iterable[Place],
+        tables: Sequence[Callable[[], Prepared]],
         pages: PageWork,
         copies: CopyRun,
-        cleared: Sequence[Tensor] = (),
-        derive: Sequence[Derive] = (),
+        cached: CachedFiles | None = None,
     ) -> None:
-        self._files, self._places, self._pages = files, places, pages
-        self._copies, self._cleared, self._derive = copies, cleared, derive
-        self._over = threading.Event()
-        self.error: str | None = None
+        self._files, self._tables, self._pages = files, tables, pages
+        self._copies, self._cached = copies, cached
+        self._mapped, self._over = threading.Event(), threading.Event()
+        self._prepared: _Steps | None = None
+        self._map_error: BaseException | None = None
+        self._prepare_error: BaseException | None = None
+        self.failure: LoadFailure | None = None
+        self.seconds = 0.0  # of work, once it is done
+        if cached is not None:
+            cached.used_by(self)
 
     @property
     def done(self) -> bool:
@@ -68,67 +84,168 @@ class Transfer:
         """Let kernels that are launched from now on read what was copied. Call it when `done`."""
         self._copies.join()
 
+    def map_pages(self) -> None:
+        try:
+            self._pages.run()
+        except BaseException as error:
+            self._map_error = error
+        finally:
+            self._mapped.set()
+
+    def prepare(self) -> None:
+        """What the interpreter does for hundreds of tensors. Before `run`, which does it if nobody has."""
+        try:
+            self._prepared = self._steps([prepare() for prepare in self._tables])
+        except BaseException as error:
+            self._prepare_error = error
+
     def run(self) -> None:
+        begin = time.monotonic()
         try:
             try:
-                by_file = self._by_file()
-                self._pages.run()
-                with torch.inference_mode():
-                    for tensor in self._cleared:
-                        self._copies.compute(tensor.zero_)
-                    for file in self._files:
-                        self._copy_from(file, by_file.get(file.file, {}))
-                    for step in self._derive:
-                        self._copies.compute(step)
+                self._load()
             finally:
+                self._mapped.wait()  # not to be under way when this is over
                 self._copies.end()
-        except OSError as error:  # its text would show the path
-            self.error = error.strerror or "it cannot be read"
         except BaseException as error:  # whatever else goes wrong is this adapter's failure, not the engine's
-            self.error = str(error) or type(error).__name__
+            self.failure = failure_of(error)
         finally:
+            self.seconds = time.monotonic() - begin
+            self._prepared, self._tables = None, ()  # views keep memory
             self._over.set()
 
-    def _by_file(self) -> dict[str, dict[int, list[Place]]]:
-        """Places by file, and by where their bytes begin. One that no file fills would be served as it was found."""
-        by_file: dict[str, dict[int, list[Place]]] = {}
-        for tensor, place in self._places:
-            by_file.setdefault(tensor.file, {}).setdefault(tensor.offset, []).append((tensor, place))
-        missing = sorted(set(by_file) - {file.file for file in self._files})
+    def _load(self) -> None:
+        cached = self._filled()
+        self._mapped.wait()
+        if self._map_error is not None:
+            raise self._map_error
+        if self._prepared is None and self._prepare_error is None:
+            self.prepare()
+        if self._prepare_error is not None:
+            raise self._prepare_error
+        assert self._prepared is not None
+        tables, by_file = self._prepared
+        with torch.inference_mode():
+            for it in tables:
+                for tensor in it.cleared:
+                    self._copies.compute(tensor.zero_)
+            self._copy(by_file, cached)
+            for it in tables:
+                for step in it.derive:
+                    self._copies.compute(step)
+            if not self._copies.are_finite([tensor for it in tables for tensor in it.checked]):
+                raise ValuesNotFinite(self._not_finite(by_file))
+
+    def _steps(self, tables: Sequence[Prepared]) -> "_Steps":
+        places: dict[str, list[Place]] = {}
+        for it in tables:
+            for place in it.places:
+                places.setdefault(place[0].file, []).append(place)
+        missing = sorted(set(places) - {file.file for file in self._files})
         if missing:
-            raise TransferError(f"{clean(missing[0], 200)} is not among the adapter's files; register it again")
-        return by_file
+            raise MissingFile(f"{clean(missing[0], 200)} is not among the adapter's files; register it again")
+        return _Steps(tables, {file: (its, list(in_runs(its))) for file, its in places.items()})
 
-    def _copy_from(self, source: SourceFile, stored: dict[int, list[Place]]) -> None:
-        """Every byte of the file once, in order: those of tensors to their places, the rest for the hash."""
-        descriptor = open_resolved(source.path)
+    def _filled(self) -> CachedFiles | None:
+        """The copy to read from; None: disk."""
+        if self._cached is None:
+            return None
         try:
-            if os.fstat(descriptor).st_size != source.size:
-                raise _changed(source)
-            file = _HashedFile(descriptor)
-            for offset in sorted(stored):
-                file.skip_to(offset)
-                self._copy(file, offset, stored[offset])
-            file.skip_to(source.size)
-        finally:
-            os.close(descriptor)
-        if file.hexdigest() != source.sha256:
-            raise _changed(source)
+            for _ in fill(self._cached):
+                pass
+        except ArenaError as error:
+            log.error("an adapter is loaded without the host's cache: %s", error)
+            return None
+        return self._cached
 
-    def _copy(self, file: "_HashedFile", offset: int, places: Sequence[Place]) -> None:
-        """What is stored at `offset`: as it is to its place, or to several, whole or in blocks."""
-        first, place = places[0]
-        if len(places) == 1 and first.cut_from is None:
-            self._copies.put(partial(_fill, file, offset), first.num_bytes, _DTYPES[first.dtype], place)
-            return
+    def _copy(self, by_file: "_ByFile", cached: CachedFiles | None) -> None:
+        for number, file in enumerate(self._files):
+            with _opened(file, number, cached) as source:
+                for it in by_file.get(file.file, ((), ()))[1]:
+                    if isinstance(it, Run):
+                        self._copy_run(source, it)
+                    else:
+                        self._copy_blocks(source, it)
+
+    def _copy_run(self, source: FileBytes, run: Run) -> None:
+        dtype = _DTYPES[run.dtype]
+        pieces = None
+        if run.place.dtype is dtype and run.place.is_contiguous():
+            pieces = source.lasting(run.offset, run.num_bytes)
+        if pieces is not None:
+            self._copies.put_lasting(pieces, run.place)
+        else:
+            self._copies.put(partial(_read, source, run.offset), run.num_bytes, dtype, run.place)
+
+    def _copy_blocks(self, source: FileBytes, places: Sequence[Place]) -> None:
+        """What is stored at one offset, to several places or in blocks."""
+        first, _ = places[0]
         dtype = _DTYPES[first.dtype]
         raw = bytearray(first.stored_elements * dtype.itemsize)
-        file.read_into(memoryview(raw))
+        source.read(first.offset, memoryview(raw))
         stored = torch.frombuffer(raw, dtype=dtype)
         for tensor, place in places:
             assert tensor.stored_elements == first.stored_elements and tensor.dtype == first.dtype
             bytes_of = _block(stored, tensor).contiguous().view(torch.uint8).numpy().reshape(-1).data
             self._copies.put(partial(_hand_over, bytes_of), tensor.num_bytes, dtype, place)
+
+    def _not_finite(self, by_file: "_ByFile") -> str:
+        for places, _ in by_file.values():
+            for tensor, place in places:
+                if not self._copies.are_finite([place.contiguous()]):
+                    kind = str(place.dtype).removeprefix("torch.")
+                    return f"{clean(tensor.key, 200)} holds values that are not finite as {kind}; register another"
+        return "what is derived of it is not finite"
+
+
+class Fetch:
+    """One adapter's files from disk into host memory, so that a transfer need not wait for the disk."""
+
+    def __init__(self, cached: CachedFiles) -> None:
+        self._cached = cached
+        self._over = threading.Event()
+        self.failure: LoadFailure | None = None
+        self.seconds = 0.0  # of work, once it is done
+        cached.used_by(self)
+
+    @property
+    def done(self) -> bool:
+        return self._over.is_set()
+
+    def map_pages(self) -> None:
+        """It has none."""
+
+    def prepare(self) -> None:
+        """There is nothing to prepare."""
+
+    def run(self) -> None:
+        for _ in self.steps():
+            pass
+
+    def steps(self) -> Iterator[None]:
+        """`run`, with room between steps for what is more urgent: for a transfer of the very same files too."""
+        try:
+            steps = fill(self._cached)
+            while not self._cached.is_whole and not self._cached.is_dropped:
+                begin = time.monotonic()
+                next(steps, None)
+                self.seconds += time.monotonic() - begin
+                yield
+            if not self._cached.is_whole:
+                self.failure = LoadFailure("nobody wants it any more", is_final=False)
+        except BaseException as error:
+            self.failure = failure_of(error)
+        finally:
+            self._over.set()
+
+
+@contextlib.contextmanager
+def _opened(file: SourceFile, number: int, cached: CachedFiles | None) -> Iterator[FileBytes]:
+    if cached is not None:
+        yield CachedFile(cached, number)
+    else:
+        with verified(file) as source:
+            yield source
 
 
 def _block(stored: Tensor, tensor: TensorRef) -> Tensor:
@@ -140,58 +257,11 @@ def _block(stored: Tensor, tensor: TensorRef) -> Tensor:
     return whole[tuple(slice(start, start + size) for start, size in zip(it.start, tensor.shape, strict=True))]
 
 
-class _HashedFile:
-    """A file that is read from its beginning to its end, and hashed on the way. hashlib lets other threads run."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor, self._digest, self._position = descriptor, hashlib.sha256(), 0
-
-    def read_into(self, into: memoryview) -> None:
-        read_exactly(self._descriptor, self._position, into)
-        self._digest.update(into)
-        self._position += len(into)
-
-    def skip_to(self, offset: int) -> None:
-        while self._position < offset:
-            self.read_into(memoryview(bytearray(min(_CHUNK_BYTES, offset - self._position))))
-        assert self._position == offset
-
-    def hexdigest(self) -> str:
-        return self._digest.hexdigest()
-
-
-def _fill(file: _HashedFile, start: int, into: memoryview, offset: int) -> None:
-    """As staging.Read: it asks for a tensor's bytes in order, so no seek is needed."""
-    file.skip_to(start + offset)
-    file.read_into(into)
+def _read(source: FileBytes, start: int, into: memoryview, offset: int) -> None:
+    """As staging.Read."""
+    source.read(start + offset, into)
 
 
 def _hand_over(source: memoryview, into: memoryview, offset: int) -> None:
     """As staging.Read, of what is in memory."""
     into[:] = source[offset : offset + len(into)]
-
-
-def _changed(source: SourceFile) -> TransferError:
-    return TransferError(f"{clean(source.file, 200)} changed after it was registered; register the adapter again")
-
-
-class TransferThread:
-    """Runs jobs one after another, in order; the step loop only looks whether transfers are done.
-
-    The order is what makes reuse safe: pages are given back before they are mapped for the next adapter.
-    """
-
-    def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[Job] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="adapter-transfer", daemon=True)
-        self._thread.start()
-
-    def start(self, job: Job) -> None:
-        self._queue.put(job)
-
-    def _run(self) -> None:
-        while True:
-            try:
-                self._queue.get().run()
-            except Exception:  # a transfer keeps its own errors; the others must not wait for ever for one job's
-                log.exception("a job of the transfer thread failed")

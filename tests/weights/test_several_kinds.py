@@ -14,7 +14,7 @@ from server.engine.residency import AdapterFailed, Wait
 from server.model.probe import PROBE
 from server.weights.arena import ArenaError
 from server.weights.residency import DeviceResidency
-from server.weights.tables.table import Mapped
+from server.weights.tables.table import Prepared
 from tests.support.engine_harness import Engine, prompts
 from tests.support.stepped_residency import wait_until_resident
 from tests.support.tiny_adapters import merge, register, save_esft, save_lora
@@ -66,18 +66,23 @@ class Full:
         self.slots: set[int] = set()
         self.log: list[str] = []
 
-    def refusal(self, parts: Sequence[Any]) -> str | None:
-        return None
+    refusal = None
 
-    def pages_for(self, slot: int, parts: Sequence[Any]) -> int:
+    def layout(self, parts: Sequence[Any]) -> "Full":
+        return self
+
+    def pages_for(self, layout: Any) -> int:
         return 0
 
-    def map(self, slot: int, parts: Sequence[Any]) -> Mapped:
+    def map(self, slot: int, layout: Any) -> None:
         self.log.append("map")
         if self._refuses is not None:
             raise ArenaError(self._refuses)
         self.slots.add(slot)
-        return Mapped([])
+
+    def prepare(self, slot: int) -> Prepared:
+        self.log.append("prepare")
+        return Prepared([])
 
     def install(self, slot: int) -> None:
         self.log.append("install")
@@ -132,12 +137,12 @@ def test_tables_are_installed_together_when_the_transfer_is_over(
     tables = (Full(LowRank), Full(ExpertReplacement))
     it._tables = tables
     assert it.acquire(entry.ref) is Wait.LOADING
-    assert all(table.log == ["map"] for table in tables)
+    assert all(table.log[0] == "map" and "install" not in table.log for table in tables)
     wait_until_resident(it, entry)
-    assert all(table.log == ["map", "install"] for table in tables)
+    assert all(table.log == ["map", "prepare", "install"] for table in tables)
     it.release(entry.ref)
     it.forget(entry.ref)
-    assert all(table.log == ["map", "install", "unmap"] for table in tables)
+    assert all(table.log == ["map", "prepare", "install", "unmap"] for table in tables)
 
 
 def test_several_adapters_at_once_are_refused_where_they_never_fit(tmp_path: Path) -> None:

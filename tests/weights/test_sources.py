@@ -1,28 +1,18 @@
 """Where the bytes of a tensor may lie: in a file, in a block of a larger tensor, in a file that a reader wrote."""
 
 import hashlib
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
 from adapters_store.parts import SourceFile, TensorRef, Whole
-from server.weights.arena import PageWork
-from server.weights.staging import Copier, HostCopy, PinnedCopy
-from server.weights.transfer import Transfer
-from tests.support.cuda_fake_driver import FakeCuda
-
-CPU = torch.device("cpu")
-
-
-def copier(kind: str) -> Copier:
-    if kind == "host":
-        return HostCopy()
-    buffers = [torch.zeros(128, dtype=torch.uint8) for _ in range(2)]
-    return PinnedCopy(buffers, torch.zeros(128, dtype=torch.uint8), CPU, FakeCuda())
+from server.weights.failures import LoadFailure
+from server.weights.tables.table import Prepared
+from tests.support.transfers import WAYS, run, transfer
 
 
 def source(path: Path) -> SourceFile:
@@ -37,9 +27,9 @@ def offset_of(path: Path, key: str) -> int:
     return path.read_bytes().index(tensor.contiguous().view(torch.uint8).numpy().tobytes())
 
 
-@pytest.mark.parametrize("kind", ["host", "pinned"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_blocks_of_a_tensor_go_to_places_of_their_own(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
+def test_blocks_of_a_tensor_go_to_places_of_their_own(tmp_path: Path, way: str, dtype: torch.dtype) -> None:
     path = tmp_path / "packed.safetensors"
     stored, other = torch.randn(6, 20, dtype=dtype), torch.randn(7, dtype=dtype)
     save_file({"b": stored, "c": other}, path)
@@ -52,16 +42,14 @@ def test_blocks_of_a_tensor_go_to_places_of_their_own(tmp_path: Path, kind: str,
     refs = [whole, whole, block(6, 5, (0, 5)), block(6, 5, (0, 15)), block(2, 20, (3, 0)), block(1, 1, (5, 19)),
             TensorRef(path.name, "c", (7,), name, offset_of(path, "c"))]  # fmt: skip
     places = [torch.full(ref.shape, torch.nan) for ref in refs]
-    transfer = Transfer([source(path)], list(zip(refs, places, strict=True)), PageWork(), copier(kind).begin())
-    transfer.run()
-    assert transfer.error is None and transfer.done
+    assert run(transfer([source(path)], zip(refs, places, strict=True), way)).failure is None
     expected = [stored, stored, stored[:, 5:10], stored[:, 15:], stored[3:5], stored[5:, 19:], other]
     assert all(torch.equal(place, it.float()) for place, it in zip(places, expected, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["host", "pinned"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_dimensions_may_be_in_another_order(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
+def test_dimensions_may_be_in_another_order(tmp_path: Path, way: str, dtype: torch.dtype) -> None:
     """As the experts of B are: column j * experts + e of what is stored is column j of expert e."""
     path = tmp_path / "experts.safetensors"
     out, rank, experts = 5, 3, 4
@@ -75,16 +63,14 @@ def test_dimensions_may_be_in_another_order(tmp_path: Path, kind: str, dtype: to
 
     refs = [ref((experts, out, rank), (0, 0, 0)), ref((1, out, rank), (2, 0, 0)), ref((2, 2, 1), (1, 3, 2))]
     places = [torch.full(ref.shape, torch.nan) for ref in refs]
-    transfer = Transfer([source(path)], zip(refs, places, strict=True), PageWork(), copier(kind).begin())
-    transfer.run()
-    assert transfer.error is None
+    assert run(transfer([source(path)], zip(refs, places, strict=True), way)).failure is None
     whole = torch.stack([stored[:, expert::experts] for expert in range(experts)]).float()
     expected = [whole, whole[2:3], whole[1:3, 3:, 2:]]
     assert all(torch.equal(place, it) for place, it in zip(places, expected, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["host", "pinned"])
-def test_pieces_go_into_a_matrix_that_was_cleared(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_pieces_go_into_a_matrix_that_was_cleared(tmp_path: Path, way: str) -> None:
     """Two updates of a fused linear's parts, as one of the whole: blocks on the diagonal, and zeros beside them."""
     path = tmp_path / "parts.safetensors"
     first, second = torch.randn(3, 2), torch.randn(4, 3)
@@ -94,9 +80,8 @@ def test_pieces_go_into_a_matrix_that_was_cleared(tmp_path: Path, kind: str) -> 
         (TensorRef(path.name, "k", (3, 2), "F32", offset_of(path, "k")), room[:3, :2]),
         (TensorRef(path.name, "q", (4, 3), "F32", offset_of(path, "q")), room[3:, 2:]),
     ]
-    transfer = Transfer([source(path)], places, PageWork(), copier(kind).begin(), cleared=[room])
-    transfer.run()
-    assert transfer.error is None
+    clearing = partial(Prepared._replace, cleared=[room])
+    assert run(transfer([source(path)], places, way, clearing)).failure is None
     torch.testing.assert_close(room, torch.block_diag(first, second))
 
 
@@ -107,18 +92,15 @@ def test_a_file_that_a_reader_wrote_is_a_source_like_any_other(tmp_path: Path) -
     blob.write_bytes(b"ahead" * 4 + matrix.numpy().tobytes())
     place = torch.empty(3, 4)
     ref = TensorRef(blob.name, "rewritten", (3, 4), "F32", 20)
-    copied = Transfer([source(blob)], [(ref, place)], PageWork(), HostCopy())
-    copied.run()
-    assert copied.error is None and torch.equal(place, matrix)
+    assert run(transfer([source(blob)], [(ref, place)])).failure is None and torch.equal(place, matrix)
     verified = source(blob)
     blob.write_bytes(b"ahead" * 4 + (matrix + 1).numpy().tobytes())
-    changed = Transfer([verified], [(ref, place)], PageWork(), HostCopy())
-    changed.run()
-    assert "changed after it was registered" in str(changed.error)
+    failure = run(transfer([verified], [(ref, place)])).failure
+    assert failure is not None and failure.is_final and "changed after it was registered" in failure.reason
 
 
-@pytest.mark.parametrize("kind", ["host", "pinned"])
-def test_what_is_derived_comes_behind_the_copies_and_before_the_transfer_is_done(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_derived_comes_behind_the_copies_and_before_the_transfer_is_done(tmp_path: Path, way: str) -> None:
     """A row's norm of the base and what was copied, say."""
     path = tmp_path / "a.safetensors"
     delta, base = torch.randn(4, 5), torch.randn(4, 5)
@@ -127,12 +109,11 @@ def test_what_is_derived_comes_behind_the_copies_and_before_the_transfer_is_done
     ref = TensorRef(path.name, "delta", (4, 5), "F32", offset_of(path, "delta"))
 
     def derive() -> None:
-        assert not transfer.done
+        assert not it.done
         torch.linalg.vector_norm(base + place, dim=1, out=norms)
 
-    transfer = Transfer([source(path)], [(ref, place)], PageWork(), copier(kind).begin(), derive=[derive])
-    transfer.run()
-    assert transfer.done and transfer.error is None
+    it = transfer([source(path)], [(ref, place)], way, derive=[derive])
+    assert run(it).failure is None
     torch.testing.assert_close(norms, (base + delta).norm(dim=1))
 
 
@@ -143,13 +124,10 @@ def test_a_failure_to_derive_is_the_adapters(tmp_path: Path) -> None:
     def derive() -> None:
         raise RuntimeError("out of memory")
 
-    transfer = Transfer([source(path)], list[tuple[TensorRef, Tensor]](), PageWork(), HostCopy(), derive=[derive])
-    transfer.run()
-    assert transfer.done and transfer.error == "out of memory"
+    assert run(transfer([source(path)], [], derive=[derive])).failure == LoadFailure("out of memory", is_final=False)
 
 
 def test_a_place_that_no_file_fills_fails_the_transfer() -> None:
     ref = TensorRef("elsewhere", "a", (1,), "F32")
-    transfer = Transfer([], [(ref, torch.zeros(1))], PageWork(), HostCopy())
-    transfer.run()
-    assert transfer.error == "elsewhere is not among the adapter's files; register it again"
+    told = "elsewhere is not among the adapter's files; register it again"
+    assert run(transfer([], [(ref, torch.zeros(1))])).failure == LoadFailure(told, is_final=True)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from server.weights.staging import PinnedCopy
+from server.weights.staging import HostCopy, PinnedCopy
 from tests.support.cuda_fake_driver import FakeCuda
 
 CPU = torch.device("cpu")
@@ -70,3 +70,33 @@ def test_pieces_and_dtypes(to: torch.dtype) -> None:
             run.end()
             assert torch.equal(place, tensor.to(to)) and run.is_complete()
             assert copy._scratch.any() == (dtype is not to)  # converted on the device, or else straight to the place
+
+
+@pytest.mark.parametrize("to", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(0,), (1,), (3, 5), (400, 1000), (1_000_003,)])
+def test_the_host_converts_a_piece_at_a_time(to: torch.dtype, shape: tuple[int, ...]) -> None:
+    log: list[object] = []
+    copy = HostCopy()
+    for dtype in (torch.float32, torch.bfloat16):
+        tensor = torch.randn(shape).to(dtype)
+        source, place = Source(tensor, log), torch.full(shape, float("nan"), dtype=to)
+        copy.put(source.read, source.num_bytes, dtype, place)
+        assert torch.equal(place, tensor.to(to))
+        block = torch.full((*shape, 2), float("nan"), dtype=to)  # not in one piece
+        copy.put(source.read, source.num_bytes, dtype, block[..., 0])
+        assert torch.equal(block[..., 0], tensor.to(to)) and block[..., 1].isnan().all()
+
+
+def test_what_lasts_is_copied_from_where_it_lies() -> None:
+    copy, cuda = pinned(64)
+    values = torch.randn(100)
+    raw, place = values.view(torch.uint8), torch.full((10, 10), float("nan"))
+    cuda.log.clear()
+    run = copy.begin()
+    run.put_lasting(raw.split([3, 90, 307]), place)  # pieces that begin within an element
+    assert run.are_finite([place])
+    run.end()
+    assert torch.equal(place.view(-1), values)
+    assert [it[0] for it in cuda.log] == ["wait_stream", "copy", "copy", "record"]  # no buffer: nothing is waited for
+    place[3, 3] = float("nan")
+    assert not run.are_finite([place, values]) and run.are_finite([values, values[:0]])

@@ -1,16 +1,18 @@
 """Replaced experts on the device: stacks with room behind the base's experts, and the expert maps."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from math import gcd, lcm
 
 import torch
 from torch import Tensor
 
-from adapters_store.parts import ExpertReplacement, TensorRef
+from adapters_store.parts import ExpertReplacement
 from kernels.adapter_rows import ShapeKey
 from server.weights.arena import ArenaError, Arenas
+from server.weights.pace import unhurried
 from server.weights.page_pool import PagePool
-from server.weights.tables.table import Mapped, to_device
+from server.weights.tables.table import Place, Prepared, on_host
 
 
 class _Stack:
@@ -47,6 +49,27 @@ class _Layer:
         self.num_base = num_base
         identity = torch.arange(num_base, dtype=torch.int32, device=gate_up.tensor.device)
         self.map = identity.repeat(num_slots + 1, 1)  # [slots + 1, M]
+        self.identity = self.map[0]
+
+
+@dataclass(frozen=True)
+class ExpertLayout:
+    """As table.Layout."""
+
+    parts: Sequence[ExpertReplacement]
+    tuned: dict[int, list[int]]  # layer -> expert ids, ascending
+    refusal: str | None
+
+
+@dataclass
+class _Held:
+    """One adapter, and what `prepare` made for `install`: rows of expert maps, and what becomes of them."""
+
+    layout: ExpertLayout
+    rows: list[Tensor] = field(default_factory=list)  # of the maps, where kernels read them
+    values: list[Tensor] = field(default_factory=list)  # on the host
+    identities: list[Tensor] = field(default_factory=list)
+    is_installed: bool = False
 
 
 class ExpertTable:
@@ -61,7 +84,7 @@ class ExpertTable:
     def __init__(self, num_slots: int, e_max: int, pool: PagePool, arenas: Arenas) -> None:
         self._num_slots, self.e_max, self._pool, self._arenas = num_slots, e_max, pool, arenas
         self._layers: dict[int, _Layer] = {}
-        self._tuned: dict[int, dict[int, list[int]]] = {}  # slot -> layer -> expert ids, ascending
+        self._held: dict[int, _Held] = {}  # by slot
 
     def add_layer(self, layer: int, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Take over the base's experts of a layer; returns the stacks that replace them, and the expert map.
@@ -77,58 +100,74 @@ class ExpertTable:
         self._layers[layer] = _Layer(first, second, len(gate_up), self._num_slots)
         return first.tensor, second.tensor, self._layers[layer].map
 
-    def refusal(self, parts: Sequence[ExpertReplacement]) -> str | None:
+    def layout(self, parts: Sequence[ExpertReplacement]) -> ExpertLayout:
         """Beyond E_max lie the next slot's experts."""
-        for layer, experts in _by_layer(parts).items():
+        tuned = _by_layer(parts)
+        for layer, experts in tuned.items():
             if len(experts) > self.e_max:
-                return f"it tunes {len(experts)} experts of layer {layer}; there is room for {self.e_max}"
-        return None
+                told = f"it tunes {len(experts)} experts of layer {layer}; there is room for {self.e_max}"
+                return ExpertLayout(parts, tuned, told)
+        return ExpertLayout(parts, tuned, None)
 
-    def pages_for(self, slot: int, parts: Sequence[ExpertReplacement]) -> int:
+    def pages_for(self, layout: ExpertLayout) -> int:
         return sum(
-            stack.arena.pages_to_map(*stack.range_of(slot, len(experts)))
-            for layer, experts in _by_layer(parts).items()
+            stack.arena.pages_of(stack.range_of(1, len(experts))[1])  # every slot begins on a page
+            for layer, experts in layout.tuned.items()
             for stack in self._layers[layer].stacks
         )
 
-    def map(self, slot: int, parts: Sequence[ExpertReplacement]) -> Mapped:
-        self._tuned[slot] = tuned = _by_layer(parts)
+    def map(self, slot: int, layout: ExpertLayout) -> None:
         mapped: list[tuple[_Stack, int]] = []
         try:
-            for layer, experts in tuned.items():
+            for layer, experts in layout.tuned.items():
                 for stack in self._layers[layer].stacks:
                     self._pool.take(stack.arena.map(*stack.range_of(slot, len(experts))))
                     mapped.append((stack, len(experts)))
         except ArenaError:
             for stack, count in mapped:
                 self._pool.give_back(stack.arena.unmap(*stack.range_of(slot, count)))
-            del self._tuned[slot]
             raise
-        return Mapped([place for part in parts for place in self._places(slot, part)])
+        self._held[slot] = _Held(layout)
 
-    def _places(self, slot: int, part: ExpertReplacement) -> list[tuple[TensorRef, Tensor]]:
-        layer = self._layers[part.layer]
-        at = layer.gate_up.first(slot) + self._tuned[slot][part.layer].index(part.expert)
-        halves = layer.gate_up.tensor[at].split([tensor.shape[0] for tensor in part.gate_up])
-        return [*zip(part.gate_up, halves, strict=True), (part.down, layer.down.tensor[at])]
+    def prepare(self, slot: int) -> Prepared:
+        held = self._held[slot]
+        checked: list[Tensor] = []
+        for layer_id, experts in unhurried(held.layout.tuned.items()):
+            layer = self._layers[layer_id]
+            first = layer.gate_up.first(slot)
+            checked += [stack.tensor[first : first + len(experts)] for stack in layer.stacks]
+            held.rows.append(layer.map[slot])
+            held.identities.append(layer.identity)
+            values = on_host((layer.num_base,), like=layer.map)
+            values.copy_(torch.arange(layer.num_base))
+            values[experts] = torch.arange(first, first + len(experts), dtype=values.dtype)
+            held.values.append(values)
+        return Prepared(self._places(slot, held.layout), checked=checked)
+
+    def _places(self, slot: int, layout: ExpertLayout) -> Iterator[Place]:
+        order = {(layer, it): at for layer, experts in layout.tuned.items() for at, it in enumerate(experts)}
+        for part in unhurried(layout.parts):
+            layer = self._layers[part.layer]
+            at = layer.gate_up.first(slot) + order[part.layer, part.expert]
+            halves = layer.gate_up.tensor[at].split([tensor.shape[0] for tensor in part.gate_up])
+            yield from zip(part.gate_up, halves, strict=True)
+            yield part.down, layer.down.tensor[at]
 
     def install(self, slot: int) -> None:
-        for layer_id, experts in self._tuned[slot].items():
-            layer = self._layers[layer_id]
-            row = list(range(layer.num_base))
-            for place, expert in enumerate(experts, start=layer.gate_up.first(slot)):
-                row[expert] = place
-            to_device(layer.map[slot], row)
+        held = self._held[slot]
+        torch._foreach_copy_(held.rows, held.values, non_blocking=True)
+        held.is_installed = True
 
     def unmap(self, slot: int) -> None:
-        for layer_id, experts in self._tuned.pop(slot).items():
-            layer = self._layers[layer_id]
-            layer.map[slot] = layer.map[0]
-            for stack in layer.stacks:
+        held = self._held.pop(slot)
+        if held.is_installed:
+            torch._foreach_copy_(held.rows, held.identities)
+        for layer_id, experts in held.layout.tuned.items():
+            for stack in self._layers[layer_id].stacks:
                 self._pool.give_back(stack.arena.unmap(*stack.range_of(slot, len(experts))))
 
     def has(self, slot: int) -> bool:
-        return slot in self._tuned
+        return slot in self._held
 
     def shape_key(self, slot: int) -> ShapeKey:
         return ShapeKey(experts=int(self.has(slot)))
@@ -137,12 +176,26 @@ class ExpertTable:
         for layer_id, layer in self._layers.items():
             for stack in layer.stacks:
                 mine = [
-                    stack.range_of(slot, len(tuned[layer_id]))
-                    for slot, tuned in self._tuned.items()
-                    if layer_id in tuned
+                    stack.range_of(slot, len(held.layout.tuned[layer_id]))
+                    for slot, held in self._held.items()
+                    if layer_id in held.layout.tuned
                 ]
                 stack.arena.check([stack.base_range, *mine])
-            assert layer.map[0].tolist() == list(range(layer.num_base))
+            shown = [0, *sorted(self._held)]  # most slots are empty, and there may be a thousand
+            empty = torch.ones(len(layer.map), dtype=torch.bool)
+            empty[shown] = False
+            assert layer.map.is_cuda or bool((layer.map[empty] < layer.num_base).all())
+            for slot in shown:
+                row = layer.map[slot].tolist()
+                assert {it for it in row if it >= layer.num_base} == self._places_seen(slot, layer_id)
+
+    def _places_seen(self, slot: int, layer_id: int) -> set[int]:
+        """Where the expert map of a layer may lead, beyond the base's experts."""
+        held = self._held.get(slot)
+        if held is None or not held.is_installed:
+            return set()
+        first = self._layers[layer_id].gate_up.first(slot)
+        return set(range(first, first + len(held.layout.tuned.get(layer_id, []))))
 
     @property
     def num_mapped_pages(self) -> int:

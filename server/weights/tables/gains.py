@@ -4,11 +4,12 @@ import torch
 from torch import Tensor
 
 from kernels.lora import LoraWeights
+from server.weights.failures import UnusableAdapter
 
 _ROWS = 1024  # at a time: in float32 a whole matrix may be larger than the adapter
 
 
-class GainError(Exception):
+class GainError(UnusableAdapter):
     """The adapter has no gains on this base."""
 
 

@@ -1,8 +1,5 @@
 """Memory of small parts: one contiguous range an adapter, of its true size."""
 
-from collections.abc import Sequence
-from math import prod
-
 import torch
 from torch import Tensor
 
@@ -10,7 +7,6 @@ from server.weights.arena import Arenas
 from server.weights.page_pool import PagePool
 
 _ALIGN = 64  # bytes: a cache line, and what vector loads like
-Wanted = tuple[tuple[int, ...], torch.dtype]  # a tensor: its shape and type
 
 
 class Slabs:
@@ -25,20 +21,14 @@ class Slabs:
         self._arena = arenas.slabs(num_slots * self._stride)
         self._sizes: dict[int, int] = {}  # in bytes, by slot
 
-    def pages_for(self, wanted: Sequence[Wanted]) -> int:
-        return -(-sum(map(_aligned_bytes, wanted)) // self._arena.page_bytes)
+    def pages_for(self, num_bytes: int) -> int:
+        return self._arena.pages_of(num_bytes)
 
-    def map(self, slot: int, wanted: Sequence[Wanted]) -> list[Tensor]:
-        """The tensors, in order, with undefined contents. Raises ArenaError, and then nothing has changed."""
-        size = sum(map(_aligned_bytes, wanted))
-        self._pool.take(self._arena.map(self._start(slot), size))
-        self._sizes[slot] = size
-        tensors: list[Tensor] = []
-        offset = self._start(slot)
-        for it in wanted:
-            tensors.append(self._arena.tensor(offset, *it))
-            offset += _aligned_bytes(it)
-        return tensors
+    def map(self, slot: int, num_bytes: int) -> Tensor:
+        """[num_bytes] uint8, with undefined contents. Raises ArenaError, and then nothing has changed."""
+        self._pool.take(self._arena.map(self._start(slot), num_bytes))
+        self._sizes[slot] = num_bytes
+        return self._arena.tensor(self._start(slot), (num_bytes,), torch.uint8)
 
     def unmap(self, slot: int) -> None:
         self._pool.give_back(self._arena.unmap(self._start(slot), self._sizes.pop(slot)))
@@ -54,6 +44,6 @@ class Slabs:
         return (slot - 1) * self._stride
 
 
-def _aligned_bytes(wanted: Wanted) -> int:
-    shape, dtype = wanted
-    return -(-prod(shape) * dtype.itemsize // _ALIGN) * _ALIGN
+def aligned(num_bytes: int) -> int:
+    """The room that a tensor of so many bytes takes in a slab."""
+    return -(-num_bytes // _ALIGN) * _ALIGN
