@@ -11,7 +11,8 @@ from kernels import host
 from kernels.adapter_rows import ShapeKey
 from kernels.compiled import takes_on
 from server.config import EngineConfig
-from server.device import CPU, choose_target_s, choose_tokens_per_step, keep_free, num_kv_blocks, require_room
+from server.device import CPU, choose_target_s, choose_tokens_per_step, host_cache_bytes
+from server.device_memory import DeviceMemory
 from server.engine.kv_cache import KVCache
 from server.engine.messages import EngineInfo
 from server.engine.scheduler import SchedulerLimits
@@ -34,14 +35,15 @@ from server.model.product import product_of
 from server.model.runner import ModelRunner
 from server.model.site_op import SiteOps
 from server.model.warm_up import warm_up
+from server.weights.arena import PageWork
 from server.weights.choice import choose_arenas, choose_copier
-from server.weights.kv_memory import KVMemory
+from server.weights.chunks import HostChunks
+from server.weights.host_cache import HostCache
+from server.weights.loading import Loading
 from server.weights.merged import MergedAdapter
-from server.weights.page_pool import PagePool
 from server.weights.residency import DeviceResidency
 from server.weights.tables.experts import ExpertTable
 from server.weights.tables.lora import LoraTable
-from server.weights.transfer import TransferThread
 
 
 class Tables(NamedTuple):
@@ -77,14 +79,18 @@ def assemble(
     length = max_model_len(model.config, config.max_model_len)
     pin_rope(model, model.config, length)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    require_room(device, num_parameters * dtype.itemsize, config.adapter_bytes)
+    is_there = next(model.parameters()).device.type == device.type != "cpu"
     arenas = choose_arenas(device)
-    pool = PagePool(config.adapter_bytes, arenas.page_bytes)
+    memory = DeviceMemory(config, device, arenas, 0 if is_there else num_parameters * dtype.itemsize)
     tables = Tables(
-        LoraTable(config.adapter_slots, pool, arenas),
-        ExpertTable(config.adapter_slots, config.max_experts_per_adapter, pool, arenas),
+        LoraTable(memory.num_slots, memory.pool, arenas),
+        ExpertTable(memory.num_slots, config.max_experts_per_adapter, memory.pool, arenas),
     )
-    residency = DeviceResidency(config.adapter_slots, pool, tables, arenas, TransferThread(), choose_copier(device))
+    loading = Loading()
+    host_cache = HostCache(HostChunks(host_cache_bytes(config, device), is_pinned=device.type == "cuda"))
+    residency = DeviceResidency(
+        memory.num_slots, memory.pool, tables, arenas, loading, choose_copier(device), host_cache
+    )
     step = CurrentStep()
     site_ops: list[SiteOps] = [LoraOps(tables.lora, step)]
     biased = frozenset(name.rpartition(".")[0] for name, _ in model.named_parameters() if name.endswith("bias"))
@@ -97,8 +103,7 @@ def assemble(
     model.to(device)
     if takes_on(device) or host.takes_on(device, dtype):
         tables.lora.show_kernels(device)
-    adapter_bytes = pool.num_free * pool.page_bytes  # what adapters have not taken yet
-    cache = _allocate_cache(injected, config, length, dtype, device, adapter_bytes)
+    cache = memory.kv_cache(injected.layers, length, dtype, PageWork.run if device.type == "cpu" else loading.finish)
     limits = _limits(config, device, model.config.vocab_size)
     most_slices = max((len(site.widths) for site in tables.lora.sites), default=1)
     blocks_of_one = min(cache.pool.num_blocks, cache.num_blocks(length))
@@ -118,9 +123,10 @@ def assemble(
         dtype=str(dtype).removeprefix("torch."),
         max_model_len=min(length, cache.capacity),
         vocab_size=model.config.vocab_size,
-        kv_cache_tokens=cache.capacity,
-        kv_cache_bytes=cache.pool.num_blocks * _block_bytes(injected, config, dtype),
-        adapter_bytes=pool.num_pages * pool.page_bytes,
+        kv_cache_tokens=cache.pool.num_blocks * config.block_size,
+        kv_cache_bytes=cache.pool.num_blocks * config.block_size * _token_bytes(injected, dtype),
+        adapter_bytes=memory.pool.num_pages * memory.pool.page_bytes,
+        adapter_slots=memory.num_slots,
         max_experts_per_adapter=tables.experts.e_max,
         stop_token_ids=stops,
         hidden_size=model.config.hidden_size,
@@ -143,22 +149,9 @@ def _packed_products(model: Foreign, config: EngineConfig) -> PackedProducts:
     return PackedProducts(FormChooser(config.linear_form, times), model)
 
 
-def _block_bytes(injected: Injected, config: EngineConfig, dtype: torch.dtype) -> int:
-    """Of one block in all layers."""
-    return sum(layer.shape.elements for layer in injected.layers) * dtype.itemsize * config.block_size
-
-
-def _allocate_cache(
-    injected: Injected, config: EngineConfig, length: int, dtype: torch.dtype, device: torch.device, adapter_bytes: int
-) -> KVCache:
-    """Memory for keys and values in every layer, in what weights and adapters leave; returns its bookkeeping."""
-    block_bytes = _block_bytes(injected, config, dtype)
-    num_blocks = num_kv_blocks(config, length, block_bytes, device, adapter_bytes)
-    keep_free(device, adapter_bytes)
-    memory = KVMemory(num_blocks, config.block_size, dtype, device)
-    for layer in injected.layers:
-        layer.allocate(memory.tensor)
-    return KVCache(num_blocks, config.block_size)
+def _token_bytes(injected: Injected, dtype: torch.dtype) -> int:
+    """Of keys and values in all layers."""
+    return sum(layer.shape.elements for layer in injected.layers) * dtype.itemsize
 
 
 def _limits(config: EngineConfig, device: torch.device, vocab_size: int) -> SchedulerLimits:

@@ -5,6 +5,7 @@ and the message codec; never FastAPI or pydantic.
 """
 
 import argparse
+import gc
 import logging
 import os
 import sys
@@ -82,8 +83,10 @@ def main() -> int:
         link.send(StartFailed(str(error) or type(error).__name__, is_final))
         link.close()
         return 1
-    link.send(Ready(assembly.info))
     engine = Engine(assembly.limits, assembly.kv_cache, runner, assembly.residency, assembly.checker)
+    gc.collect()
+    gc.freeze()  # what was made until now stays: a collection that walked it would hold up a step
+    link.send(Ready(assembly.info))
     # without a front nobody could talk to us, and we would hold memory for nothing
     Loop(engine, link, link.send).run(may_go_on=lambda: os.getppid() == options.parent)
     link.close()

@@ -65,6 +65,47 @@ def test_conversations_outlive_their_adapters_evictions(tmp_path: Path) -> None:
     assert min(loaded.values()) >= 3 and engine.kv_cache.num_prefix_hits > 0
 
 
+def test_conversations_outlive_memory_that_goes_back_and_forth(tmp_path: Path) -> None:
+    """KV blocks and adapters in one budget that has room for neither: long turns of few adapters and short turns of
+    many take it from each other, and conversations go on after both have lost theirs."""
+    engine = Engine(make_model("qwen3_moe", attention=PROBE), memory_budget=1 << 21, kv_cache_bytes=0, adapter_bytes=0,
+                    adapter_slots=0, host_cache_bytes=4 << 20, max_running=24)  # fmt: skip
+    model = make_model("qwen3_moe")
+    paths = [save_lora(tmp_path / f"l{seed}", model, seed, ATTENTION, rank=40 + seed) for seed in range(8)]
+    paths += [save_esft(tmp_path / f"e{seed}", model, seed, {1: [2, 0, 4], 3: [5, 1]}) for seed in range(4)]
+    entries = [register(engine, path) for path in paths]
+    merged = {entry.ref: merge(make_model("qwen3_moe"), entry) for entry in entries}
+    rng = random.Random(4)
+    said = {entry.ref: [rng.randrange(3, 199) for _ in range(9)] for entry in entries}
+    seen = Counter[str]()
+    share = engine.residency._pool.share
+    kv = next(it for it in share.budget.shares if it is not share)
+    before = kv.used
+
+    def watch(_: int) -> None:
+        nonlocal before
+        seen["extents given up"] += kv.used < before
+        seen["blocks beyond their floor"] += kv.used > kv.floor
+        seen["adapters where blocks could be"] += share.used > share.budget.total - kv.cap
+        seen["evictions"] += sum(moved.was_evicted for moved in engine.moved)
+        engine.moved.clear()
+        before = kv.used
+
+    def turn(refs: list[AdapterRef], num_tokens: int) -> None:
+        answers = {ref: engine.add(said[ref], num_tokens, ref) for ref in refs}
+        engine.run(watch)
+        for ref, answer in answers.items():
+            assert answer.tokens == reference(merged[ref], answer.prompt, num_tokens)
+            said[ref] = [*answer.prompt, *answer.tokens, *(rng.randrange(3, 199) for _ in range(3))]
+
+    refs = [entry.ref for entry in entries]
+    for _ in range(2):
+        turn(rng.sample(refs, 4), 130)
+        turn(refs, 6)
+    assert min(seen.values()) > 0 and len(seen) == 4, seen
+    assert engine.kv_cache.num_prefix_hits > 0
+
+
 @pytest.mark.parametrize("slots", [1, 2])
 def test_cancels_among_alternating_adapters_change_nobody_elses_tokens(slots: int, tmp_path: Path) -> None:
     """One request after another through the other adapter, and cancels at every stage: waiting, while the adapter

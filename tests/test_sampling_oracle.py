@@ -162,7 +162,7 @@ def test_nothing_is_lost_or_told_twice_where_memory_is_short(name: str, tmp_path
     """Preempted and computed anew, some of it beside the prefixes that others left."""
     info = Engine(make_model(name, attention=PROBE)).assembly.info
     engine, models = served(name, tmp_path, tokens_per_step=8,
-                            kv_cache_bytes=14 * 4 * (info.kv_cache_bytes // info.kv_cache_tokens))  # fmt: skip
+                            kv_cache_bytes=11 * 4 * (info.kv_cache_bytes // info.kv_cache_tokens))  # fmt: skip
     answers = add_all_kinds(engine, models, 24, longest=28, times=2)
     begun_anew: set[int] = set()
 

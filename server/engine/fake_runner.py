@@ -15,10 +15,10 @@ from adapters_store.ref import AdapterRef
 from server.engine.block_pool import Block
 from server.engine.checks import Found
 from server.engine.fake_model import Seen, State, expected_tokens, following, logprobs, next_token, start
-from server.engine.messages import AdapterOnDevice
+from server.engine.messages import AdapterMoved, Memory
 from server.engine.plan import Output, Plan, Scheduled
-from server.engine.request import Lane, Slot, Token, ToldOfPrompt
-from server.engine.residency import Wait
+from server.engine.request import Fault, Lane, Slot, Tier, Token, ToldOfPrompt
+from server.engine.residency import AdapterFailed, AdapterOnDevice, Wait
 
 __all__ = ["FakeChecker", "FakeResidency", "FakeRunner", "Known", "expected_tokens"]
 
@@ -37,6 +37,7 @@ class FakeRunner:
     def __init__(self, num_blocks: int, block_size: int, vocab_size: int = 1000) -> None:
         self._block_size = block_size
         self._vocab_size = vocab_size
+        self.not_finite: set[str] = set()  # revisions of adapters with which nothing comes out that is a number
         # by KV slot: the salt and the prefix that ends there. A salt changes no token, only who may read them
         self._written: list[tuple[str, bytes]] = [("", b"")] * (num_blocks * block_size)
 
@@ -48,6 +49,8 @@ class FakeRunner:
         )
 
     def _output(self, lane: Lane, state: State, told: ToldOfPrompt | None) -> Output:
+        if any(ref.revision in self.not_finite for ref in lane.request.adapters):
+            return Output(error="the output is not finite", is_not_finite=True)
         if not lane.request.max_tokens:
             return Output(of_prompt=told)
         token, num = next_token(state, self._vocab_size), lane.request.sampling.num_logprobs
@@ -118,9 +121,12 @@ class FakeResidency:
         self._slot: dict[AdapterRef, Slot] = {}  # in order of last use
         self._countdown: dict[AdapterRef, int] = {}
         self._pins: dict[AdapterRef, int] = {}
+        self._quarantined: dict[AdapterRef, str] = {}  # and why
+        self._moved: list[AdapterMoved] = []
 
     def register(self, ref: AdapterRef, package: AdapterPackage, pinned: bool = False) -> None:
         self._known.add(ref)
+        self._quarantined.pop(ref, None)
         (self._pinned.add if pinned else self._pinned.discard)(ref)
         self._note_wanted(ref)
 
@@ -131,6 +137,7 @@ class FakeResidency:
     def forget(self, ref: AdapterRef) -> int:
         assert not self._pins.get(ref)
         self._known.remove(ref)
+        self._quarantined.pop(ref, None)
         self.unpin(ref)
         if ref not in self._slot:
             return 0
@@ -141,13 +148,17 @@ class FakeResidency:
         together = len(self._free_slots) + len(self._slot)
         return f"{len(refs)} adapters for {together} slots" if len(refs) > together else None
 
-    def poll(self) -> None:
+    def poll(self, now: float) -> None:
+        arrived = [ref for ref, polls in self._countdown.items() if polls == 1]
+        self._moved += [AdapterMoved(ref, Tier.RESIDENT, self.BYTES_EACH, load_s=0.0) for ref in arrived]
         self._countdown = {ref: max(0, polls - 1) for ref, polls in self._countdown.items()}
         for ref in tuple(self._wanted):
             self._bring(ref)
 
     def acquire(self, ref: AdapterRef) -> Slot | Wait:
         assert ref in self._known
+        if ref in self._quarantined:
+            raise AdapterFailed(ref, self._quarantined[ref], Fault.QUARANTINED)
         if ref not in self._slot and not self._bring(ref):
             return Wait.NO_ROOM
         if self._countdown[ref] > 0:
@@ -158,6 +169,35 @@ class FakeResidency:
 
     def release(self, ref: AdapterRef) -> None:
         self._pins[ref] -= 1
+
+    def is_resident(self, ref: AdapterRef) -> bool:
+        return self._countdown.get(ref, 1) == 0 and ref not in self._quarantined
+
+    def in_the_way(self, refs: Collection[AdapterRef]) -> Collection[AdapterRef]:
+        needed = len(set(refs) - set(self._slot))
+        idle = [ref for ref in self._slot if self._may_go(ref) and ref not in refs]
+        missing = needed - len(self._free_slots) - len(idle)
+        busy = [ref for ref in self._slot if self._pins.get(ref) and ref not in refs and ref not in self._pinned]
+        return busy[:missing] if 0 < missing <= len(busy) else []
+
+    def claim(self, refs: Collection[AdapterRef]) -> None:
+        """Slots are all that there is to lack."""
+
+    def prefetch(self, refs: Sequence[AdapterRef]) -> None:
+        for ref in refs:
+            if ref not in self._slot and self._free_slots and ref not in self._quarantined:
+                self._bring(ref)
+
+    def quarantine(self, ref: AdapterRef, reason: str) -> None:
+        self._quarantined[ref] = reason
+        self._moved.append(AdapterMoved(ref, Tier.QUARANTINED, reason=reason))
+
+    def memory(self) -> Memory:
+        return Memory(adapter_bytes=self.BYTES_EACH * len(self._slot))
+
+    def take_moved(self) -> list[AdapterMoved]:
+        moved, self._moved = self._moved, []
+        return moved
 
     def is_loading(self) -> bool:
         return any(self._countdown.values())
@@ -182,6 +222,7 @@ class FakeResidency:
             self._evict(idle)
         self._slot[ref] = self._free_slots.pop()
         self._countdown[ref] = self._polls_to_load
+        self._moved.append(AdapterMoved(ref, Tier.LOADING if self._polls_to_load else Tier.RESIDENT, self.BYTES_EACH))
         self._note_wanted(ref)
         return True
 
@@ -196,5 +237,6 @@ class FakeResidency:
 
     def _evict(self, ref: AdapterRef) -> None:
         self._free_slots.append(self._slot.pop(ref))
+        self._moved.append(AdapterMoved(ref, Tier.ABSENT, was_evicted=ref in self._known))
         del self._countdown[ref]
         self._pins.pop(ref, None)

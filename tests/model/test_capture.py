@@ -26,7 +26,7 @@ from server.model.inputs import CurrentStep
 from server.model.lora_op import LoraOps
 from server.model.probe import PROBE, probe
 from server.model.product import product_of
-from server.weights.kv_memory import KVMemory
+from server.weights.kv_memory import WholeKVMemory
 from tests.support.tiny_models import MODELS, make_config
 
 META = torch.device("meta")
@@ -81,7 +81,7 @@ def test_a_decode_step_can_be_captured(name: str, with_adapters: bool) -> None:
     step = CurrentStep()
     probed = probe(model)
     model.to(META)
-    memory = KVMemory(32, 16, torch.bfloat16, META)
+    memory = WholeKVMemory(32, 16, torch.bfloat16, META)
     with everywhere(), torch.inference_mode(), META:
         injected = inject(Build(model, probed, step, [LoraOps(FakeSites(), step)], fake_stacks, product_of))
         for layer in injected.layers:

@@ -12,6 +12,7 @@ from server.engine.messages import (
     Abort,
     AdapterChecked,
     AdapterGone,
+    AdapterMoved,
     AddAdapter,
     AddRequest,
     CheckAdapter,
@@ -20,7 +21,17 @@ from server.engine.messages import (
     TokenEvent,
 )
 from server.engine.plan import Pending, Plan, Runner
-from server.engine.request import FinishReason, Group, LaneSpec, Logprobs, OfPrompt, Request, Sampling, ToldOfPrompt
+from server.engine.request import (
+    Fault,
+    FinishReason,
+    Group,
+    LaneSpec,
+    Logprobs,
+    OfPrompt,
+    Request,
+    Sampling,
+    ToldOfPrompt,
+)
 from server.engine.residency import Residency
 from server.engine.scheduler import SchedulerLimits
 
@@ -40,6 +51,7 @@ class Answer:
         self.told: ToldOfPrompt | None = None
         self.finish: FinishReason | None = None
         self.error: str | None = None
+        self.fault: Fault | None = None
         self.num_cached_tokens = 0
 
     def take(self, event: TokenEvent) -> None:
@@ -51,7 +63,7 @@ class Answer:
             self.tokens.append(event.token.id)
             self.logprobs.append(event.token.logprobs)
         self.num_cached_tokens = max(self.num_cached_tokens, event.num_cached_tokens)
-        self.finish, self.error = event.finish, event.error
+        self.finish, self.error, self.fault = event.finish, event.error, event.fault
 
 
 class Watched:
@@ -79,8 +91,10 @@ class Driver:
         self._watched = Watched(runner)
         self.engine = Engine(limits, kv_cache, self._watched, residency, checker or FakeChecker())
         self.scheduler = self.engine.scheduler
+        self.now = 0.0  # what steps are told
         self.answers: dict[int, Answer] = {}
         self.gone: list[AdapterGone] = []
+        self.moved: list[AdapterMoved] = []
         self.checked: dict[int, AdapterChecked] = {}  # answers to checks, by their numbers
         self._num_checks = 0
         self._outbox: list[ToEngine] = []
@@ -133,12 +147,14 @@ class Driver:
         """Returns what was computed."""
         self._watched.plan = ()
         outbox, self._outbox = self._outbox, []
-        for event in self.engine.step(outbox):
+        for event in self.engine.step(outbox, self.now):
             match event:
                 case TokenEvent(request_id=request_id):
                     self.answers[request_id].take(event)
                 case AdapterGone():
                     self.gone.append(event)
+                case AdapterMoved():
+                    self.moved.append(event)
                 case AdapterChecked():
                     assert event.check_id not in self.checked
                     self.checked[event.check_id] = event

@@ -90,7 +90,10 @@ def make_model(name: str, attention: str = "eager", seed: int = 0, **overrides: 
 def reference(model: nn.Module, prompt: list[int], count: int = NEW_TOKENS) -> list[int]:
     """Greedy, by Transformers' own `generate`."""
     with torch.inference_mode():
-        ids = model.generate(torch.tensor([prompt]), max_new_tokens=count, do_sample=False, eos_token_id=None)
+        tokens = torch.tensor([prompt])
+        # else a token of the prompt that is the padding's would be masked
+        seen = torch.ones_like(tokens)
+        ids = model.generate(tokens, attention_mask=seen, max_new_tokens=count, do_sample=False, eos_token_id=None)
     return ids[0, len(prompt) :].tolist()
 
 

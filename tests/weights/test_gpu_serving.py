@@ -12,7 +12,7 @@ from server.weights.transfer import Transfer
 from tests.support.cuda_fake_driver import GRANULE, NO_MEMORY
 from tests.support.engine_harness import prompts
 from tests.support.fake_gpu import FakeGpu, gpu_engine, serve_both_kinds
-from tests.support.stepped_residency import SteppedTransfers, wait_until_resident
+from tests.support.stepped_residency import SteppedLoading, wait_until_resident
 from tests.support.tiny_adapters import merge, register, save_lora
 from tests.support.tiny_models import make_model, reference
 
@@ -32,7 +32,7 @@ def test_the_engine_serves_from_pages_of_2_mib(monkeypatch: pytest.MonkeyPatch, 
     fake.driver.log.clear()
     serve_both_kinds(engine, tmp_path)
     threads = {thread for name, thread, _ in fake.driver.log if name.startswith("cuMem")}
-    assert threads == {"adapter-transfer"}
+    assert threads == {"adapter-pages"}
     settle(lambda: len(fake.driver.mapped) == num_base)
 
 
@@ -78,24 +78,22 @@ def test_an_evicted_slot_is_unmapped_before_it_is_mapped_for_the_next(
     """While nothing is done at all, the books are exact: the same slot, given up and taken, three times."""
     fake = FakeGpu()
     engine = gpu_engine(monkeypatch, fake, adapter_slots=1)
-    residency, transfers = engine.residency, SteppedTransfers()
-    residency._transfers = transfers  # type: ignore[assignment]
+    residency, loading = engine.residency, SteppedLoading(engine.residency)
     model = make_model("llama")
     entries = [register(engine, save_lora(tmp_path / str(i), model, i, ("q_proj",))) for i in range(3)]
     fake.cuda.is_busy = True
     for number, entry in enumerate(entries):
         residency.acquire(entry.ref)
         residency.check()
-        assert [type(job) for job in transfers.pending] == [PageWork] * (number > 0) + [Transfer]
+        assert [type(job) for job in loading.pending] == [PageWork] * (number > 0) + [Transfer]
         assert residency._pool.num_used == 1 and len(fake.driver.mapped) == (number > 0)
-        while transfers.pending:
-            transfers.run_next(fails=False)
+        loading.run_all()
         residency.poll()
         assert residency.is_loading()  # the copies are not over
         fake.cuda.is_busy = False
         for adapter in residency._adapters.values():
-            if adapter.transfer is not None:
-                adapter.transfer._copies._landed.is_over = True  # type: ignore[attr-defined]
+            if adapter.job is not None:
+                adapter.job._copies._landed.is_over = True  # type: ignore[attr-defined]
         residency.poll()
         assert residency.acquire(entry.ref) == 1
         residency.release(entry.ref)

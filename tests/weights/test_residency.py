@@ -1,5 +1,6 @@
 """Which adapters are on the device: true sizes in memory, eviction, pins, and books that agree."""
 
+import mmap
 import random
 import time
 from pathlib import Path
@@ -10,25 +11,24 @@ import pytest
 from adapters_store.parts import AdapterPackage, ExpertReplacement
 from adapters_store.ref import AdapterRef
 from server.engine.messages import AdapterGone
-from server.engine.request import FinishReason
+from server.engine.request import Fault, FinishReason
 from server.engine.residency import AdapterFailed, Wait
 from server.model.probe import PROBE
-from server.weights.host_arena import HostPages
 from tests.support.engine_harness import Engine, prompts
 from tests.support.process_memory import resident_bytes
-from tests.support.stepped_residency import SteppedTransfers, wait_until_resident
+from tests.support.stepped_residency import CHANGED, GONE, NO_MEMORY, SteppedLoading, wait_until_resident
 from tests.support.tiny_adapters import merge, register, save_esft, save_lora
 from tests.support.tiny_models import make_model, reference
 
-PAGE = HostPages.page_bytes
+PAGE = mmap.PAGESIZE
 
 
 def test_an_esft_adapter_occupies_its_tuned_experts_and_less_than_a_page_a_tensor(tmp_path: Path) -> None:
     """By the kernel's count of resident memory, on experts of about 100 kB that are no multiple of a page."""
     shape = {"hidden_size": 136, "moe_intermediate_size": 66, "num_experts": 16, "num_hidden_layers": 3}
-    engine = Engine(make_model("qwen3_moe", attention=PROBE, **shape))
+    engine = Engine(make_model("qwen3_moe", attention=PROBE, **shape), host_cache_bytes=0)
     tuned = {0: [1, 5, 9, 12, 15], 1: [0, 3, 7, 8], 2: [2, 4, 6, 10, 11, 13, 14]}
-    warm_up = register(engine, save_esft(tmp_path / "warm", make_model("qwen3_moe", **shape), 8, {0: [0]}))
+    warm_up = register(engine, save_esft(tmp_path / "warm", make_model("qwen3_moe", **shape), 8, tuned))
     entry = register(engine, save_esft(tmp_path / "esft", make_model("qwen3_moe", **shape), 3, tuned))
     residency = engine.residency
     wait_until_resident(residency, warm_up)
@@ -142,10 +142,13 @@ def test_a_pinned_adapter_is_brought_in_unasked_and_makes_no_room(tmp_path: Path
     assert not residency.is_loading()  # the first one is in use
     residency.release(first.ref)
     residency.poll()
-    assert residency.is_loading() and residency.acquire(first.ref) is Wait.NO_ROOM
-    assert wait_until_resident(residency, second) == 1
-    residency.release(second.ref)
-    assert residency.acquire(first.ref) is Wait.NO_ROOM
+    assert residency.is_loading()
+    for _ in range(2):  # it waits for nothing: there is no room for as long as the other one is pinned
+        with pytest.raises(AdapterFailed, match="1 pinned adapters leave .* bytes and 0 slots") as failed:
+            residency.acquire(first.ref)
+        assert failed.value.fault is Fault.UNAVAILABLE
+        assert wait_until_resident(residency, second) == 1
+        residency.release(second.ref)
     residency.register(second.ref, second.package)
     assert wait_until_resident(residency, first) == 1
     residency.check()
@@ -153,28 +156,29 @@ def test_a_pinned_adapter_is_brought_in_unasked_and_makes_no_room(tmp_path: Path
 
 def test_a_pinned_adapter_that_fails_is_not_tried_again_until_somebody_asks(tmp_path: Path) -> None:
     engine = Engine(make_model("llama", attention=PROBE))
-    residency, transfers = engine.residency, SteppedTransfers()
-    residency._transfers = transfers  # type: ignore[assignment]
+    residency, loading = engine.residency, SteppedLoading(engine.residency)
     entry = register(engine, save_lora(tmp_path / "a", make_model("llama"), 1, ("q_proj",)))
 
     def fail() -> None:
         residency.poll()
-        transfers.run_next(fails=True)
+        loading.run_next(GONE)
         residency.poll()
-        transfers.run_next(fails=False)  # its pages are given back
+        loading.run_next()  # its pages are given back
         for _ in range(5):
             residency.poll()
-            assert [it.state for it in residency.report()] == ["failed"] and not transfers.pending
+            assert residency.report() == () and not loading.pending
         residency.check()
+        assert residency.take_moved()[-1].reason == "No such file or directory"
 
     residency.register(entry.ref, entry.package, pinned=True)
     fail()
     residency.register(entry.ref, entry.package, pinned=True)
     fail()
-    with pytest.raises(AdapterFailed, match="is not among the adapter's files"):
+    with pytest.raises(AdapterFailed, match="could not be loaded: No such file") as failed:
         residency.acquire(entry.ref)
+    assert failed.value.fault is Fault.UNAVAILABLE
     residency.poll()
-    transfers.run_next(fails=False)
+    loading.run_next()
     residency.poll()
     assert residency.acquire(entry.ref) == 1
 
@@ -183,7 +187,7 @@ def test_a_pinned_adapter_that_can_never_fit_says_so_to_who_asks_for_it(tmp_path
     engine = Engine(make_model("llama", attention=PROBE), adapter_bytes=16 * PAGE)
     entry = register(engine, save_lora(tmp_path / "big", make_model("llama"), 1, ("q_proj",), rank=64))
     engine.register(entry.ref, entry.package, pinned=True)
-    assert [it.state for it in engine.residency.report()] == ["failed"]
+    assert engine.residency.report() == () and not engine.residency._wanted
     answer = engine.add([1], 1, entry.ref)
     engine.run()
     assert f"may use {16 * PAGE:,}" in str(answer.error)
@@ -200,8 +204,8 @@ def test_residency_under_random_events_keeps_its_books(tmp_path: Path) -> None:
     """The real residency, slabs, stacks and arenas; adapters of both kinds; transfers that fail; too little room."""
     model = make_model("qwen3_moe")
     engine = Engine(make_model("qwen3_moe", attention=PROBE), adapter_slots=3, adapter_bytes=60 * PAGE)
-    residency, transfers, rng = engine.residency, SteppedTransfers(), random.Random(5)
-    residency._transfers = transfers  # type: ignore[assignment]
+    residency, rng = engine.residency, random.Random(5)
+    loading = SteppedLoading(residency)
     paths = [save_lora(tmp_path / f"l{i}", model, i, ("q_proj", "v_proj"), rank=2 + 9 * i) for i in range(3)]
     paths += [save_esft(tmp_path / f"e{i}", model, i, {1: [i, 5], 3: [0, 2, 7][: i + 1]}) for i in range(3)]
     entries = [register(engine, path) for path in paths]
@@ -214,16 +218,18 @@ def test_residency_under_random_events_keeps_its_books(tmp_path: Path) -> None:
             case 0 | 1 if known.get(entry.ref, 2) < 2:  # so that they are not all in use for ever
                 try:
                     slot = residency.acquire(entry.ref)
-                except AdapterFailed:
-                    seen.add("failed")
+                except AdapterFailed as failed:
+                    seen.add(str(failed.fault))
                 else:
                     seen.add(str(slot))
                     known[entry.ref] += not isinstance(slot, Wait)
             case 2 if known.get(entry.ref):
                 residency.release(entry.ref)
                 known[entry.ref] -= 1
-            case 3 if transfers.pending:
-                transfers.run_next(fails=rng.random() < 0.2)
+            case 3 if loading.pending:
+                loading.run_next(rng.choice([None] * 12 + [GONE, NO_MEMORY, CHANGED]))
+            case 3 if known.get(entry.ref) == 0 and rng.random() < 0.02:
+                residency.quarantine(entry.ref, "its outputs are no numbers")
             case 4 if known.get(entry.ref) == 0:
                 residency.forget(entry.ref)
                 del known[entry.ref]
@@ -232,6 +238,8 @@ def test_residency_under_random_events_keeps_its_books(tmp_path: Path) -> None:
                 known[entry.ref] = 0
             case 5 if rng.random() < 0.3:
                 residency.register(entry.ref, entry.package, pinned=entry.ref not in pinned)
+        if rng.random() < 0.3:
+            residency.prefetch([it.ref for it in rng.sample(entries, 3) if it.ref in known])
         before = {it.ref for it in residency.report() if it.state == "resident"} & pinned
         residency.poll()
         residency.check()
@@ -239,10 +247,10 @@ def test_residency_under_random_events_keeps_its_books(tmp_path: Path) -> None:
         seen |= {f"pinned {it.state}" for it in residency.report() if it.ref in pinned}
         seen |= {"pinned absent"} if residency._wanted else set()
         assert before & pinned <= {it.ref for it in residency.report() if it.state == "resident"}
-    assert {"failed", "Wait.LOADING", "Wait.NO_ROOM", "1", "2", "3", "pinned absent", "pinned loading",
-            "pinned resident", "pinned failed"} <= seen  # fmt: skip
-    while transfers.pending:
-        transfers.run_next(fails=False)
+    assert {"unavailable", "quarantined", "Wait.LOADING", "Wait.NO_ROOM", "1", "2", "3", "pinned absent",
+            "pinned loading", "pinned resident"} <= seen  # fmt: skip
+    while loading.pending:
+        loading.run_next()
         residency.poll()
     for ref, pins in known.items():
         for _ in range(pins):
@@ -250,8 +258,7 @@ def test_residency_under_random_events_keeps_its_books(tmp_path: Path) -> None:
         residency.forget(ref)
     residency.poll()
     residency.check()
-    while transfers.pending:
-        transfers.run_next(fails=False)
+    loading.run_all()
     assert residency.report() == () and residency._pool.num_used == 0
     assert engine.assembly.tables.lora._slabs._arena.num_backed_pages == 0  # type: ignore[attr-defined]
 
@@ -278,14 +285,13 @@ def test_two_names_of_the_same_weights_have_one_slot_and_their_pages_once(tmp_pa
 
 def test_an_adapter_that_is_forgotten_says_how_much_it_occupied(tmp_path: Path) -> None:
     engine = Engine(make_model("llama", attention=PROBE))
-    residency, transfers = engine.residency, SteppedTransfers()
-    residency._transfers = transfers  # type: ignore[assignment]
+    residency, loading = engine.residency, SteppedLoading(engine.residency)
     entry = register(engine, save_lora(tmp_path / "a", make_model("llama"), 1, ("q_proj",), rank=64))
     assert residency.forget(entry.ref) == 0
     residency.register(entry.ref, entry.package)
     assert residency.acquire(entry.ref) is Wait.LOADING
     assert residency.forget(entry.ref) == 32 * PAGE
-    transfers.run_next(fails=False)
+    loading.run_next()
     residency.poll()
     assert residency._pool.num_used == 0
     residency.check()
