@@ -48,22 +48,24 @@ class Engine:
         self._checks = Checks(checker, residency, self._adapters, kv_cache)
         self._work: Work | None = None  # of the last step, if it did nothing else
         self.pace = Pace.BUSY
+        self.now = 0.0  # of the step that is being made
         self.is_shut_down = False
         self._vocab_size = limits.vocab_size
         self._num_steps = 0
         self._num_computed_tokens = 0
 
-    def step(self, messages: Iterable[ToEngine]) -> list[Event]:
-        """Take in what has come, schedule, launch, record."""
+    def step(self, messages: Iterable[ToEngine], now: float = 0.0) -> list[Event]:
+        """Take in what has come, schedule, launch, record. now: seconds of a clock that only goes forward."""
+        self.now = now
         events: list[Event] = [*self._apply(messages)]
-        plan, failed = self.scheduler.schedule()
+        plan, failed = self.scheduler.schedule(now)
         events += failed
         if plan:
             pending = self._runner.launch(plan)
             self.scheduler.advance(plan)
             events += self.scheduler.record(plan, pending.outputs())
         checked = self._checks.step(gives_way=self.scheduler.lacks_adapters)
-        events += [*checked, *self._adapters.take_gone()]
+        events += [*checked, *self._adapters.take_gone(), *self._residency.take_moved()]
         self._account(plan, is_alone=not (checked or self._checks))
         return events
 
@@ -99,7 +101,7 @@ class Engine:
         try:
             request = Request(
                 it.request_id, it.lanes, it.max_tokens, it.sampling, it.stop_token_ids, it.group, it.weight,
-                it.priority, it.of_prompt,
+                it.priority, it.of_prompt, self.now,
             )  # fmt: skip
             self.scheduler.add(request)
         except CannotServe as refusal:
@@ -124,14 +126,14 @@ class Engine:
         return Stats(
             running=len(self.scheduler.running),
             waiting=len(self.scheduler.waiting),
-            kv_blocks_used=pool.num_blocks - pool.num_free,
-            kv_blocks_total=pool.num_blocks,
+            kv_blocks_used=pool.num_held,
+            kv_blocks_total=pool.num_within_reach,
             prefix_queries=self._kv_cache.num_prefix_queries,
             prefix_hits=self._kv_cache.num_prefix_hits,
             preemptions=self.scheduler.num_preemptions,
             steps=self._num_steps,
             computed_tokens=self._num_computed_tokens,
-            adapters=self._residency.report(),
+            memory=self._residency.memory(),
         )
 
     def check(self) -> None:

@@ -34,7 +34,7 @@ class Loop:
         before = self._engine.pace
         messages = self._inbox.receive_all(_WAIT_MS[before])
         start = time.monotonic()
-        events = self._engine.step(messages)
+        events = self._engine.step(messages, start)
         seconds = time.monotonic() - start
         self._engine.took(seconds)
         self._longest_step_s = max(self._longest_step_s, seconds)

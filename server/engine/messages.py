@@ -6,7 +6,7 @@ from adapters_store.base_spec import BaseSpec
 from adapters_store.parts import AdapterPackage
 from adapters_store.ref import AdapterRef
 from server.config import EngineConfig
-from server.engine.request import FinishReason, Group, LaneSpec, OfPrompt, Sampling, Token, ToldOfPrompt
+from server.engine.request import Fault, FinishReason, Group, LaneSpec, OfPrompt, Sampling, Tier, Token, ToldOfPrompt
 
 
 class _Message(msgspec.Struct, frozen=True, tag=True):
@@ -24,8 +24,8 @@ class Configure(_Message, frozen=True):
 
 class AddRequest(_Message, frozen=True):
     """`group` is the id of the first request that came with the same HTTP request: they share one turn. Of two that
-    wait the one of higher `priority` is served first; within one priority, a group has turns in proportion to its
-    `weight`."""
+    wait the one of higher `priority` is served first, for a while; within one priority, adapters are served in
+    proportion to their `weight`, which all requests of one name should agree on."""
 
     request_id: int
     group: Group
@@ -112,6 +112,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     stop_token_ids: frozenset[int]
     hidden_size: int
     graph_rank: int | None = None  # LoRA adapters of a higher rank decode without captured graphs; None: there are none
+    adapter_slots: int = 0  # adapters that can be on the device at once
 
 
 class Ready(_Message, frozen=True):
@@ -137,6 +138,8 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True, tag=0):
     error: str | None = None
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache; set with the first event
     of_prompt: ToldOfPrompt | None = None  # with the first event, if it was asked for
+    fault: Fault | None = None  # where `error` is that of its adapter
+    queued_s: float = 0.0  # from its arrival at the engine until it first ran; set with the first event
 
 
 class AdapterGone(msgspec.Struct, frozen=True, array_like=True, tag=1):
@@ -157,16 +160,33 @@ class AdapterChecked(msgspec.Struct, frozen=True, array_like=True, tag=2):
     error: str | None = None
 
 
-Event = TokenEvent | AdapterGone | AdapterChecked
+class AdapterMoved(msgspec.Struct, frozen=True, array_like=True, tag=3):
+    """Where an adapter's weights are, told when that has changed.
 
-
-class AdapterOnDevice(msgspec.Struct, frozen=True):
-    """Residency of one adapter. `pins` counts running lanes; `bytes` is what its pages occupy."""
+    `bytes`: of the device that its pages occupy. `host_bytes`: of the host cache. `load_s`: seconds of the load that
+    has just ended, if one has. `reason`: why it is quarantined, or why its load failed.
+    """
 
     ref: AdapterRef
-    state: str
-    bytes: int
-    pins: int
+    tier: Tier
+    bytes: int = 0
+    host_bytes: int = 0
+    load_s: float | None = None
+    was_evicted: bool = False  # from the device, for others
+    reason: str | None = None
+
+
+Event = TokenEvent | AdapterGone | AdapterChecked | AdapterMoved
+
+
+class Memory(msgspec.Struct, frozen=True):
+    """Bytes of the device that KV blocks and adapters share: the budget, and what each holds of it now. Beside it, what
+    adapters have in the host cache."""
+
+    budget_bytes: int = 0
+    kv_bytes: int = 0
+    adapter_bytes: int = 0
+    host_bytes: int = 0
 
 
 class Stats(msgspec.Struct, frozen=True):
@@ -182,7 +202,7 @@ class Stats(msgspec.Struct, frozen=True):
     steps: int = 0
     longest_step_s: float = 0.0
     computed_tokens: int = 0
-    adapters: tuple[AdapterOnDevice, ...] = ()
+    memory: Memory = Memory()
 
 
 class StepDone(_Message, frozen=True):

@@ -1,10 +1,17 @@
 """Pins: the adapters that running requests need on the device, and who waits for room there."""
 
 from collections.abc import Iterable
+from itertools import islice
 
 from adapters_store.ref import AdapterRef
+from server.engine.lines import Line
+from server.engine.queue import WaitingQueue
 from server.engine.request import BASE_SLOT, Request, Slot
 from server.engine.residency import AdapterFailed, Residency, Wait
+
+_AT_ONCE = 3  # of so many adapters in use one may be made to drain at a time, so that the rest goes on
+_MOST_LOOKED_AT = 256  # lines in a step
+_MOST_ASKED = 32  # lines in a step that may find that their adapters are not there, before only those that are count
 
 
 class Pins:
@@ -44,22 +51,70 @@ def unpin(residency: Residency, adapters: Iterable[AdapterRef]) -> None:
 def worded(failure: AdapterFailed, request: Request) -> str:
     """What a request that needs the adapter is told: under its own name for it, since weights may have several."""
     name = next(ref for ref in request.adapters if ref == failure.ref)
-    return str(AdapterFailed(name, failure.reason))
+    return str(AdapterFailed(name, failure.reason, failure.fault))
 
 
-def starved(waiting: Iterable[Request], running: Iterable[Request], max_skips: int) -> Request | None:
-    """The request that was passed over most often for want of adapter room, if that was too often."""
-    starving = [request for request in waiting if request.num_skips > max_skips]
-    if not starving:
-        return None
-    there = {adapter for request in running for adapter in request.adapters}
-    lacking = [it for it in starving if not there.issuperset(it.adapters)]  # the others want a place
-    return max(lacking, key=lambda request: request.num_skips, default=None)
+class Starvation:
+    """Lines of which nothing has started in more than `max_skips` steps, for want of adapter room, and what is done for
+    them.
 
+    They are let in in the order in which they were served last, one at a time, or one for every three adapters in use.
+    For their sake nobody else brings an adapter in, and those adapters that are in their way drain: none of their
+    requests starts any more. Everybody else goes on: there is no step in which the whole batch drains.
 
-def is_held_back(request: Request, starving: Request | None) -> bool:
-    """While a request starves for adapter room, others may not pin adapters: their pins drain as requests end.
-
-    Base requests need no room and go on.
+    So the wait of one is bounded: by `max_skips` steps, and for each line that was unserved for longer by the longest
+    answer of an adapter in the way and one transfer.
     """
-    return starving is not None and not set(request.adapters).issubset(starving.adapters)
+
+    def __init__(self, residency: Residency, max_skips: int) -> None:
+        self._residency, self._max_skips = residency, max_skips
+        self._draining: set[AdapterRef] = set()
+        self.first: list[Line] = []  # those that are to be let in now
+        self._wanted: set[AdapterRef] = set()  # by them
+        self._num_lacking = 0  # lines that were found to lack adapters in this step
+        self._has_claimed = False
+
+    def look(self, waiting: WaitingQueue, running: Iterable[Request]) -> None:
+        """What holds in this step."""
+        before, self.first = self.first, []
+        self._wanted, way = set(), set[AdapterRef]()
+        self._num_lacking = 0
+        unserved = list(islice(waiting.unserved(self._max_skips), _MOST_LOOKED_AT))
+        used = {ref for request in running for ref in request.adapters} if unserved else set[AdapterRef]()
+        for line in unserved:
+            if not (self._must_load(line) or line in before):  # those have their adapters now, and shall keep them
+                continue  # it wants a place
+            wanted = self._wanted.union(line.adapters)
+            more = set(self._residency.in_the_way(wanted))
+            if self.first and not 0 < len(more) <= len(used) // _AT_ONCE:
+                break
+            self.first.append(line)
+            self._wanted, way = wanted, more
+        if not any(line in before for line in self.first):
+            self._draining.clear()
+        # those that drain already go on with it, whatever residency says in this step: so they come to their end. And
+        # those that have drained are not used again before the line has started: all in its way must be idle together
+        others = sorted(way - self._draining, key=lambda ref: ref.revision)
+        self._draining.update(others[: max(0, len(way) - len(self._draining & used))])
+        if self._wanted or self._has_claimed:
+            self._residency.claim(self._wanted)
+            self._has_claimed = bool(self._wanted)
+
+    def holds_back(self, line: Line) -> bool:
+        """Whether the line must wait for the sake of those that starve, or need not be asked for in this step, in which
+        so many others found no room. Base requests need none and go on."""
+        if not line.adapters:
+            return False
+        if not self._wanted or self._wanted.issuperset(line.adapters):
+            return self._num_lacking >= _MOST_ASKED and self._must_load(line)
+        return not self._draining.isdisjoint(line.adapters) or self._must_load(line)
+
+    def lacks(self, line: Line) -> None:
+        """Where a request waits that needs several adapters, nobody else brings any in in this step: else two such
+        requests evict each other's before all of one are there."""
+        self._num_lacking += 1
+        if not self._wanted and len(set(line.adapters)) > 1:
+            self._wanted = set(line.adapters)
+
+    def _must_load(self, line: Line) -> bool:
+        return not all(map(self._residency.is_resident, line.adapters))

@@ -60,12 +60,13 @@ class Output(NamedTuple):
     """What a lane that samples gets from a step: tokens (more than one where some were guessed right), or an error.
 
     No tokens: the request wants none (max_tokens 0), only that its prompts be computed. `of_prompt`: what it asked of
-    the prompt, when that is computed to its end.
+    the prompt, when that is computed to its end. `is_not_finite`: the error is that the model's output is no number.
     """
 
     tokens: tuple[Token, ...] = ()
     error: str | None = None
     of_prompt: ToldOfPrompt | None = None
+    is_not_finite: bool = False
 
 
 class Pending(Protocol):

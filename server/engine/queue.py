@@ -1,164 +1,215 @@
-"""The order in which waiting requests are served: by priority, in turns of groups, by arrival within one.
+"""The order in which waiting requests are served: by priority, then those first whose adapter had the fewest tokens,
+then in turns of groups, then by arrival.
 
-A group is the requests of one HTTP request: several prompts, or several completions of one. Without turns, whoever
-sends a thousand completions at once is served a thousand times before the next client is served once.
+An adapter's tokens are counted under the name that requests gave (token_counters.py). Requests that need the same
+adapters stand in one line (lines.py), in which groups take turns: what holds for one of a line, that its adapter is not
+on the device, say, holds for all, so nobody need look at the others.
 
-Turns are dealt by stride scheduling (Waldspurger and Weihl, 1995): a group has a *pass*, a turn adds 1 / weight to it,
-and the smallest pass is next. So a group has turns in proportion to its weight, and with equal weights one after
-another. Priority is strict: as long as requests of a higher one keep coming, those of a lower one may wait for ever.
+Priority has a limit: one that has waited for `patience_s` seconds counts as of the highest priority that waits, and is
+among those of it where its adapter's tokens put it. So whoever sends requests of a high priority without end delays the
+others, and does not starve them. The limit is in seconds, not in steps, since it says what a priority is worth to
+people; where steps are told of no clock, priority is for ever.
 """
 
-from bisect import bisect_left, insort
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 from heapq import heappop, heappush
-from itertools import count
+from itertools import count, islice, takewhile
 
+from adapters_store.ref import AdapterRef
+from server.engine.lines import Line
 from server.engine.request import Group, Request
+from server.engine.token_counters import TokenCounters
 
-# level (-priority), pass, number among equal passes, group: the smallest is next
-_Turn = tuple[int, float, int, Group]
+_Level = int  # -priority: the smallest is first
+_AGED: _Level = -(1 << 62)  # of those that have waited for long, who stand beside the first of the others
+_MOST_AGED = 64  # in one step: many may come of age at once
+_Key = tuple[str, tuple[AdapterRef, ...]]
 
 
-class _Members:
-    """A group that has requests waiting, in the order of service. All have its weight and priority."""
-
-    def __init__(self, first: Request) -> None:
-        self.level, self.stride = -first.priority, 1 / first.weight
-        self.turn: _Turn = (self.level, 0.0, 0, first.group)
-        self.requests: OrderedDict[int, Request] = OrderedDict()
+def _nobody(line: Line, group: Group | None) -> bool:
+    return False
 
 
 class WaitingQueue:
-    """Groups in the order of their turns; the requests of a group in the order of service.
-
-    a: 1 2 3
-    b: 4          order: 1 4 5 2 6 3, and once 1 is taken, a's turn comes last: 4 5 2 6 3
-    c: 5 6
-
-    If a had three times the weight of the others: 1 2 4 5 3 6. If c had a higher priority: 5 6 1 4 2 3.
-    """
-
-    def __init__(self) -> None:
-        self._groups: dict[Group, _Members] = {}
-        self._turns: list[_Turn] = []  # of all groups, sorted
-        self._passed: dict[int, float] = {}  # by level: the largest pass that had its turn
-        self._last, self._first = count(), count(-1, -1)  # numbers
-        self._length = 0
+    def __init__(self, counters: TokenCounters, patience_s: float) -> None:
+        self._counters, self._patience_s = counters, patience_s
+        self._levels: dict[_Level, dict[_Key, Line]] = {}
+        self._places: dict[int, tuple[_Level, Line]] = {}  # of each request
+        self._lines_of: Counter[str] = Counter()  # by account
+        self._groups: Counter[Group] = Counter()
+        self._owns: Counter[_Level] = Counter()  # requests by the level that is their own, old or not
+        self._young: OrderedDict[int, Request] = OrderedDict()  # in about the order of arrival
+        self._unserved: OrderedDict[Line, None] = OrderedDict()  # those with adapters, the longest unserved first
+        self.num_steps = 0
+        self.num_changes = 0  # since the start: whoever remembers an order can see that it is the same
 
     def push(self, request: Request) -> None:
-        """Behind what waits: last in its group. A group that had nothing waiting starts one stride behind the turn that
-        was dealt last, so that nobody saves up turns by staying away."""
-        group = self._groups.get(request.group)
-        if group is None:
-            group = self._groups[request.group] = _Members(request)
-            self._deal(request.group, self._passed.get(group.level, 0.0) + group.stride)
-        group.requests[request.id] = request
-        self._length += 1
+        """Behind what waits: last in its group."""
+        self._enter(request, -request.priority).push(request)
+        self._young[request.id] = request
 
     def push_front(self, request: Request) -> None:
-        """One that ran already and gave way: first in its group, whose turn is the first of its priority unless it had
-        one."""
-        group = self._groups.get(request.group)
-        if group is None:
-            group = self._groups[request.group] = _Members(request)
-            group.turn = (group.level, self._smallest_pass(group.level), next(self._first), request.group)
-            insort(self._turns, group.turn)
-        group.requests[request.id] = request
-        group.requests.move_to_end(request.id, last=False)
-        self._length += 1
+        """One that ran already and gave way: first in its group."""
+        self._enter(request, -request.priority).push_front(request)
+        self._young[request.id] = request
+        self._young.move_to_end(request.id, last=False)
 
     def remove(self, request: Request) -> None:
         """It waits no longer, and its group keeps its turn."""
-        group = self._groups[request.group]
-        del group.requests[request.id]
-        if not group.requests:
-            self._withdraw(group)
-            del self._groups[request.group]
-            if not self._groups:
-                self._passed.clear()  # passes are only compared
-        self._length -= 1
+        level, line = self._places.pop(request.id)
+        line.remove(request)
+        self._young.pop(request.id, None)
+        for counted, key in ((self._groups, request.group), (self._owns, -request.priority)):
+            counted[key] -= 1
+            if not counted[key]:
+                del counted[key]
+        if not line:
+            del self._levels[level][line.account, line.adapters]
+            self._unserved.pop(line, None)
+            if not self._levels[level]:
+                del self._levels[level]
+            self._lines_of[line.account] -= 1
+            if not self._lines_of[line.account]:
+                del self._lines_of[line.account]
+        self.num_changes += 1
 
-    def charge(self, group: Group) -> None:
-        """The group has its turn. To be said before the request is removed, else the turn of one that leaves with it is
-        forgotten."""
-        members = self._groups.get(group)
-        if members is not None:
-            # no less than was dealt to others: one that had to be passed over saves up no turns either
-            passed = max(members.turn[1], self._passed.get(members.level, 0.0))
-            self._passed[members.level] = passed
-            self._withdraw(members)
-            self._deal(group, passed + members.stride)
+    def charge(self, request: Request) -> None:
+        """Its group and its adapter have their turn. To be said before it is removed."""
+        _, line = self._places[request.id]
+        line.charge(request.group)
+        self._counters.choose(line.account)
+        line.served_in = self.num_steps
+        if line in self._unserved:
+            self._unserved.move_to_end(line)
+
+    def begin_step(self, now: float) -> None:
+        """Those that have waited for long come among the first. now: seconds."""
+        self.num_steps += 1
+        if len(self._levels) < 2:  # nobody is before anybody
+            return
+        for request in list(islice(self._young.values(), _MOST_AGED)):
+            if now - request.arrived <= self._patience_s:
+                break
+            served_in = self.line(request).served_in
+            self._lines_of[request.account] += 1  # it does not leave meanwhile, else it would lose its counter
+            self.remove(request)
+            line = self._enter(request, _AGED)
+            self._lines_of[request.account] -= 1
+            line.push(request)
+            if served_in < line.served_in and line in self._unserved:
+                line.served_in = served_in
+                self._unserved.move_to_end(line, last=False)
+
+    def unserved(self, num_steps: int) -> Iterator[Line]:
+        """Lines with adapters of which nothing started in more than so many steps, the longest first."""
+        return takewhile(lambda line: self.num_steps - line.served_in > num_steps, self._unserved)
 
     def order(self) -> Iterator[Request]:
-        """Requests in order of service; nobody who waits now is missed. Some may have left when they come up: look at
-        their status. Copies are made as they are needed, since most steps look at the first few only."""
-        passed, numbers = self._passed.copy(), count(next(self._last))
-        again: list[_Turn] = []
-        left: dict[Group, tuple[list[Request], float]] = {}  # the last first, and the stride
-        for level, own, _, name in _merged(self._turns.copy(), again):
-            if name not in left:
-                if name not in self._groups:
+        """Requests in order of service, as counters are when they come up. Some may have left by then: look at their
+        status."""
+        for lines in self.by_level():
+            yield from self.order_of(lines)
+
+    def order_of(
+        self, lines: Iterable[Line], leaves_out: Callable[[Line, Group | None], bool] = _nobody
+    ) -> Iterator[Request]:
+        """The same, of some lines of one level. `leaves_out` is asked of a line, without a group, before each of its
+        requests, and of a group when its turn comes; what it leaves out does not come up again.
+
+        A line comes up for as long as nothing is charged to it, then when it is its turn again. Equals in the order in
+        which they came, those that have not come up yet first."""
+        counters, numbers = self._counters, count()
+        again: list[tuple[float, int, Line, Iterator[Request]]] = []
+        fresh = sorted((line for line in lines if line), key=lambda line: counters.of(line.account))
+        at = 0
+        while at < len(fresh) or again:
+            if at < len(fresh) and not (again and again[0][0] < counters.of(fresh[at].account)):
+                line = fresh[at]
+                at += 1
+                if not line or leaves_out(line, None):
                     continue
-                group = self._groups[name]
-                left[name] = list(reversed(group.requests.values())), group.stride
-            requests, stride = left[name]
-            yield requests.pop()
-            passed[level] = max(own, passed.get(level, 0.0))
-            if requests:
-                heappush(again, (level, passed[level] + stride, next(numbers), name))
+                requests = line.order(_of_line(leaves_out, line))
+            else:
+                _, _, line, requests = heappop(again)
+            before = counters.of(line.account)
+            while line and not leaves_out(line, None) and (request := next(requests, None)) is not None:
+                yield request
+                if line and counters.of(line.account) > before:
+                    heappush(again, (counters.of(line.account), next(numbers), line, requests))
+                    break
+
+    def lines(self) -> Iterator[Line]:
+        """In the order of their first requests."""
+        for lines in self.by_level():
+            yield from sorted(lines, key=lambda line: self._counters.of(line.account))
+
+    def priority(self, request: Request) -> int:
+        """Its own, or beyond all others if it has waited for long."""
+        return -self._places[request.id][0]
+
+    def line(self, request: Request) -> Line:
+        return self._places[request.id][1]
 
     def has_others(self, group: Group) -> bool:
         """Whether requests of another group wait."""
         return len(self._groups) > (group in self._groups)
 
     def __len__(self) -> int:
-        return self._length
+        return len(self._places)
 
     def __iter__(self) -> Iterator[Request]:
         """In no order that matters."""
-        return (request for group in self._groups.values() for request in group.requests.values())
+        return (request for lines in self._levels.values() for line in lines.values() for request in line)
 
     def __contains__(self, request: Request) -> bool:
-        group = self._groups.get(request.group)
-        return group is not None and request.id in group.requests
+        return request.id in self._places
 
-    # -- turns -----------------------------------------------------------
+    def _enter(self, request: Request, level: _Level) -> Line:
+        """The line that it stands in from now on."""
+        account, adapters = request.account, tuple(request.adapters)
+        lines = self._levels.setdefault(level, {})
+        line = lines.get((account, adapters))
+        if line is None:
+            if account not in self._lines_of:
+                self._counters.come(account)
+            line = lines[account, adapters] = Line(account, adapters)
+            line.served_in = self.num_steps + 1
+            if adapters:
+                self._unserved[line] = None
+            self._lines_of[account] += 1
+        self._places[request.id] = level, line
+        self._groups[request.group] += 1
+        self._owns[-request.priority] += 1
+        self.num_changes += 1
+        return line
 
-    def _deal(self, name: Group, to: float) -> None:
-        """A turn at this pass, behind those of the same pass."""
-        group = self._groups[name]
-        group.turn = (group.level, to, next(self._last), name)
-        insort(self._turns, group.turn)
-
-    def _withdraw(self, group: _Members) -> None:
-        del self._turns[bisect_left(self._turns, group.turn)]
-
-    def _smallest_pass(self, level: int) -> float:
-        """No group of the level has a smaller one, nor has one had its turn since that was larger."""
-        passed, index = self._passed.get(level, 0.0), bisect_left(self._turns, (level,))
-        is_there = index < len(self._turns) and self._turns[index][0] == level
-        return min(passed, self._turns[index][1]) if is_there else passed
+    def by_level(self) -> Iterator[list[Line]]:
+        """Those of the highest priority first, and with them those that have aged, of whatever priority."""
+        aged = list(self._levels.get(_AGED, {}).values())
+        highest = min(self._owns, default=0)
+        if aged and highest not in self._levels:
+            yield aged
+        for level in sorted(self._levels):
+            if level != _AGED:
+                yield [*(aged if level == highest else ()), *self._levels.get(level, {}).values()]
 
     def check(self) -> None:
-        assert self._length == sum(len(group.requests) for group in self._groups.values())
-        assert self._turns == sorted(group.turn for group in self._groups.values())
-        for name, group in self._groups.items():
-            assert group.turn[0] == group.level and group.turn[3] == name
-            # nobody is further behind than one turn: so a group waits for a bounded number of others' turns
-            assert group.turn[1] <= self._passed.get(group.level, 0.0) + group.stride
-            assert group.requests
-            for key, request in group.requests.items():
-                assert request.group == name and request.id == key
-                assert (-request.priority, 1 / request.weight) == (group.level, group.stride)
+        places: dict[int, tuple[_Level, Line]] = {}
+        for level, lines in self._levels.items():
+            assert lines
+            for key, line in lines.items():
+                assert line and key == (line.account, line.adapters)
+                line.check()
+                places |= {request.id: (level, line) for request in line}
+                assert level == _AGED or all(request.priority == -level for request in line)
+        assert places == self._places
+        assert self._young.keys() == {number for number, (level, _) in places.items() if level != _AGED}
+        assert self._groups == Counter(request.group for request in self)
+        assert self._owns == Counter(-request.priority for request in self)
+        assert set(self._unserved) == {line for _, line in places.values() if line.adapters}
+        assert self._lines_of == Counter(line.account for lines in self._levels.values() for line in lines.values())
 
 
-def _merged(turns: list[_Turn], again: list[_Turn]) -> Iterator[_Turn]:
-    """Both in order. `turns` is sorted; `again` is a heap, to which more may come between: most groups are one request,
-    and never come to it."""
-    for turn in turns:
-        while again and again[0] < turn:
-            yield heappop(again)
-        yield turn
-    while again:
-        yield heappop(again)
+def _of_line(leaves_out: Callable[[Line, Group | None], bool], line: Line) -> Callable[[Group], bool]:
+    return lambda group: leaves_out(line, group)

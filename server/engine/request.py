@@ -91,6 +91,23 @@ class FinishReason(enum.StrEnum):
     ERROR = "error"
 
 
+class Fault(enum.StrEnum):
+    """What is the matter with an adapter that a request named."""
+
+    UNAVAILABLE = "unavailable"  # it could not be brought to the device; a later request may find it there
+    QUARANTINED = "quarantined"  # it will not be served until it is registered again
+
+
+class Tier(enum.StrEnum):
+    """Where an adapter's weights are (server/weights/states.py has what leads from one to another)."""
+
+    ABSENT = "absent"  # in its files only
+    LOADING = "loading"
+    HOST = "host"  # in the host cache
+    RESIDENT = "resident"  # on the device
+    QUARANTINED = "quarantined"
+
+
 class Status(enum.Enum):
     WAITING = enum.auto()
     RUNNING = enum.auto()
@@ -129,6 +146,7 @@ class Lane:
         self.num_computed_tokens = 0
         self.block_table: list[int] = []
         self.block_hashes: list[bytes] = []  # of the leading full blocks, as far as they were needed
+        self.num_charged_tokens = 0  # of the prompt, that its adapter was charged for (token_counters.py)
         self.num_committed_blocks = 0  # leading blocks whose content the prefix cache knows
         self.slot: Slot = BASE_SLOT  # while running
         # the runner's own, which nobody else looks into: what it must remember from one chunk of a prompt to the next.
@@ -170,8 +188,10 @@ class Request:
         weight: float = 1.0,
         priority: int = 0,
         of_prompt: OfPrompt | None = None,
+        arrived: float = 0.0,
     ) -> None:
-        """`group` None: the request is alone in its own. `weight` and `priority` are its group's (queue.py)."""
+        """`group` None: the request is alone in its own. `weight` and `priority` are its group's (queue.py). `arrived`:
+        seconds, of the clock that steps are told of."""
         assert lanes and max_tokens >= 0 and weight > 0
         self.id = request_id
         self.group = request_id if group is None else group
@@ -182,10 +202,12 @@ class Request:
         self.of_prompt = None if of_prompt is None or of_prompt.asks_for_nothing else of_prompt
         self.lanes = tuple(Lane(self, spec) for spec in lanes)
         self.first = self.lanes[0]  # the one that speaks
+        adapter = self.first.adapter
+        self.account = "" if adapter is None else adapter.name  # whose fair share it counts to
         self.status = Status.WAITING
         self.num_cached_tokens = 0  # prompt tokens of the first lane found in the prefix cache when first admitted
         self.was_admitted = False  # has run before, if only to be preempted
-        self.num_skips = 0  # times passed over for want of adapter room
+        self.arrived, self.queued_s = arrived, 0.0  # when it came, and how long it waited until it first ran
         self.num_passes = 0  # times that others were let pass while it waited for KV blocks
 
     @property

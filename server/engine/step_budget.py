@@ -132,13 +132,15 @@ class StepBudget:
         """Of the next step.
 
         Where many wait for their first token, beside few who wait for their next one, the target grows in proportion:
-        calm for few is not bought with a long wait for many. Nor are chunks so small that they cost more than what is
-        in them.
+        calm for few is not bought with a long wait for many. It does not grow for those whose adapters were served
+        more than others: if all prompts are theirs, a step is stretched, and that is all. Nor are chunks so small that
+        they cost more than what is in them.
         """
         if not (self.has_target and load.decodes and load.prompts and self.times.knows_prompts):
             return self._most
         quiet, chunks = self.times.of_decodes(load.decodes), self.times.of_chunks(min(load.prompts, _MOST_CHUNKS))
-        target = max(self._target_s, _STRETCH * quiet) * max(1.0, load.prompts / (_MANY_PROMPTS * load.decodes))
+        target = max(self._target_s if load.due else 0.0, _STRETCH * quiet)
+        target *= max(1.0, load.due / (_MANY_PROMPTS * load.decodes))
         room = max(target - quiet - chunks, chunks) / max(1e-9, self.times.of_prompt_token(load.position))
         self._allowed = max(_LEAST_PROMPT_TOKENS, min(self._most, room, _GROWTH * self._allowed))
         return int(min(self._most, load.decodes + self._allowed))

@@ -86,5 +86,5 @@ def _output(lane: Lane, tokens: Mapping[Lane, Token | None], told: ToldOfPrompt 
     """tokens: of the lanes that one was chosen for; None for what is not finite."""
     token = tokens.get(lane)
     if token is None and lane in tokens:
-        return Output(error=NOT_FINITE)
+        return Output(error=NOT_FINITE, is_not_finite=True)
     return Output((token,) if token is not None and lane.request.max_tokens else (), of_prompt=told)

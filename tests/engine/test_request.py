@@ -17,7 +17,7 @@ def test_it_begins_with_nothing_computed_held_or_said() -> None:
     it = Request(7, [LaneSpec(prompt, REF), LaneSpec([4])], 5, Sampling(seed=9))
     assert it.status is Status.WAITING and not it.was_admitted
     assert (it.id, it.group, it.max_tokens, it.sampling, it.stop_token_ids) == (7, 7, 5, Sampling(seed=9), frozenset())
-    assert it.num_cached_tokens == it.num_skips == it.num_passes == it.num_generated == 0
+    assert it.num_cached_tokens == it.num_passes == it.num_generated == 0
     assert it.first is it.lanes[0] and it.adapters == [REF]
     assert it.num_uncomputed_tokens == 4
     for lane in it.lanes:

@@ -20,7 +20,7 @@ from server.engine.fake_model import expected_logprobs, expected_of_prompt
 from server.engine.fake_runner import FakeResidency, FakeRunner, Known, expected_tokens
 from server.engine.kv_cache import KVCache
 from server.engine.plan import Plan
-from server.engine.request import FinishReason, LaneSpec, OfPrompt
+from server.engine.request import Fault, FinishReason, LaneSpec, OfPrompt
 from server.engine.scheduler import SchedulerLimits
 from tests.support.driver import GREEDY, Answer, Driver
 
@@ -59,7 +59,8 @@ class Simulation(Driver):
         limits = SchedulerLimits(tokens_per_step=tokens_per_step, max_running=MOST_RUNNING, max_waiting=30,
                                  max_skips=10, logits_per_step=LOGITS, target_inter_token_s=0.05)  # fmt: skip
         self.counts: Counter[str] = Counter()
-        super().__init__(limits, KVCache(BLOCKS, BLOCK), Watchful(self.counts), FakeResidency(slots, polls_to_load))
+        self._runner = Watchful(self.counts)
+        super().__init__(limits, KVCache(BLOCKS, BLOCK), self._runner, FakeResidency(slots, polls_to_load))
         self.served: list[AdapterRef] = []
         self.live: list[Answer] = []
         self.aborted: set[int] = set()
@@ -71,6 +72,8 @@ class Simulation(Driver):
         self._tombs: list[AdapterRef] = []  # those of them that were held after the last step
         self._back: set[AdapterRef] = set()  # since the last step; what held them may end first
         self._checks: dict[int, AdapterRef] = {}  # under way
+        self._ever_sick: set[str] = set()  # revisions
+        self._adapters_of: dict[int, list[AdapterRef]] = {}  # by request
         self._num_adapters = 0
         self._lanes: deque[LaneSpec] = deque(maxlen=10)  # the last requests' first ones
         self._group, self._weight, self._priority = 0, 1.0, 0
@@ -101,6 +104,13 @@ class Simulation(Driver):
             self._pinned.discard(ref)
             self.counts["adapters removed"] += 1
 
+    def turn_sick_or_well(self, rng: random.Random) -> None:
+        """What comes out of an adapter is no number any more, or is one again."""
+        if self.served:
+            revision = rng.choice(self.served).revision
+            self._runner.not_finite ^= {revision}
+            self._ever_sick.add(revision)
+
     def pin_or_unpin(self, rng: random.Random) -> None:
         """At most all slots but one are pinned, and nothing new while requests wait for what is: whoever pins leaves
         room for the others."""
@@ -126,6 +136,7 @@ class Simulation(Driver):
                                   rng.choice([GREEDY, GREEDY, LOGPROBS]), stop_token_ids=stops, group=self._group,
                                   beside=lanes[1:], weight=self._weight, priority=self._priority,
                                   salt=lanes[0].salt, of_prompt=of_prompt))  # fmt: skip
+        self._adapters_of[self.live[-1].id] = [lane.adapter for lane in lanes if lane.adapter is not None]
         self.counts["requests"] += 1
         self.counts["requests of several lanes"] += len(lanes) > 1
 
@@ -163,6 +174,7 @@ class Simulation(Driver):
             self.counts["checks"] += 1
 
     def step(self) -> Plan:
+        self.now += 0.5  # so that some wait for longer than their priority lasts
         plan = super().step()
         num_tokens = sum(scheduled.num_tokens for scheduled in plan)
         self.engine.took(0.01 + 0.002 * num_tokens)  # a long one cuts what prompts get, where there is more than a few
@@ -218,10 +230,21 @@ class Simulation(Driver):
                 assert answer.tokens[-1] in answer.stop_token_ids
             case FinishReason.ABORT:
                 assert answer.id in self.aborted
+            case _ if answer.error == "the output is not finite":
+                assert self._had_adapters(answer)
+                self.counts["not finite"] += 1
+                self.counts["quarantined"] += answer.fault is Fault.QUARANTINED
+            case _ if answer.fault is Fault.QUARANTINED:
+                assert str(answer.error).endswith("requests in a row")
+                self.counts["ended by a quarantine"] += 1
             case _:
-                assert not answer.tokens and answer.error is not None
+                assert not answer.tokens and answer.error is not None and answer.fault is None
                 said = ("tokens of KV cache; there are", "are waiting, as many as", "adapters for")
                 assert any(it in answer.error for it in said), answer.error
+
+    def _had_adapters(self, answer: Answer) -> bool:
+        """Of which some gave no numbers at some time."""
+        return bool({ref.revision for ref in self._adapters_of[answer.id]} & self._ever_sick)
 
     def _verify_what_is_told(self, answer: Answer) -> None:
         """Driver has seen to it that nothing is told twice, or later than with the first token."""
@@ -246,7 +269,8 @@ class Simulation(Driver):
             self.step()
         assert not self.live and not self.scheduler.has_requests
         assert len(self.checked) == self.counts["checks"]
-        assert all(it.error is None for it in self.checked.values())  # none was asked for after its adapter's removal
+        said = {it.error for it in self.checked.values()} - {None}
+        assert all("is in quarantine" in it for it in said if it)  # none was asked for after its adapter's removal
         assert self.kv_cache.pool.num_free == BLOCKS
         assert not self._leaving
 
@@ -270,6 +294,8 @@ def simulate(steps: int, seed: int) -> Counter[str]:
                 simulation.come_back(rng)
             case x if x < 0.325:
                 simulation.check_adapter(rng)
+            case x if x < 0.33:
+                simulation.turn_sick_or_well(rng)
         simulation.step()
     simulation.drain()
     simulation.counts["preemptions"] = simulation.scheduler.num_preemptions
@@ -286,7 +312,13 @@ def test_a_long_random_run_breaks_no_invariant(seed: int) -> None:
                  "adapters pinned", "pinned, and waiting for room", "adapters that came back", "checks",
                  "prompts told of", "prompts pooled", "prompts told of in chunks"):  # fmt: skip
         assert counts[path] > 100, path
-    for path in ("prompts begun anew", "prompts pooled behind a prefix hit"):
+    for path in (
+        "not finite",
+        "quarantined",
+        "ended by a quarantine",
+        "prompts begun anew",
+        "prompts pooled behind a prefix hit",
+    ):
         assert counts[path] > 20, path
 
 
@@ -320,6 +352,10 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(seed=st.integers(0, 2**32))
     def check_adapter(self, seed: int) -> None:
         self.simulation.check_adapter(random.Random(seed))
+
+    @rule(seed=st.integers(0, 2**32))
+    def turn_sick_or_well(self, seed: int) -> None:
+        self.simulation.turn_sick_or_well(random.Random(seed))
 
     @rule(seed=st.integers(0, 2**32))
     def abort(self, seed: int) -> None:

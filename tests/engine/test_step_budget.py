@@ -50,19 +50,21 @@ class Same:
 class Timed(Driver):
     """An engine on a clock of its own."""
 
-    def __init__(self, target_s: float, costs: Costs | None = None, tokens_per_step: int = 512) -> None:
-        limits = SchedulerLimits(tokens_per_step, max_running=128, max_waiting=1000, max_skips=50,
+    def __init__(
+        self, target_s: float, costs: Costs | None = None, tokens_per_step: int = 512, max_running: int = 128
+    ) -> None:
+        limits = SchedulerLimits(tokens_per_step, max_running, max_waiting=1000, max_skips=50,
                                  target_inter_token_s=target_s)  # fmt: skip
-        super().__init__(limits, KVCache(4000, 16), Same(), FakeResidency(1))
+        super().__init__(limits, KVCache(4000, 16), Same(), FakeResidency(8))
         self.costs = costs or Costs()
         self.now = 0.0
         self.came: dict[int, float] = {}
         self.tokens_at: defaultdict[int, list[float]] = defaultdict(list)
         self.prompt_tokens: list[int] = []  # of each step
 
-    def ask(self, prompt_tokens: int, max_tokens: int) -> Answer:
+    def ask(self, prompt_tokens: int, max_tokens: int, adapter: AdapterRef | None = None) -> Answer:
         number = len(self.answers)
-        answer = self.add([number * 10_000 + index for index in range(prompt_tokens)], max_tokens)
+        answer = self.add([number * 10_000 + index for index in range(prompt_tokens)], max_tokens, adapter)
         self.came[answer.id] = self.now
         return answer
 
@@ -171,6 +173,37 @@ def test_what_comes_all_at_once_is_hardly_slower(count: int, slower: float) -> N
     assert firsts[1] <= 1.02 * firsts[0]
 
 
+def beside_a_flood(prompt_tokens: int, max_tokens: int) -> tuple[float, float]:
+    """Somebody asks through an adapter of its own every second and a half, while the base has 60 requests under way all
+    the time (none: 0 tokens). The 90th percentile of its time to the first token, and the median time between two."""
+    engine = Timed(0.05, max_running=16)
+    ref = engine.register(AdapterRef("calm", "calm", "lora"))
+    engine.decoding(1, max_tokens=1)
+    asked: list[Answer] = []
+    flood: list[Answer] = []
+    start = engine.now
+    while len(asked) < 40:
+        if engine.now >= start + 1.5 * len(asked):
+            asked.append(engine.ask(128, 32, ref))
+        flood = [it for it in flood if it.finish is None]
+        while prompt_tokens and len(flood) < 60:
+            flood.append(engine.ask(prompt_tokens, max_tokens))
+        engine.step()
+        engine.now += 0.001 * (not prompt_tokens)
+    firsts = sorted(engine.ttft(it) for it in asked[:-2])
+    return firsts[int(len(firsts) * 0.9)], statistics.median(engine.gaps(asked, start))
+
+
+@pytest.mark.parametrize(("prompt_tokens", "max_tokens"), [(64, 400), (1500, 4), (128, 1)])
+def test_whatever_one_adapter_is_sent_another_one_is_hardly_slower(prompt_tokens: int, max_tokens: int) -> None:
+    """A flood of long answers, of long prompts, of short ones."""
+    first, gap = beside_a_flood(0, 0)
+    first_beside, gap_beside = beside_a_flood(prompt_tokens, max_tokens)
+    # a step is stretched, and has a token of each of the flood's prompts in it
+    assert gap_beside <= 5 * gap
+    assert first_beside <= first + 2 * 0.231  # two whole steps of 512 tokens
+
+
 def test_requests_whose_adapters_are_not_there_do_not_make_prompts_many() -> None:
     engine = Timed(0.05)
     neighbours, start = engine.decoding(8), engine.now
@@ -185,7 +218,7 @@ def test_requests_whose_adapters_are_not_there_do_not_make_prompts_many() -> Non
     assert engine.gaps(neighbours, start)[-1] < 0.07
 
 
-LOAD = Load(decodes=8, prompts=1, position=0.0)
+LOAD = Load(decodes=8, prompts=1, due=1, position=0.0)
 
 
 def taught(target_s: float) -> StepBudget:
@@ -209,8 +242,15 @@ def test_without_times_or_a_target_or_others_a_step_has_its_whole_budget() -> No
 
 def test_where_many_prompts_stand_beside_few_that_decode_the_target_grows_with_them() -> None:
     budget = taught(0.05)
-    of = {prompts: budget.tokens(LOAD._replace(prompts=prompts)) for prompts in (1, 2, 3, 8, 100)}
+    of = {prompts: budget.tokens(LOAD._replace(prompts=prompts, due=prompts)) for prompts in (1, 2, 3, 8, 100)}
     assert of[1] < of[2] < of[3] < of[8] <= of[100] == 512
+
+
+def test_prompts_of_adapters_that_were_served_more_than_others_only_stretch_a_step() -> None:
+    budget = taught(0.1)
+    assert budget.tokens(LOAD) > 64
+    ahead = budget.tokens(LOAD._replace(prompts=100, due=0))
+    assert ahead == pytest.approx(8 + 32, abs=4)  # 16 ms for what is in four chunks, which cost 16 ms themselves
 
 
 def test_costs_are_learned_and_followed() -> None:
