@@ -118,10 +118,13 @@ class Catalog:
         """Whether a name means these weights, or meant them and still resolves."""
         return revision in self._names
 
+    def holding(self, revision: str) -> list[Record]:
+        """The names that mean these weights, or meant them and still resolve."""
+        return [self._records[key] for key in self._names.get(revision, ())]
+
     def meaning(self, revision: str) -> list[Record]:
         """The names that mean these weights now."""
-        records = [self._records[key] for key in self._names.get(revision, ())]
-        return [record for record in records if record.current.revision == revision]
+        return [record for record in self.holding(revision) if record.current.revision == revision]
 
     def page(self, after: str | None, limit: int) -> list[Record]:
         """Records in order of name, from behind `after`."""

@@ -20,8 +20,8 @@ class Parity(msgspec.Struct, frozen=True):
 
 class Weights(msgspec.Struct, frozen=True):
     """One revision, whatever it is called. `fault` says why it is in quarantine; None: it is served. `is_lost`: its
-    files are not there as they were stored, which registering it again mends. `ignored` are keys of its configuration
-    that were passed over as asked."""
+    files are not there as they were stored, or the engine has given it up, which registering it again mends. `ignored`
+    are keys of its configuration that were passed over as asked."""
 
     revision: str
     kind: Kind
@@ -31,6 +31,13 @@ class Weights(msgspec.Struct, frozen=True):
     parity: Parity | None = None
     is_lost: bool = False
     ignored: tuple[str, ...] = ()
+
+    @property
+    def differs(self) -> bool:
+        """A comparison with merged weights found it wanting, and only another one makes that void."""
+        return (
+            self.fault is not None and self.parity is not None and not self.parity.max_difference <= self.parity.bound
+        )
 
 
 class Version(msgspec.Struct, frozen=True):

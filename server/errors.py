@@ -16,8 +16,10 @@ HeddleError
 ├── EngineSilent          503  the engine process lives, and has said nothing for too long
 ├── ShuttingDown          503  a signal has come; nothing new is taken
 ├── Overloaded            503  as much is under way as is taken at once
+├── AdapterUnavailable    503  the adapter could not be brought to the device; that may pass
+├── QuarantinedMeanwhile  422  the adapter is in quarantine since the request was taken
 ├── GenerationTimeout     504  the request's own timeout is over
-└── GenerationFailed      503  this request failed in the engine (its adapter could not be loaded, say); others go on
+└── GenerationFailed      503  this request failed in the engine; others go on
 
 AdapterError                   adapters_store/errors.py says what each means
 ├── AdapterNotFound       404
@@ -159,6 +161,20 @@ class Overloaded(HeddleError):
     status = 503
     type = "service_unavailable"
     code = "overloaded"
+
+
+class AdapterUnavailable(HeddleError):
+    status = 503
+    type = "service_unavailable"
+    code = "adapter_unavailable"
+
+
+class QuarantinedMeanwhile(HeddleError):
+    """What later requests are told by AdapterQuarantined, which the catalogue raises."""
+
+    status = 422
+    type = "invalid_request_error"
+    code = "adapter_quarantined"
 
 
 class GenerationTimeout(HeddleError):

@@ -108,7 +108,7 @@ async def _start(
     room = Room(info.adapter_bytes, 4 if info.dtype == "float32" else 2, info.max_experts_per_adapter)
     terms = _terms(config, info)
     storage.remember(registry.store, storage.Identity(config.base_name, info.base, room, terms))
-    texts, metrics = AdapterTexts(text), Metrics(child.client)
+    texts, metrics = AdapterTexts(text), Metrics(child.client, registry.catalog, info, config)
     inspection = Inspection(
         registry,
         Rules(info.base, config.roots, room),
@@ -119,6 +119,7 @@ async def _start(
         check_template=texts.for_template,
     )
     lifecycle = Lifecycle(inspection, child.client, Leases(), on_delete=metrics.forget_model)
+    child.client.on_device.follow(lifecycle.moved)
     most = config.max_upload_bytes or 2 * info.adapter_bytes
     uploads = Uploads(registry.store.uploads, UploadLimits(max_upload_bytes=most))
     fetcher = Fetcher(_allowed(config), FetchLimits(max_bytes=most), config.fetch_timeout_s)
@@ -143,7 +144,7 @@ def _allowed(config: ServerConfig) -> Allowed:
 def _terms(config: ServerConfig, info: EngineInfo) -> Terms:
     names = (config.base_name, *names_of_base(config.engine.model_dir), *config.base_names)
     bound = PARITY_BOUNDS[info.dtype] if config.verify_bound is None else config.verify_bound
-    most_pinned = max(1, config.engine.adapter_slots // 2)
+    most_pinned = max(1, info.adapter_slots // 2)
     return Terms(names, config.strict_base, bound, info.adapter_bytes // 2, most_pinned, info.graph_rank)
 
 

@@ -229,7 +229,7 @@ def test_a_damaged_copy_fails_its_own_requests_until_it_is_registered_again(
         file.seek(-40, os.SEEK_END)
         file.write(bytes([byte ^ 1]))
     failed = answers(http, "damaged")
-    assert failed.status_code == 503 and failed.json()["error"]["code"] == "generation_failed", failed.text
+    assert failed.status_code == 422 and failed.json()["error"]["code"] == "adapter_quarantined", failed.text
     assert "adapter_model.safetensors changed after it was registered" in failed.json()["error"]["message"]
     assert all(answers(http, name).status_code == 200 for name in ("sound", "other", "another", "tiny"))
     assert http.post("/v1/adapters", json={"name": "damaged", "path": "d5"}).status_code == 200

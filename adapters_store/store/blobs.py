@@ -25,6 +25,8 @@ _FICLONE = 0x40049409  # ioctl of Linux: the same blocks under another inode, co
 _CHUNK_BYTES = 4 << 20
 _SHELF, _BLOB = re.compile(r"[0-9a-f]{2}"), re.compile(r"[0-9a-f]{64}")
 _MADE = ".made"  # how the name of an empty file ends, beside the copies
+# of an open: the file may be as it was stored, all the same
+_MAY_PASS = (errno.EACCES, errno.EAGAIN, errno.EINTR, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -82,10 +84,13 @@ class Blobs:
         return SourceFile("", blob_path(sha256), size, sha256)
 
     def fault(self, file: SourceFile, read: bool = False) -> str | None:
-        """What is wrong with a blob, if anything: missing or of another size; with `read`, of other bytes."""
+        """What is wrong with a blob, if anything: missing or of another size; with `read`, of other bytes. Raises
+        StoreFailed where that cannot be told now."""
         try:
             descriptor = open_resolved(str(self.root.resolve() / file.path))
         except OSError as error:
+            if error.errno in _MAY_PASS:
+                raise StoreFailed(f"the store cannot be read now: {error.strerror}") from None
             return f"{shown(file.file)} cannot be read from the store: {error.strerror}"
         try:
             found = OpenFile(descriptor, file.file, file.path)

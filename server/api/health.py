@@ -2,13 +2,13 @@
 engine."""
 
 from fastapi import APIRouter, Request, Response
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from server.api.operation import TEXT, Answered, operation
 from server.api.protocol.answers.around import Health, Unhealthy, Version
 from server.api.service import Service, service_of
 from server.api.transport.errors import respond
 from server.errors import HeddleError
+from server.metrics import CONTENT_TYPE
 from server.version import VERSION
 
 router = APIRouter()
@@ -54,7 +54,7 @@ async def version(request: Request) -> Response:
 
 @router.get("/metrics", openapi_extra=operation({200: Answered({TEXT: {"type": "string"}})}))
 async def metrics(request: Request) -> Response:
-    return Response(generate_latest(service_of(request).metrics.registry), media_type=CONTENT_TYPE_LATEST)
+    return Response(service_of(request).metrics.exposed(), media_type=CONTENT_TYPE)
 
 
 def _life(service: Service) -> Response:

@@ -67,9 +67,6 @@ class Service:
         """What was meant stays until the lease ends. Raises TooManyOfAdapter."""
         return self.lifecycle.leases.take(meant.ref, num_sequences, meant.manifest.max_concurrent)
 
-    def is_served(self, model: str) -> bool:
-        return model == self.catalog.base_name or model in self.catalog
-
     async def encode(self, texts: Sequence[str], param: str, add_special_tokens: bool = True) -> list[list[int]]:
         """Tokens of each text."""
         num_chars, most = sum(map(len, texts)), self.text.most_chars(self.max_request_tokens)

@@ -188,6 +188,9 @@ class _NoEngine:
     async def remove_adapter(self, ref: AdapterRef) -> int:
         return 0
 
+    def is_given_up(self, ref: AdapterRef) -> bool:
+        return False
+
     async def check_adapter(self, ref: AdapterRef, num_tokens: int) -> NoReturn:
         raise AssertionError("there is no engine to compare with")
 

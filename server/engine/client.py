@@ -16,6 +16,7 @@ from server.engine.messages import (
     Abort,
     AdapterChecked,
     AdapterGone,
+    AdapterMoved,
     AddRequest,
     CheckAdapter,
     EngineInfo,
@@ -32,8 +33,9 @@ from server.engine.messages import (
     ToFront,
     TokenEvent,
 )
+from server.engine.on_device import OnDevice
 from server.engine.open_requests import OpenRequests
-from server.engine.request import LaneSpec, OfPrompt, Sampling
+from server.engine.request import LaneSpec, OfPrompt, Sampling, Tier
 from server.errors import ConfigError, EngineDead, HeddleError, StartupError
 
 
@@ -68,23 +70,25 @@ class TokenStream:
         self.request_ids = tuple(request_ids)
         self._open = set(request_ids)
         self._client = client
-        self._events: asyncio.Queue[TokenEvent | HeddleError | None] = asyncio.Queue()
+        self._events: asyncio.Queue[tuple[TokenEvent | HeddleError | None, float]] = asyncio.Queue()
         self._has_heard = True  # since it was last marked as silent
+        self.heard_at = 0.0  # when the event came that was yielded last, however late it is read
 
-    def put(self, event: TokenEvent | HeddleError) -> None:
+    def put(self, event: TokenEvent | HeddleError, at: float) -> None:
+        """at: seconds of the monotonic clock."""
         self._has_heard = True
-        self._events.put_nowait(event)
+        self._events.put_nowait((event, at))
 
     def mark_silence(self) -> None:
         """Let who iterates get None if nothing has come since the last call."""
         if not self._has_heard:
-            self._events.put_nowait(None)
+            self._events.put_nowait((None, 0.0))
         self._has_heard = False
 
     async def __aiter__(self) -> AsyncIterator[TokenEvent | None]:
         """Tokens, and None where nothing comes for long."""
         while self._open:
-            event = await self._events.get()
+            event, at = await self._events.get()
             if isinstance(event, HeddleError):
                 self._open.clear()
                 raise event
@@ -93,6 +97,7 @@ class TokenStream:
             elif event.request_id in self._open:  # else it was stopped meanwhile
                 if event.finish is not None:
                     self._open.remove(event.request_id)
+                self.heard_at = at
                 yield event
 
     def stop(self, request_id: int) -> None:
@@ -105,7 +110,7 @@ class TokenStream:
         """End whatever still runs; who iterates gets the error."""
         if self._open:
             self._client.abort(sorted(self._open))
-            self.put(error)
+            self.put(error, time.monotonic())
 
     def cancel(self) -> None:
         """End whatever still runs. Safe at any time, any number of times."""
@@ -124,6 +129,7 @@ class EngineClient:
         self._next_id = 0
         self._death: str | None = None
         self.stats = Stats()
+        self.on_device = OnDevice()
         self.last_heard = time.monotonic()
 
     # -- life of the engine -----------------------------------------------------------
@@ -151,12 +157,15 @@ class EngineClient:
     async def pump(self) -> None:
         """Deliver what the engine sends, for ever. Run as one task."""
         while True:
-            message = await self._link.receive()
-            self.last_heard = time.monotonic()
-            if isinstance(message, StepDone):
-                self.stats = message.stats
-                for event in message.events:
-                    self._deliver(event)
+            self.hear(await self._link.receive())
+
+    def hear(self, message: ToFront) -> None:
+        """Deliver what has come."""
+        self.last_heard = time.monotonic()
+        if isinstance(message, StepDone):
+            self.stats = message.stats
+            for event in message.events:
+                self._deliver(event)
 
     def _deliver(self, event: Event) -> None:
         match event:
@@ -165,11 +174,14 @@ class EngineClient:
                 if stream is not None:
                     if event.finish is not None:
                         self._requests.end(event.request_id)
-                    stream.put(event)
+                    stream.put(event, self.last_heard)
             case AdapterGone(ref=ref, num_bytes=num_bytes):
+                self.on_device.forget(ref)
                 self._removals.resolve(ref, num_bytes)
             case AdapterChecked(check_id=check_id):
                 self._checks.resolve(check_id, event)
+            case AdapterMoved():
+                self.on_device.take(event)
 
     def declare_dead(self, reason: str) -> None:
         """The engine is gone: every open stream and whatever else is awaited ends with EngineDead, every later call
@@ -191,6 +203,14 @@ class EngineClient:
     @property
     def num_requests(self) -> int:
         return len(self._requests)
+
+    def num_requests_of(self, ref: AdapterRef) -> int:
+        """Those that have not ended and go through these weights, by whatever name."""
+        return self._requests.num_of(ref)
+
+    def adapters_asked_for(self) -> list[AdapterRef]:
+        """By requests that have not ended, once by each name."""
+        return self._requests.adapters()
 
     @property
     def silence_s(self) -> float:
@@ -255,6 +275,10 @@ class EngineClient:
             self._removals.resolve(ref, 0)
         return gone
 
+    def is_given_up(self, ref: AdapterRef) -> bool:
+        """It is in quarantine in the engine, which has not been told of it again since: `add_adapter` lifts that."""
+        return self.on_device.of(ref).tier is Tier.QUARANTINED
+
     async def check_adapter(self, ref: AdapterRef, num_tokens: int) -> AdapterChecked:
         """See CheckAdapter. Raises EngineDead, and AdapterError if the adapter is not there any more."""
         self.require_alive()
@@ -274,9 +298,10 @@ class EngineClient:
 
     def _tell(self, message: PackedAddAdapter | RemoveAdapter) -> None:
         if isinstance(message, PackedAddAdapter):
-            self._removals.resolve(
-                message.ref, 0
-            )  # what was being removed may stay; then the engine says nothing of it
+            # what was being removed may stay; then the engine says nothing of it
+            self._removals.resolve(message.ref, 0)
+            if self.is_given_up(message.ref):
+                self.on_device.forget(message.ref)  # this lifts it, and where it is then will be told
         self._link.send(message)
 
     def require_alive(self) -> None:

@@ -39,6 +39,11 @@ class OpenRequests(Generic[Stream]):
         """Requests through these weights, whatever name they were asked for by."""
         return self._users[adapter]
 
+    def adapters(self) -> list[AdapterRef]:
+        """What they ask for, once by each name."""
+        asked = (adapter for _, adapter in self._open.values() if adapter is not None)
+        return list({(it.name, it.revision): it for it in asked}.values())
+
     def streams(self) -> list[Stream]:
         return list(dict.fromkeys(stream for stream, _ in self._open.values()))
 

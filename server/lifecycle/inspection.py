@@ -113,6 +113,8 @@ class Inspection:
 
     async def compared(self, ref: AdapterRef) -> tuple[Parity | None, str | None]:
         """What there is to say of it, and why it is in quarantine, if it is."""
+        if self._engine.is_given_up(ref):
+            self._engine.add_adapter(ref)  # else it would not look at it again
         try:
             async with asyncio.timeout(CHECK_TIMEOUT_S):
                 checked = await self._engine.check_adapter(ref, CHECK_TOKENS)

@@ -22,6 +22,8 @@ from adapters_store.errors import AdapterError, AdapterQuarantined, GivenUp, Rev
 from adapters_store.records import Content, Target, Weights
 from adapters_store.ref import AdapterRef
 from adapters_store.verify import Verified
+from server.engine.messages import AdapterMoved
+from server.engine.request import Tier
 from server.errors import AdapterDeleted, HeddleError
 from server.lifecycle.engine import Engine
 from server.lifecycle.inspection import Inspection
@@ -146,6 +148,8 @@ class Lifecycle:
         if isinstance(read, Verified):
             parity, fault = await self.inspection.compared(found.ref)
             weights = msgspec.structs.replace(read.weights, fault=fault, parity=parity or found.weights.parity)
+            if fault is not None and not weights.differs:  # nothing was compared: what mended it before still does
+                weights = msgspec.structs.replace(weights, is_lost=found.weights.is_lost)
         else:
             weights = msgspec.structs.replace(found.weights, fault=read, is_lost=True)
         await self.registry.change(lambda: self.catalog.marked(name, weights), actor)
@@ -179,17 +183,43 @@ class Lifecycle:
         self._suspected[ref.revision] = now
         self._in_background(self._look_at(ref))
 
+    def moved(self, moved: AdapterMoved) -> None:
+        """The engine says where an adapter is now. What it has put into quarantine is there for everybody, under every
+        name, and after a restart, until it is registered again.
+
+        It gives the reason once. What it says later of one that stays there may have been said before it heard that
+        the adapter is registered again.
+        """
+        if moved.tier is Tier.QUARANTINED and moved.reason:
+            self._in_background(self._mark(moved.ref, moved.reason, "the engine", self._engine.is_given_up))
+
     async def _look_at(self, ref: AdapterRef) -> None:
         try:
             fault = await self.registry.fault(ref.revision)
-            weights, meaning = self.catalog.weights(ref.revision), self.catalog.meaning(ref.revision)
-            if fault is None or weights is None or not meaning:
-                return
-            lost = msgspec.structs.replace(weights, fault=f"{fault}: register it again", is_lost=True)
-            log.error("adapter %s: in quarantine: %s", meaning[0].name, lost.fault)
-            await self.registry.change(lambda: self.catalog.marked(meaning[0].name, lost), "a failed request")
         except AdapterError as error:
             log.error("the files of an adapter could not be looked at: %s", error)
+        else:
+            if fault is not None:
+                await self._mark(ref, fault, "a failed request", lambda _: True)
+
+    async def _mark(self, ref: AdapterRef, fault: str, actor: str, is_so: Callable[[AdapterRef], bool]) -> None:
+        """`is_so`: whether it is still so when its turn has come."""
+
+        def plan() -> Change | None:
+            names, weights = self.catalog.holding(ref.revision), self.catalog.weights(ref.revision)
+            if not names or weights is None or not is_so(ref):
+                return None
+            if weights.fault is not None and (weights.is_lost or weights.differs):
+                return None  # it is there already, for what would outlast this
+            told = fault if fault.endswith("again") else f"{fault}: register it again"  # the engine may say so itself
+            lost = msgspec.structs.replace(weights, fault=told, is_lost=True)
+            log.error("adapter %s: in quarantine: %s", names[0].name, lost.fault)
+            return self.catalog.marked(names[0].name, lost)
+
+        try:
+            await self.registry.change(plan, actor)
+        except AdapterError as error:
+            log.error("an adapter could not be put into quarantine: %s", error)
 
     async def collect(self, actor: str) -> tuple[int, int]:
         """Of what names meant before, keep the last few; remove what nothing speaks of. Returns how many revisions no
@@ -232,7 +262,7 @@ class Lifecycle:
     def tell_pinned(self) -> None:
         """Bring what is pinned to the device. At start."""
         for record in self.catalog:
-            if record.current.manifest.pinned:
+            if record.current.manifest.pinned and self.catalog.find(record.name).weights.fault is None:
                 self._tell_pinned(record.name)
 
     async def stop(self) -> None:
@@ -272,7 +302,11 @@ class Lifecycle:
         async def changed() -> Change | None:
             change, gone = await self.registry.change(planned, actor, new)
             self._let_go(gone)
-            if change is not None:
+            found, _ = told[0]
+            is_sound = new is not None and found.weights.fault is None and self.catalog.is_used(found.ref.revision)
+            if is_sound and self._engine.is_given_up(found.ref):
+                self._engine.add_adapter(found.ref)  # it was verified again, which lifts that
+            elif change is not None:
                 self._tell_pinned(name)
             return change
 
@@ -302,6 +336,8 @@ class Lifecycle:
         if name not in self.catalog:
             return  # deleted again
         found = self.catalog.find(name)
+        if self._engine.is_given_up(found.ref):
+            return  # telling it would lift that
         if found.version.manifest.pinned or any(it.manifest.pinned for it in found.record.versions):
             self._engine.add_adapter(found.ref)
 

@@ -1,7 +1,6 @@
 """The seam: EngineClient and the served loop with messages between them, over FakeRunner instead of a model."""
 
 import asyncio
-import queue
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -21,6 +20,7 @@ from server.engine.loop import Loop
 from server.engine.messages import (
     AdapterChecked,
     AdapterGone,
+    AdapterMoved,
     AddAdapter,
     AddRequest,
     CheckAdapter,
@@ -31,40 +31,15 @@ from server.engine.messages import (
     StepDone,
     ToEngine,
     ToFront,
+    TokenEvent,
 )
-from server.engine.request import FinishReason, LaneSpec, Sampling
+from server.engine.request import FinishReason, LaneSpec, Sampling, Tier, Token
 from server.engine.scheduler import SchedulerLimits
 from server.errors import EngineDead, Overloaded
+from tests.support.queue_link import QueueLink
 
 BLOCKS, BLOCK, VOCAB = 40, 4, 1000
 REF, OTHER_NAME = AdapterRef("a", "revision", "lora"), AdapterRef("b", "revision", "lora")
-
-
-class QueueLink:
-    """Both ends of the link in one process; every message goes through the codec as it would between two."""
-
-    def __init__(self) -> None:
-        self._to_engine: queue.Queue[bytes] = queue.Queue()
-        self._to_front: asyncio.Queue[bytes] = asyncio.Queue()
-        self._loop = asyncio.get_running_loop()
-
-    def send(self, message: FromFront) -> None:
-        self._to_engine.put(msgspec.msgpack.encode(message))
-
-    async def receive(self) -> ToFront:
-        return msgspec.msgpack.decode(await self._to_front.get(), type=ToFront)  # type: ignore[arg-type]
-
-    def publish(self, message: ToFront) -> None:
-        self._loop.call_soon_threadsafe(self._to_front.put_nowait, msgspec.msgpack.encode(message))
-
-    def receive_all(self, timeout_ms: int) -> list[ToEngine]:
-        frames: list[bytes] = []
-        try:
-            frames.append(self._to_engine.get(timeout=max(timeout_ms, 1) / 1000))
-            while True:
-                frames.append(self._to_engine.get_nowait())
-        except queue.Empty:
-            return [msgspec.msgpack.decode(frame, type=ToEngine) for frame in frames]  # type: ignore[arg-type]
 
 
 class Described:
@@ -291,3 +266,73 @@ async def test_a_check_is_answered_by_its_number(client: EngineClient, link: Eng
     with pytest.raises(EngineDead):
         await checks[2]
     assert not client._is_used(REF)
+
+
+@alone
+async def test_where_adapters_are_is_what_the_engine_said_last(client: EngineClient, link: Engineless) -> None:
+    told: list[tuple[Tier, Tier]] = []
+    client.on_device.follow(lambda it: told.append((it.tier, client.on_device.of(it.ref).tier)))
+    other = AdapterRef("c", "another revision", "lora")
+
+    async def said(*events: Any) -> list[AdapterMoved]:
+        link.say(*events)
+        await asyncio.sleep(0.01)
+        return list(client.on_device)
+
+    assert client.on_device.of(REF) == AdapterMoved(REF, Tier.ABSENT)
+    loading, resident = AdapterMoved(REF, Tier.LOADING, 70), AdapterMoved(REF, Tier.RESIDENT, 70, load_s=0.5)
+    assert await said(loading, AdapterMoved(other, Tier.HOST, 0, 9)) == [loading, AdapterMoved(other, Tier.HOST, 0, 9)]
+    assert (await said(resident))[0] == resident == client.on_device.of(OTHER_NAME)
+    assert await said(AdapterMoved(other, Tier.ABSENT)) == [resident]
+    assert await said(AdapterGone(OTHER_NAME, 70)) == [] and len(client.on_device) == 0
+    tiers = [Tier.LOADING, Tier.HOST, Tier.RESIDENT, Tier.ABSENT]
+    assert told == list(zip(tiers, tiers, strict=True))
+
+
+@alone
+async def test_telling_the_engine_of_an_adapter_again_lifts_its_quarantine(
+    client: EngineClient, link: Engineless
+) -> None:
+    client.submit([submission([1], 1, REF)])
+    link.say(AdapterMoved(REF, Tier.QUARANTINED, reason="why"))
+    await asyncio.sleep(0.01)
+    client.submit([submission([1], 1, REF)])
+    assert client.on_device.of(REF).tier is Tier.QUARANTINED
+    client.add_adapter(OTHER_NAME)
+    assert client.on_device.of(REF).tier is Tier.ABSENT
+    assert [type(it) for it in link.sent] == [PackedAddAdapter, AddRequest, AddRequest, PackedAddAdapter]
+
+
+@in_engine
+async def test_the_real_engine_tells_where_adapters_are(client: EngineClient) -> None:
+    await tokens(client.submit([submission([1], 3, REF)]))
+    assert client.on_device.of(REF).tier is Tier.RESIDENT
+    assert sum(it.bytes for it in client.on_device) == FakeResidency.BYTES_EACH
+    await client.remove_adapter(REF)
+    assert len(client.on_device) == 0
+
+
+@alone
+async def test_what_requests_ask_for_is_counted_by_weights_and_named_by_name(
+    client: EngineClient, link: Engineless
+) -> None:
+    stream = client.submit([submission([1], 1, REF), submission([1], 1, OTHER_NAME), submission([1], 1, REF)])
+    client.submit([submission([1], 1)])
+    assert client.num_requests_of(REF) == client.num_requests_of(OTHER_NAME) == 3
+    assert [it.name for it in client.adapters_asked_for()] == ["a", "b"]
+    stream.cancel()
+    assert client.num_requests_of(REF) == 0 and client.adapters_asked_for() == []
+
+
+@alone
+async def test_a_token_has_the_time_at_which_it_came_however_late_it_is_read(
+    client: EngineClient, link: Engineless
+) -> None:
+    stream, before = client.submit([submission([1], 2)]), asyncio.get_running_loop().time()
+    [number] = stream.request_ids
+    for event in (TokenEvent(number, Token(5)), TokenEvent(number, Token(6), FinishReason.LENGTH)):
+        link.say(event)
+        await asyncio.sleep(0.1)
+    await asyncio.sleep(0.2)
+    came = [stream.heard_at - before async for _ in stream]
+    assert 0 <= came[0] < 0.05 and 0.05 < came[1] - came[0] < 0.2

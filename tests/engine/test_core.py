@@ -12,16 +12,19 @@ from server.engine.kv_cache import KVCache
 from server.engine.messages import (
     Abort,
     AdapterGone,
-    AdapterOnDevice,
+    AdapterMoved,
     AddAdapter,
     AddRequest,
     Configure,
+    Event,
     RemoveAdapter,
     Shutdown,
+    ToEngine,
     TokenEvent,
 )
 from server.engine.plan import Plan
-from server.engine.request import FinishReason, LaneSpec, Sampling, Token
+from server.engine.request import FinishReason, LaneSpec, Sampling, Tier, Token
+from server.engine.residency import AdapterOnDevice
 from server.engine.scheduler import SchedulerLimits
 from tests.support.fake_engine import FakeEngine
 
@@ -107,33 +110,52 @@ def test_what_can_not_be_served_is_answered_in_the_same_step_and_before_what_was
     ]
 
 
+def answers(it: Engine, messages: list[ToEngine]) -> list[Event]:
+    """What a step says, but for where adapters are."""
+    return [event for event in it.step(messages) if not isinstance(event, AdapterMoved)]
+
+
 def test_adapters_come_and_go_by_messages() -> None:
     it = engine()
-    assert it.step([AddAdapter(REF, PACKAGE), add(1, [5], 1, REF)]) == said(1, [5], 1, REF)
+    assert answers(it, [AddAdapter(REF, PACKAGE), add(1, [5], 1, REF)]) == said(1, [5], 1, REF)
     assert it._residency.packages == {REF: PACKAGE}  # type: ignore[attr-defined]
-    assert it.stats().adapters == (AdapterOnDevice(REF, "resident", 1000, 0),)
-    assert it.step([RemoveAdapter(REF)]) == [AdapterGone(REF, 1000)]
-    assert it.stats().adapters == ()
+    assert it._residency.report() == (AdapterOnDevice(REF, "resident", 1000, 0),)
+    assert answers(it, [RemoveAdapter(REF)]) == [AdapterGone(REF, 1000)]
+    assert it._residency.report() == ()
     it.step([AddAdapter(REF, PACKAGE)])
     absent, unknown = AdapterRef("other", REF.revision, "lora"), AdapterRef("x", "unheard of", "lora")
-    assert it.step([RemoveAdapter(absent), RemoveAdapter(unknown)]) == [AdapterGone(absent, 0), AdapterGone(unknown, 0)]
+    gone = answers(it, [RemoveAdapter(absent), RemoveAdapter(unknown)])
+    assert gone == [AdapterGone(absent, 0), AdapterGone(unknown, 0)]
 
 
 def test_an_adapter_is_gone_with_the_last_request_that_holds_it_and_not_if_it_comes_back_before() -> None:
     it = engine()
     it.step([AddAdapter(REF, PACKAGE), add(1, [5], 3, REF), RemoveAdapter(REF)])
-    assert it.step([AddAdapter(REF, PACKAGE)]) == said(1, [5], 3, REF)[1:2]
-    assert it.step([]) == said(1, [5], 3, REF)[2:]  # it is served again
+    assert answers(it, [AddAdapter(REF, PACKAGE)]) == said(1, [5], 3, REF)[1:2]
+    assert answers(it, []) == said(1, [5], 3, REF)[2:]  # it is served again
     it.step([add(2, [6], 3, REF)])
     it.step([RemoveAdapter(REF)])
-    assert it.step([RemoveAdapter(REF)]) == [*said(2, [6], 3, REF)[2:], AdapterGone(REF, 1000)]  # once
+    assert answers(it, [RemoveAdapter(REF)]) == [*said(2, [6], 3, REF)[2:], AdapterGone(REF, 1000)]  # once
 
 
 def test_one_that_goes_while_it_is_loading_has_bytes_too() -> None:
     it = engine(polls_to_load=5)
     it.step([AddAdapter(REF, PACKAGE), add(1, [5], 3, REF)])
     aborted = TokenEvent(1, None, FinishReason.ABORT)
-    assert it.step([RemoveAdapter(REF), Abort([1])]) == [aborted, AdapterGone(REF, 1000)]
+    assert answers(it, [RemoveAdapter(REF), Abort([1])]) == [aborted, AdapterGone(REF, 1000)]
+
+
+def test_where_adapters_are_is_told_as_it_changes_and_not_in_every_step() -> None:
+    it = engine(polls_to_load=2)
+
+    def moved(*messages: ToEngine) -> list[AdapterMoved]:
+        return [event for event in it.step(messages) if isinstance(event, AdapterMoved)]
+
+    assert moved(AddAdapter(REF, PACKAGE), add(1, [5], 3, REF)) == [AdapterMoved(REF, Tier.LOADING, 1000)]
+    assert moved() == []
+    assert moved() == [AdapterMoved(REF, Tier.RESIDENT, 1000, load_s=0.0)]
+    assert [moved() for _ in range(5)] == [[]] * 5
+    assert moved(RemoveAdapter(REF)) == [AdapterMoved(REF, Tier.ABSENT)]
 
 
 def test_the_files_of_an_adapter_lie_below_its_root() -> None:
@@ -147,7 +169,7 @@ def test_the_files_of_an_adapter_lie_below_its_root() -> None:
 def test_a_pinned_adapter_comes_unasked_and_the_loop_looks_after_it() -> None:
     it = engine(polls_to_load=2)
     it.step([AddAdapter(REF, PACKAGE, pinned=True)])
-    assert it.pace is Pace.LOADING and it.stats().adapters == (AdapterOnDevice(REF, "resident", 1000, 0),)
+    assert it.pace is Pace.LOADING and it._residency.report() == (AdapterOnDevice(REF, "resident", 1000, 0),)
     it.step([])
     it.step([])
     assert it.pace is Pace.IDLE
@@ -200,7 +222,7 @@ def test_nothing_is_launched_where_nothing_is_to_be_computed() -> None:
 
 def test_its_numbers_are_gauges_as_of_now_and_counters_since_its_start() -> None:
     it = engine(max_running=1)
-    assert it.stats().kv_blocks_total == BLOCKS and it.stats().adapters == ()
+    assert it.stats().kv_blocks_total == BLOCKS
     it.step([add(1, [5] * 9, 2), add(2, [5] * 9, 2), add(3, [6], 2)])
     stats = it.stats()
     assert (stats.running, stats.waiting, stats.kv_blocks_used) == (1, 2, 2)
@@ -228,7 +250,7 @@ def test_its_check_is_the_schedulers() -> None:
     it = engine()
     it.step([add(1, [5])])
     it.check()
-    it.scheduler._num_running_lanes += 1
+    it.scheduler._batch.num_lanes += 1
     with pytest.raises(AssertionError):
         it.check()
 

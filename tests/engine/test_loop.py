@@ -40,7 +40,8 @@ class ScriptedEngine:
         self.told: list[float] = []
         self.num_checks = 0
 
-    def step(self, messages: list[ToEngine]) -> list[Event]:
+    def step(self, messages: list[ToEngine], now: float) -> list[Event]:
+        assert now == self.clock.now
         self.heard.append(messages)
         self.is_shut_down = Shutdown() in messages
         self.pace, events, seconds = self.script.pop(0)

@@ -29,10 +29,15 @@ class Engine:
     def __init__(self) -> None:
         self.told: list[AdapterRef] = []
         self.removed: list[AdapterRef] = []
+        self.given_up: set[AdapterRef] = set()
         self.checked = AdapterChecked(0, 1e-6, 5.0)
 
     def add_adapter(self, ref: AdapterRef) -> None:
         self.told.append(ref)
+        self.given_up.discard(ref)
+
+    def is_given_up(self, ref: AdapterRef) -> bool:
+        return ref in self.given_up
 
     async def remove_adapter(self, ref: AdapterRef) -> int:
         self.removed.append(ref)

@@ -54,6 +54,9 @@ class _NoEngine:
     def add_adapter(self, ref: AdapterRef) -> None:
         pass
 
+    def is_given_up(self, ref: AdapterRef) -> bool:
+        return False
+
     async def remove_adapter(self, ref: AdapterRef) -> int:
         return 0
 

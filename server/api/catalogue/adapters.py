@@ -1,14 +1,12 @@
 """Adapters while others decode: /v1/adapters. What happens to them is told in server/lifecycle/lifecycle.py."""
 
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request, Response
 
 from adapters_store.catalog import Found
-from adapters_store.ref import AdapterRef
 from adapters_store.told import told_of
 from server.api.catalogue.actors import actor_of
 from server.api.catalogue.forms import form_schema
@@ -22,7 +20,6 @@ from server.api.transport.bodies import check_query, count, number, read_body, t
 from server.api.transport.cors import refuse_other_sites
 from server.api.transport.errors import respond
 from server.api.transport.sse import unless_client_leaves
-from server.engine.messages import AdapterOnDevice
 from server.errors import InvalidRequest
 from server.lifecycle.lifecycle import Settled
 
@@ -87,7 +84,7 @@ async def roll_back(name: str, request: Request) -> Response:
     refuse_other_sites(request)
     service, body = service_of(request), await read_body(request, RollbackBody, may_be_empty=True)
     found = await service.lifecycle.roll_back(name, body.revision, actor_of(request))
-    return respond(200, _adapter(found, service, _on_device(service)))
+    return respond(200, _adapter(found, service))
 
 
 @router.post("/v1/adapters/{name}/verify", openapi_extra=operation(AdapterAnswer, refuses=(404, 422, 507)))
@@ -96,7 +93,7 @@ async def check(name: str, request: Request) -> Response:
     refuse_other_sites(request)
     service = service_of(request)
     found = await unless_client_leaves(request, service.lifecycle.check(name, actor_of(request)))
-    return respond(200, _adapter(found, service, _on_device(service)))
+    return respond(200, _adapter(found, service))
 
 
 @router.get(
@@ -113,8 +110,7 @@ async def list_some(request: Request) -> Response:
     check_query(request, "limit", "after")
     limit = count(request, "limit", LISTED, 1, MOST_LISTED)
     page = service.catalog.page(text(request, "after"), limit + 1)
-    on_device = _on_device(service)
-    data = [_adapter(service.catalog.find(record.name), service, on_device) for record in page[:limit]]
+    data = [_adapter(service.catalog.find(record.name), service) for record in page[:limit]]
     first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
     listed = {"object": "list", "data": data, "first_id": first, "last_id": last, "has_more": len(page) > limit}
     return respond(200, listed | {"total": len(service.catalog)})
@@ -125,7 +121,7 @@ async def get_one(name: str, request: Request) -> Response:
     """With what is bound. `name` may be name@revision."""
     service = service_of(request)
     found = service.catalog.find(name)
-    own = msgspec.json.encode(_adapter(found, service, _on_device(service)))
+    own = msgspec.json.encode(_adapter(found, service))
     described = (await service.lifecycle.registry.content(found.ref.revision)).description
     return Response(own[:-1] + b"," + described[1:], media_type="application/json")  # a large one is not parsed again
 
@@ -163,22 +159,19 @@ def _expected(request: Request) -> str | None:
 
 
 def _settled(settled: Settled, service: Service) -> Response:
-    told = _adapter(settled.found, service, _on_device(service)) | {"notes": list(settled.notes)}
+    told = _adapter(settled.found, service) | {"notes": list(settled.notes)}
     return respond(201 if settled.is_new else 200, told)
 
 
-def _on_device(service: Service) -> dict[AdapterRef, AdapterOnDevice]:
-    return {it.ref: it for it in service.client.stats.adapters}
-
-
-def _adapter(found: Found, service: Service, residents: Mapping[AdapterRef, AdapterOnDevice]) -> dict[str, Any]:
-    on_device = residents.get(found.ref)
+def _adapter(found: Found, service: Service) -> dict[str, Any]:
+    place = service.client.on_device.of(found.ref)
     return told_of(found, service.catalog.base_name) | {
         "durable": found.record.is_durable and service.lifecycle.registry.is_durable,
         "warnings": service.lifecycle.inspection.warnings_for(found),
         "device": {
-            "state": on_device.state if on_device else "absent",
-            "bytes": on_device.bytes if on_device else 0,
-            "running_requests": on_device.pins if on_device else 0,
+            "state": place.tier.value,
+            "bytes": place.bytes,
+            "host_bytes": place.host_bytes,
+            "running_requests": service.client.num_requests_of(found.ref),
         },
     }

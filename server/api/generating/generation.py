@@ -11,8 +11,16 @@ from server.api.protocol.wanted import Wanted
 from server.api.service import Admission, Service
 from server.api.texts.decoding import StopStrings
 from server.engine.client import Submission
-from server.engine.request import OfPrompt, ToldOfPrompt
-from server.errors import ContextExceeded, GenerationFailed, GenerationTimeout, HeddleError, InvalidRequest
+from server.engine.request import Fault, OfPrompt, ToldOfPrompt
+from server.errors import (
+    AdapterUnavailable,
+    ContextExceeded,
+    GenerationFailed,
+    GenerationTimeout,
+    HeddleError,
+    InvalidRequest,
+    QuarantinedMeanwhile,
+)
 from server.lifecycle.leases import Lease
 
 # log-probabilities of one request, of its prompts as often as they are told and of its answers: tens of megabytes of
@@ -85,9 +93,8 @@ class Generation:
     async def pieces(self) -> AsyncGenerator[Piece | None]:
         """Pieces of all completions as they come, and None from time to time while nothing does: whoever waits for them
         may be told that all is well. Closing the iterator cancels what still runs."""
-        metrics, model = self.service.metrics, self.wanted.meant.label
         self.usage.prompt_tokens = sum(map(len, self.prompts))
-        metrics.prompt_tokens.labels(model).inc(self.usage.prompt_tokens)
+        counts = self.service.metrics.request(self.wanted.meant.label, self.arrived, self.usage.prompt_tokens)
         stream = self.service.client.submit(self.submissions)
         self.admission.end()  # from here on the client counts them
         finish = "cancelled"  # what becomes of the choices that do not end by themselves
@@ -101,19 +108,19 @@ class Generation:
                     yield None
                     continue
                 if event.error is not None:
-                    if self.wanted.meant.ref is not None:
-                        self.service.lifecycle.suspect(self.wanted.meant.ref)
-                    raise GenerationFailed(event.error)
+                    raise self._failure(event.error, event.fault)
                 choice = choices[event.request_id]
                 if event.token is not None:
-                    if self.usage.completion_tokens == 0:
-                        metrics.time_to_first_token.labels(model).observe(time.monotonic() - self.arrived)
+                    counts.token(event.request_id, stream.heard_at)
                     self.usage.completion_tokens += 1
                 if choice.index % self.wanted.per_prompt == 0:  # a prompt is counted once, not once a choice
                     self.usage.cached_tokens += event.num_cached_tokens
                 piece = choice.push(event)
+                if piece.begins:
+                    prompt = self.submissions[choice.index].prompt
+                    counts.begun(len(prompt), event.num_cached_tokens, event.queued_s)
                 if piece.finish is not None:
-                    metrics.requests.labels(model, piece.finish).inc()
+                    counts.ended(piece.finish)
                     stream.stop(event.request_id)
                     del choices[event.request_id]
                 if piece.says_something:
@@ -126,11 +133,18 @@ class Generation:
             self.lease.end()
             if timer is not None:
                 timer.cancel()
-            metrics.requests.labels(model, finish).inc(len(choices))
-            metrics.generated_tokens.labels(model).inc(self.usage.completion_tokens)
-            metrics.duration.labels(model).observe(time.monotonic() - self.arrived)
-            if not self.service.is_served(model):  # deleted meanwhile: its series must not come back
-                metrics.forget_model(model)
+            counts.ended(finish, len(choices))
+            counts.over()
+
+    def _failure(self, error: str, fault: Fault | None) -> HeddleError:
+        """What the client is told of a request that the engine has given up."""
+        if fault is Fault.QUARANTINED:
+            return QuarantinedMeanwhile(error)
+        if fault is Fault.UNAVAILABLE:
+            if self.wanted.meant.ref is not None:
+                self.service.lifecycle.suspect(self.wanted.meant.ref)
+            return AdapterUnavailable(error)
+        return GenerationFailed(error)
 
     def _choice(self, index: int, stops: StopStrings) -> Choice:
         it = self.wanted

@@ -15,8 +15,10 @@ from server.api.transport import message_errors
 from server.errors import ADAPTER_ERROR_TYPE, ADAPTER_STATUS, HeddleError
 
 log = logging.getLogger("heddle.api")
+_FINAL = {"x-should-retry": "false"}
 # clients ask again after any 5xx; a request that had its time would only take as long once more
-_HEADERS = {503: {"Retry-After": "1"}, 504: {"x-should-retry": "false"}}
+_HEADERS = {503: {"Retry-After": "1"}, 504: _FINAL}
+_QUARANTINED = "adapter_quarantined"  # nothing comes of asking again, whatever clients make of the status
 
 
 def error_body(message: str, type: str, param: str | None = None, code: str | None = None) -> dict[str, object]:
@@ -60,11 +62,14 @@ def refuse(
 def install(app: FastAPI) -> None:
     async def ours(request: Request, raised: Exception) -> Response:
         error = cast(HeddleError, raised)
-        return refuse(request.scope, error.status, body_of(error), _HEADERS.get(error.status))
+        headers = _FINAL if error.code == _QUARANTINED else _HEADERS.get(error.status)
+        return refuse(request.scope, error.status, body_of(error), headers)
 
     async def adapter(status: int, code: str, request: Request, error: Exception) -> Response:
         kind = ADAPTER_ERROR_TYPE.get(status, "invalid_request_error")
-        headers = {"Upload-Offset": str(error.offset)} if isinstance(error, UploadConflict) else None
+        headers = _FINAL if code == _QUARANTINED else None
+        if isinstance(error, UploadConflict):
+            headers = {"Upload-Offset": str(error.offset)}
         return refuse(request.scope, status, error_body(str(error), kind, code=code), headers)
 
     async def http(request: Request, raised: Exception) -> Response:

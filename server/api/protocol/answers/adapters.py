@@ -11,8 +11,11 @@ from server.api.protocol.schema import schema_of
 
 
 class OnDevice(Answer):
-    state: Literal["absent", "loading", "resident"]
+    """`host_bytes`: in the host cache. `running_requests`: through these weights, those that wait included."""
+
+    state: Literal["absent", "loading", "host", "resident", "quarantined"]
     bytes: int
+    host_bytes: int
     running_requests: int
 
 
