@@ -4,6 +4,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,9 +27,12 @@ from server.model.forward import KernelForward
 from server.model.inputs import HostStep, lay_out
 from server.model.probe import PROBE
 from server.model.warm_up import warm_up
+from server.weights.arena import PageWork
 from server.weights.choice import choose_arenas
+from server.weights.loading import Job, Loading
 from server.weights.padded_arena import PaddedArenas
-from server.weights.transfer import Job, Transfer, TransferThread
+from server.weights.tables.table import Prepared
+from server.weights.transfer import Transfer
 
 GREEDY = Sampling(temperature=0.0)
 LOAD_TIMEOUT_S = 60
@@ -63,7 +67,10 @@ class Serving:
         config = EngineConfig(model_dir=".", block_size=self._block_size, **settings)
         self.assembly = assemble(self.model, config, frozenset(), device=bench.scale.device)
         self.residency, self.info = self.assembly.residency, self.assembly.info
-        self.residency._transfers = _Unfilled(self.residency._transfers)  # type: ignore[assignment]
+        self.residency._loading = _Unfilled(self.residency._loading)  # type: ignore[assignment]
+        pool = self.assembly.kv_cache.pool
+        if not pool.make_ready(pool.num_blocks):  # lanes here name blocks by number
+            raise RuntimeError(f"there is no memory for all {pool.num_blocks:,} KV blocks")
         self._adapters: list[AdapterRef] = []
         self.experts = [module for module in self.model.modules() if isinstance(module, RoutedExperts)]
         if not bench.scale.is_cuda:
@@ -286,15 +293,25 @@ class Serving:
 
 
 class _Unfilled:
-    """A transfer thread for adapters that no file holds: their pages are mapped, and nothing is copied there."""
+    """Loading of adapters that no file holds: their pages are mapped, and nothing is copied there."""
 
-    def __init__(self, thread: TransferThread) -> None:
-        self._thread = thread
+    def __init__(self, loading: Loading) -> None:
+        self._loading = loading
 
     def start(self, job: Job) -> None:
         if isinstance(job, Transfer):
-            job._places = [(tensor, place) for tensor, place in job._places if tensor.file != NO_FILE]
-        self._thread.start(job)
+            job._tables = [partial(_without_places, prepare) for prepare in job._tables]
+        self._loading.start(job)
+
+    def do(self, work: PageWork) -> None:
+        self._loading.do(work)
+
+
+def _without_places(prepare: Callable[[], Prepared]) -> Prepared:
+    """Nothing of what no file holds is copied, or checked before it is filled."""
+    prepared = prepare()
+    places = [(tensor, place) for tensor, place in prepared.places if tensor.file != NO_FILE]
+    return prepared._replace(places=places, checked=())
 
 
 def _random_model(name: str, scale: Scale, layers: int) -> nn.Module:

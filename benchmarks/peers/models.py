@@ -1,9 +1,10 @@
-"""The models of the suites, made from seeds, with lively answers: see `_enliven`."""
+"""The models of the suites, made from seeds, with lively answers: see `enliven`."""
 
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,12 +22,12 @@ def llama(directory: Path, num_adapters: int = NUM_ADAPTERS) -> None:
     """Workload A's: make_llama's, with a context that long prompts fit in."""
     make_llama(directory, num_adapters)
     _set(directory / "base" / "config.json", max_position_embeddings=CONTEXT)
-    _enliven(directory / "base")
+    enliven(directory / "base")
 
 
-def mixture(directory: Path) -> None:
+def mixture(directory: Path, num_esft: int = NUM_ADAPTERS) -> None:
     """A Qwen3 mixture of about 61 million parameters, 16 experts of which a token takes 4. Adapters: NUM_ADAPTERS of
-    LoRA on attention, `lora-i`, and as many of ESFT with TUNED experts a layer, `esft-i`."""
+    LoRA on attention, `lora-i`, and `num_esft` of ESFT with TUNED experts a layer, `esft-i`."""
     import peft
 
     torch.manual_seed(0)
@@ -44,10 +45,13 @@ def mixture(directory: Path) -> None:
         wrapped.save_pretrained(str(directory / "adapters" / f"lora-{index}"))
         model = wrapped.unload()
     write_tokenizer(directory / "base", config.vocab_size)
-    _enliven(directory / "base")
+    enliven(directory / "base")
     weights = load_file(directory / "base" / "model.safetensors")
-    for index in range(NUM_ADAPTERS):
-        _esft(directory / "adapters" / f"esft-{index}", weights, config, seed=index)
+    for index in range(num_esft):
+        generator = torch.Generator().manual_seed(index)
+        tuned = {layer: sorted(torch.randperm(config.num_experts, generator=generator)[:TUNED].tolist())
+                 for layer in range(config.num_hidden_layers)}  # fmt: skip
+        esft(directory / "adapters" / f"esft-{index}", weights, tuned, generator)
 
 
 def demo(directory: Path) -> None:
@@ -58,11 +62,10 @@ def demo(directory: Path) -> None:
     write_tokenizer(directory / "base", vocab_size(directory))
 
 
-def _esft(directory: Path, weights: dict[str, torch.Tensor], config: Qwen3MoeConfig, seed: int) -> None:
-    """Tuned experts are the base's with noise of half their size."""
-    generator = torch.Generator().manual_seed(seed)
-    tuned = {layer: sorted(torch.randperm(config.num_experts, generator=generator)[:TUNED].tolist())
-             for layer in range(config.num_hidden_layers)}  # fmt: skip
+def esft(
+    directory: Path, weights: dict[str, torch.Tensor], tuned: dict[int, list[int]], generator: torch.Generator
+) -> None:
+    """Tuned experts, by layer, are the base's with noise of half their size."""
     tensors = {}
     for layer, experts in tuned.items():
         for expert in experts:
@@ -81,7 +84,7 @@ def _esft(directory: Path, weights: dict[str, torch.Tensor], config: Qwen3MoeCon
     )
 
 
-def _enliven(base: Path) -> None:
+def enliven(base: Path) -> None:
     """Scale the layers' matrices. As Transformers draws them, a token's own embedding outweighs what the layers add to
     it: such a model repeats the prompt's last token whatever its attention does, and an answer would prove little."""
     file = base / "model.safetensors"
@@ -126,7 +129,7 @@ def vocab_size(directory: Path) -> int:
 class Models:
     """Makes each once below a directory, which is the caller's to remove."""
 
-    MAKERS: dict[str, Callable[[Path], None]] = {
+    MAKERS: ClassVar[dict[str, Callable[[Path], None]]] = {
         "llama": llama,
         "llama-128": lambda directory: llama(directory, 128),
         "mixture": mixture,

@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
-from benchmarks.peers.goals import GOALS, outcome
+from benchmarks.peers.goals import GOALS, Goal, outcome
 from benchmarks.peers.load import Check, Sample, Taken
 from benchmarks.peers.rounds import FOREIGN
 from benchmarks.peers.suites import SUITES
@@ -16,13 +16,18 @@ _COMPARED = ("tok/s", "tok/CPU s", "TTFT p50 ms", "ITL p50 ms", "ITL p99 ms", "s
 def page(head: Mapping[str, object], found: Mapping[str, Taken], absent: Mapping[str, str],
          pictures: Mapping[str, str]) -> str:  # fmt: skip
     """`pictures`: suite -> file beside the page."""
-    parts = [f"# Heddle beside its peers, {head['date']}", _head(head), _systems(head, absent), _goals(found)]
+    parts = [
+        f"# Heddle beside its peers, {head['date']}",
+        _head(head),
+        _systems(head, absent),
+        goals_table(GOALS, found),
+    ]
     for letter, taken in found.items():
         module = SUITES[letter]
         parts.append(f"## ({letter}) {module.TITLE}\n\n{(module.__doc__ or '').strip()}")
         if letter in pictures:
             parts.append(f"![{module.TITLE}]({pictures[letter]})")
-        parts += [_figures(taken), _ratios(taken), _floors(taken), _checks(taken.checks), _notes(taken)]
+        parts += [figures_table(taken), _ratios(taken), _floors(taken), checks_table(taken.checks), notes(taken)]
     return "\n\n".join(it for it in parts if it) + "\n"
 
 
@@ -46,25 +51,26 @@ def _systems(head: Mapping[str, object], absent: Mapping[str, str]) -> str:
     assert isinstance(versions, Mapping) and isinstance(settings, Mapping)
     for name, told in settings.items():
         if name in absent:
-            rows.append(f"| {name} | **did not run** | {_cell(absent[name])} |")
+            rows.append(f"| {name} | **did not run** | {cell(absent[name])} |")
         else:
             said = ", ".join(f"{package} {it}" for package, it in versions.get(name, {}).items())
-            rows.append(f"| {name} | {said or 'not asked for'} | {_cell(told)} |")
+            rows.append(f"| {name} | {said or 'not asked for'} | {cell(told)} |")
     return "\n".join(rows)
 
 
-def _goals(found: Mapping[str, Taken]) -> str:
+def goals_table(goals: Sequence[Goal], found: Mapping[str, Taken]) -> str:
+    """Of what was run. Empty where none of it has a goal."""
     rows = ["## Goals", "", "| suite | goal | wanted | measured | |", "|---|---|---:|---:|---|"]
-    for goal in GOALS:
+    for goal in goals:
         if goal.suite in found:
             told = outcome(goal, found[goal.suite].samples, found[goal.suite].checks)
             value = "–" if told.value is None else f"{told.value:.2f}" if goal.over else f"{told.value:.1f}"
             rows.append(f"| {goal.suite} | {goal.says} | {'≤' if goal.at_most else '≥'} {goal.bound:g} | {value} | "
-                        f"{_cell(told.verdict)} |")  # fmt: skip
+                        f"{cell(told.verdict)} |")  # fmt: skip
     return "\n".join(rows) if len(rows) > 4 else ""
 
 
-def _figures(taken: Taken) -> str:
+def figures_table(taken: Taken) -> str:
     shown = units(taken.samples)
     if not shown:
         return "Nothing was measured."
@@ -94,11 +100,11 @@ def _spread(values: Iterable[float], mark: str) -> str:
     numbers = list(values)
     if not numbers:
         return "–"
-    middle = _number(statistics.median(numbers)) + mark
-    return middle if len(numbers) == 1 else f"{middle} ({_number(min(numbers))}–{_number(max(numbers))})"
+    middle = number(statistics.median(numbers)) + mark
+    return middle if len(numbers) == 1 else f"{middle} ({number(min(numbers))}–{number(max(numbers))})"
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
@@ -130,13 +136,13 @@ def _floors(taken: Taken) -> str:
     names = list(taken.floors[0])
     rows = [f"| {' | '.join(names)} |", f"|---|{'--:|' * (len(names) - 1)}"]
     rows += [
-        f"| {' | '.join(it if isinstance(it, str) else _number(it) for it in floor.values())} |"
+        f"| {' | '.join(it if isinstance(it, str) else number(it) for it in floor.values())} |"
         for floor in taken.floors
     ]
     return "The floor:\n\n" + "\n".join(rows)
 
 
-def _checks(checks: Sequence[Check]) -> str:
+def checks_table(checks: Sequence[Check]) -> str:
     if not checks:
         return ""
     rows = ["<details><summary>Checks of the answers</summary>", "",
@@ -145,16 +151,13 @@ def _checks(checks: Sequence[Check]) -> str:
     for it in checks:
         share = "–" if it.share is None else f"{it.share:.4f}"
         rows.append(f"| {it.system} | {it.mode} | {'right' if it.passed else '**wrong**'} | {it.tokens} | {share} | "
-                    f"{it.gap:.1e} | {_cell(it.first or it.note)} |")  # fmt: skip
+                    f"{it.gap:.1e} | {cell(it.first or it.note)} |")  # fmt: skip
     return "\n".join([*rows, "", "</details>"])
 
 
-def _notes(taken: Taken) -> str:
-    return "\n".join(f"- {_cell(it)}" for it in dict.fromkeys(taken.notes))
+def notes(taken: Taken) -> str:
+    return "\n".join(f"- {cell(it)}" for it in dict.fromkeys(taken.notes))
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
     return text.replace("|", "/").replace("\n", " ")
-
-
-__all__ = ["page", "is_sound", "Sample"]

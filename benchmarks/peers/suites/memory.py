@@ -61,11 +61,12 @@ def _resident(processes: list[psutil.Process]) -> Figures:
     for process in processes:
         name = "engine" if "engine_process" in " ".join(process.cmdline()) else "front"
         for part in ("Rss", "Pss", "Anonymous"):
-            found[f"{name} {part} MiB"] = found.get(f"{name} {part} MiB", 0.0) + _rollup(process.pid, part) / MiB
+            found[f"{name} {part} MiB"] = found.get(f"{name} {part} MiB", 0.0) + rollup(process.pid, part) / MiB
     return found
 
 
-def _rollup(pid: int, part: str) -> int:
+def rollup(pid: int, part: str) -> int:
+    """Bytes of one part of its memory, as /proc adds it up."""
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
         if line.startswith(f"{part}:"):
             return int(line.split()[1]) * 1024

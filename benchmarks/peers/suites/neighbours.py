@@ -1,6 +1,6 @@
-"""Eight streams of the base, and what goes on beside them: nothing, prompts of 4,096 tokens, adapters that come and go.
+"""Eight streams of the base, and what goes on beside them: nothing, prompts of 4,096 tokens.
 
-Time between a stream's events. Of servers only; adapters are registered and deleted at REGISTER_PER_S, Heddle's alone.
+Time between a stream's events. Of servers only. What they feel of adapters that come and go: benchmarks/adapters.
 """
 
 import asyncio
@@ -8,7 +8,6 @@ import random
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -16,34 +15,30 @@ import psutil
 from benchmarks.peers.correctness import Judge
 from benchmarks.peers.load import Answer, Figures, Load, Sample, Taken, percentile
 from benchmarks.peers.models import vocab_size
-from benchmarks.peers.openai_stream import Refused, ask, events, read
+from benchmarks.peers.openai_stream import Refused, events, read
 from benchmarks.peers.rounds import FOREIGN, Plan, say, start_all, stop_all, worded
-from benchmarks.peers.suites.workload_a import ADAPTERS
 from benchmarks.peers.systems.system import HttpSystem, Served, System
 from benchmarks.served import OtherWork
 from benchmarks.workload import Job
 
 TITLE = "eight streams, and what goes on beside them"
 STREAMS, PROMPT, CONTEXT, CHECKED = 8, 128, 8192, 32
-WARM_UP_S, EVERY_S, REGISTER_PER_S = 3.0, 5.0, 50.0
-QUIET, LONG, REGISTER = "quiet", "4k prompts arriving", "50 registrations a second"
-MADE = "registrations/s"
+WARM_UP_S, EVERY_S = 3.0, 5.0
+QUIET, LONG = "quiet", "4k prompts arriving"
 Beside = Callable[[HttpSystem, random.Random, float], Awaitable[Figures]]
 
 
 def run(plan: Plan) -> Taken:
     directory = plan.context.models.get("llama")
     served = Served(directory, threads=plan.threads, context=CONTEXT, max_running=16)
-    # registering needs a directory that the server may read
-    own = {"heddle": replace(served, adapters=ADAPTERS, max_running=128)}
     beside = [it for it in plan.systems if it != "vllm"]  # its base with LoRA off is the faster one
-    running = start_all(replace(plan, systems=beside), served, {"http"}, own)
+    running = start_all(replace(plan, systems=beside), served, {"http"})
     judge, taken = Judge(directory), Taken()
     seconds, rounds = float(plan.size(15, 3)), min(2, plan.rounds)
     try:
         for number in range(rounds):
             for system in running.values():
-                for mode in (QUIET, LONG, *([REGISTER] if "register" in system.can else ())):
+                for mode in (QUIET, LONG):
                     if mode not in {it.mode for it in taken.checks if not it.passed and it.system == system.name}:
                         _one(plan, system, mode, number, seconds, vocab_size(directory), judge, taken)
     finally:
@@ -60,7 +55,7 @@ def _one(
     for last in range(1 + plan.repeats):
         try:
             with OtherWork() as others:
-                found, answers = asyncio.run(_measure(system, jobs, BESIDE[mode], rng, seconds))
+                found, answers = asyncio.run(measure_streams(system, jobs, BESIDE[mode], rng, seconds))
         except (Refused, OSError, EOFError) as error:
             taken.notes.append(f"{system.name}, {mode}: {worded(error, plan.context.rooms)}")
             return
@@ -75,8 +70,10 @@ def _one(
     taken.checks.append(judge.check(system.name, mode, Load(jobs, checked), cut))
 
 
-async def _measure(system: HttpSystem, jobs: list[Job], beside: Beside, rng: random.Random,
-                   seconds: float) -> tuple[Figures, list[Answer]]:  # fmt: skip
+async def measure_streams(
+    system: HttpSystem, jobs: list[Job], beside: Beside, rng: random.Random, seconds: float
+) -> tuple[Figures, list[Answer]]:
+    """Time between the tokens of a stream for each job, while `beside` lasts, and what the streams answered."""
     system.forget()
     begun = time.perf_counter()
     bodies = [system.body(job, CONTEXT - PROMPT - 8) for job in jobs]
@@ -114,30 +111,11 @@ async def _long_prompts(system: HttpSystem, rng: random.Random, seconds: float) 
         found = await events(system.port, system.body(job, 8))
         first.append(1e3 * (found[0][0] - start))
 
-    await _every(EVERY_S, seconds, lambda _: one())
+    await every(EVERY_S, seconds, lambda _: one())
     return {"4k prompts' TTFT p50 ms": percentile(first, 0.5)}
 
 
-async def _registrations(system: HttpSystem, rng: random.Random, seconds: float) -> Figures:
-    run, latencies = rng.getrandbits(32), list[float]()
-    adapters = _adapters_of(system)
-
-    async def one(number: int) -> None:
-        name, start = f"new-{run}-{number}", time.perf_counter()
-        await ask(system.port, "POST", "/v1/adapters", {"name": name, "path": str(adapters[number % len(adapters)])})
-        latencies.append(1e3 * (time.perf_counter() - start))
-        await ask(system.port, "DELETE", f"/v1/adapters/{name}")
-
-    await _every(1 / REGISTER_PER_S, seconds, one)
-    return {"registering p50 ms": percentile(latencies, 0.5), MADE: len(latencies) / seconds}
-
-
-def _adapters_of(system: HttpSystem) -> list[Path]:
-    assert system.served is not None
-    return sorted((system.served.directory / "adapters").iterdir())
-
-
-async def _every(interval: float, seconds: float, act: Callable[[int], Awaitable[Any]]) -> None:
+async def every(interval: float, seconds: float, act: Callable[[int], Awaitable[Any]]) -> None:
     """Begin one every `interval` seconds, at most 16 at a time, and wait for all."""
     start, under_way, number = time.perf_counter(), set[asyncio.Future[Any]](), 0
     while (now := time.perf_counter() - start) < seconds:
@@ -152,4 +130,4 @@ async def _every(interval: float, seconds: float, act: Callable[[int], Awaitable
     await asyncio.gather(*under_way)
 
 
-BESIDE: dict[str, Beside] = {QUIET: _quiet, LONG: _long_prompts, REGISTER: _registrations}
+BESIDE: dict[str, Beside] = {QUIET: _quiet, LONG: _long_prompts}
