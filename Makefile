@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 
 export HF_HUB_OFFLINE = 1
 
-.PHONY: serve test unit thorough lint simulate schemathesis census catalogue clients bench bench-front bench-against bench-peers wheel clean
+.PHONY: serve test unit thorough lint simulate schemathesis census catalogue clients bench bench-front bench-against bench-peers bench-adapters wheel clean
 
 serve: $(INSTALLED)  ## serve the demo, or: make serve ARGS="MODEL_DIR --adapters DIR"
 	$(BIN)/heddle serve $(ARGS)
@@ -26,8 +26,9 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-simulate: $(INSTALLED)  ## a million steps of the engine without a model
+simulate: $(INSTALLED)  ## a million steps of the engine without a model, and another of it over memory where loads fail
 	$(BIN)/python -m tests.engine.test_simulation --steps 1000000
+	$(BIN)/python -m tests.weights.test_residency_simulation --steps 1000000
 
 schemathesis: $(INSTALLED)  ## thousands of requests made from /openapi.json: does the server do what it says?
 	$(BIN)/python -m tests.support.schema_run $(ARGS)
@@ -52,6 +53,9 @@ bench-against: $(INSTALLED)  ## is this checkout slower than a commit? make benc
 
 bench-peers: $(INSTALLED)  ## beside vLLM, OpenVINO, llama.cpp, Transformers, which it installs; writes a page into benchmarks/results/
 	$(BIN)/python -m benchmarks.peers $(ARGS)
+
+bench-adapters: $(INSTALLED)  ## adapters that come and go: neighbours, bytes, time to first token; a page in benchmarks/results/
+	$(BIN)/python -m benchmarks.adapters $(ARGS)
 
 wheel: $(INSTALLED)  ## dist/*.whl with compiled kernels, for machines of this kind that have no compiler
 	rm -rf build

@@ -115,7 +115,7 @@ def _slabs(picture: Picture) -> None:
     picture.text(24, 532, "LoRA slabs: each adapter at its true rank", "bold", 17)
     picture.lines(24, 556, [
         "A and B of all its linears, one behind the other. Nothing is padded to the largest rank in the batch. Slabs",
-        "and experts draw their pages from one budget (--adapter-bytes); the least recently used adapter makes room.",
+        "and experts draw their pages from one budget, which KV blocks share; what was unused longest makes room.",
     ], "dim", 13)  # fmt: skip
     unit = 0.75  # pixels of an A or a B for one of its rank
     room = (WIDTH - 2 * LEFT - 3 * 12) / 4
