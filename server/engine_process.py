@@ -90,6 +90,7 @@ def main() -> int:
     # without a front nobody could talk to us, and we would hold memory for nothing
     Loop(engine, link, link.send).run(may_go_on=lambda: os.getppid() == options.parent)
     link.close()
+    gc.unfreeze()  # else extension modules complain at the end of what is left
     return 0
 
 
