@@ -121,10 +121,6 @@ class HostCache:
         """In use, also by what is leaving."""
         return (self._num_chunks - len(self._free)) * self._memory.chunk_bytes
 
-    @property
-    def budget_bytes(self) -> int:
-        return self._num_chunks * self._memory.chunk_bytes
-
     def bytes_of(self, revision: str) -> int:
         copy = self._copies.get(revision)
         return 0 if copy is None else copy.num_bytes

@@ -12,7 +12,6 @@ from server.engine.messages import AdapterMoved, Memory
 from server.engine.request import Fault, Slot, Tier
 from server.engine.residency import AdapterFailed, AdapterOnDevice, Wait
 from server.weights.arena import ArenaError, Arenas
-from server.weights.failures import LoadFailure
 from server.weights.host_cache import HostCache
 from server.weights.idle import IdleAdapters, ReloadCosts
 from server.weights.known import Known, Tiers
@@ -92,10 +91,8 @@ class DeviceResidency:
         if len(refs) < 2:
             return None  # one alone says so itself when it is asked for
         if len(refs) > self._room.num_slots:
-            return (
-                f"the request needs {len(refs)} adapters at once; there are {self._room.num_slots} slots "
-                "(adapter_slots)"
-            )
+            slots = f"there are {self._room.num_slots} slots (adapter_slots)"
+            return f"the request needs {len(refs)} adapters at once; {slots}"
         refused = self._room.refusal(sum(self._pages_for(self._adapters[ref]) for ref in refs))
         return f"the request's {len(refs)} adapters together: {refused}" if refused else None
 
@@ -292,7 +289,7 @@ class DeviceResidency:
         if it.forgotten:
             self._drop(it)
         elif it.fault or (failure and failure.is_final):
-            it.fault = it.fault or _words_of(failure)
+            it.fault = it.fault or (failure.reason if failure else "")
             self._confine(it)
         elif has_failed:  # where it was registered again meanwhile, nobody need hear of it
             it.failure = failure.reason if failure else ""
@@ -320,7 +317,6 @@ class DeviceResidency:
 
     def _evict(self, it: Known) -> None:
         assert it.is_idle
-        self._idle.discard(it)
         self._leave_device(it)
         self._move(it, self._tier_of_rest(it), was_evicted=True)
 
@@ -402,8 +398,3 @@ class DeviceResidency:
             return f"this engine has no table for {', '.join(sorted(kind.__name__ for kind in homeless))}"
         refused = next(filter(None, (layout.refusal for _, layout in self._laid_out(it))), None)
         return refused or self._room.refusal(self._pages_for(it))
-
-
-def _words_of(failure: LoadFailure | None) -> str:
-    assert failure is not None
-    return failure.reason

@@ -113,7 +113,7 @@ class CacheMachine(RuleBasedStateMachine):
     def books_agree(self) -> None:
         self.cache.check()
         assert self.known_whole == {it.revision for it in self.cache._copies.values() if it.is_whole}
-        assert self.cache.num_bytes <= self.cache.budget_bytes
+        assert self.cache.num_bytes <= self.cache._num_chunks * self.cache._memory.chunk_bytes
         held = [it for it in {id(job.copy): job.copy for job in self.jobs if not job.done}.values()]
         taken = [chunk for copy in held for chunk in copy.chunks]
         assert len(set(taken)) == len(taken) and not set(taken) & set(self.cache._free)
@@ -153,7 +153,7 @@ def test_the_least_recently_used_gives_way_and_nothing_in_vain(tmp_path: Path) -
 
 def test_no_budget_is_no_cache(tmp_path: Path) -> None:
     it = HostCache(HostChunks(CHUNK - 1, is_pinned=False, chunk_bytes=CHUNK))
-    assert it.budget_bytes == it.num_bytes == 0
+    assert it._num_chunks == it.num_bytes == 0
     assert it.reserve("a", [stored(tmp_path, "a", b"a")]) is None
 
 
