@@ -6,20 +6,20 @@ INSTALLED := $(VENV)/.installed
 
 export HF_HUB_OFFLINE = 1
 
-.PHONY: serve test unit thorough lint simulate schemathesis census catalogue clients bench bench-front bench-against bench-peers bench-adapters wheel clean
+.PHONY: serve test unit thorough lint simulate schemathesis census families catalogue clients bench bench-front bench-against bench-peers bench-adapters wheel clean
 
 serve: $(INSTALLED)  ## serve the demo, or: make serve ARGS="MODEL_DIR --adapters DIR"
 	$(BIN)/heddle serve $(ARGS)
 
 test: $(INSTALLED) lint  ## everything: style, types, unit and whole-system tests
-	$(BIN)/pytest --numprocesses auto --dist loadfile -m "not alone and not thorough"
-	$(BIN)/pytest -m "alone and not thorough"
+	$(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder -m "not alone and not thorough"
+	$(BIN)/pytest -m "alone and not thorough" $$(grep -rl mark.alone --include="test_*.py" tests)
 
 unit: $(INSTALLED)  ## the fast part, under a minute
 	$(BIN)/pytest -m "not slow"
 
 thorough: $(INSTALLED)  ## what `make test` leaves out: the same promises for more families, minutes
-	$(BIN)/pytest --numprocesses auto --dist loadfile -m thorough
+	$(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder -m thorough
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -35,6 +35,9 @@ schemathesis: $(INSTALLED)  ## thousands of requests made from /openapi.json: do
 
 census: $(INSTALLED)  ## which adapters are served exactly, refused or served wrongly; rewrites docs/adapters.md
 	$(BIN)/python -m tests.census
+
+families: $(INSTALLED)  ## every family with adapters on all that takes them, against Transformers; rewrites docs/models.md
+	$(BIN)/python -m tests.families $(ARGS)
 
 catalogue: $(INSTALLED)  ## ten thousand adapters, hundreds of kill -9; rewrites benchmarks/results/catalogue.md
 	$(BIN)/python -m benchmarks.catalogue --write

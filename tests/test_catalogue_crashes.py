@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from adapters_store.base_spec import BaseSpec
+from tests.support.breadth import always
 from tests.support.distinct_adapters import save_distinct, save_small
 from tests.support.kill_loops import DriverLoops, ServerLoops, compare, inspect, revisions_of
 from tests.support.linearizability import Operation
@@ -44,7 +45,8 @@ def test_the_comparison_can_fail(means: tuple[str, ...], asked: list[Operation])
 
 
 @pytest.mark.slow
-def test_a_server_that_is_killed_has_lost_nothing_and_has_the_same_winners(tmp_path: Path) -> None:
+@pytest.mark.parametrize("times", always([1, 4], 1))
+def test_a_server_that_is_killed_has_lost_nothing_and_has_the_same_winners(tmp_path: Path, times: int) -> None:
     width = make_config("llama").hidden_size
     adapters = save_adapters(tmp_path, 20, width)
     write_tokenizer(save_model(tmp_path / "tiny", "llama", vocab_size=256))
@@ -56,8 +58,8 @@ def test_a_server_that_is_killed_has_lost_nothing_and_has_the_same_winners(tmp_p
                           log=tmp_path / "log")  # fmt: skip
 
     loops = ServerLoops(tmp_path / "store", start, paths, seed=2)
-    for _ in range(2):
+    for _ in range(times):
         loops.loop(num_writers=20)
-    assert loops.counts["loops"] == 2 and loops.counts["lost"] == 0 and loops.counts["acknowledged"] > 5
+    assert loops.counts["loops"] == times and loops.counts["lost"] == 0 and loops.counts["acknowledged"] > times
     states, _ = inspect(tmp_path / "store")
-    assert {"won-0", "won-1"} <= set(states)
+    assert {f"won-{number}" for number in range(times)} <= set(states)

@@ -17,8 +17,9 @@ import pytest
 from server.exits import EXIT_FAILED, EXIT_STOPPED_EARLY
 from tests.support.live_server import LiveServer, write_tokenizer
 from tests.support.tiny_models import save_model
+from tests.support.waiting import eventually
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = pytest.mark.slow
 LONG = {"model": "tiny", "prompt": "x", "max_tokens": 500, "stream": True}
 
 
@@ -47,13 +48,8 @@ def streaming(server: LiveServer) -> Iterator[Iterator[str]]:
         yield lines
 
 
-def gone(pid: int, within_s: float = 10) -> bool:
-    deadline = time.monotonic() + within_s
-    while time.monotonic() < deadline:
-        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
-            return True
-        time.sleep(0.05)
-    return False
+def gone(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
 def test_the_death_of_the_engine_is_told_and_ends_the_server(server: LiveServer) -> None:
@@ -68,7 +64,7 @@ def test_the_death_of_the_engine_is_told_and_ends_the_server(server: LiveServer)
     health = httpx.get(f"{server.url}/health")
     assert health.status_code == 503 and health.json()["status"] == "engine_dead"
     assert "heddle_engine_up 0.0" in httpx.get(f"{server.url}/metrics").text
-    assert server.process.wait(15) == EXIT_FAILED
+    assert server.process.wait(60) == EXIT_FAILED
     assert "Traceback" not in server.output()
 
 
@@ -80,8 +76,8 @@ def test_ctrl_c_lets_a_short_answer_finish_and_leaves_nothing_behind(server: Liv
         os.kill(server.process.pid, signal.SIGINT)
         rest = [line for line in lines if line]
     assert rest[-1] == "data: [DONE]"
-    assert server.process.wait(15) == 0
-    assert gone(engine)
+    assert server.process.wait(60) == 0
+    eventually(lambda: gone(engine))
     assert "Traceback" not in server.output()
 
 
@@ -95,55 +91,51 @@ def test_a_stream_that_outlasts_the_drain_ends_with_an_error_event(server: LiveS
         assert httpx.get(f"{server.url}/health").json() == {"status": "shutting_down"}
         rest = [line for line in lines if line]
     assert '"error"' in rest[-1] and "shutting down" in rest[-1]
-    assert server.process.wait(30) == 0  # the suspended engine was killed
+    assert server.process.wait(60) == 0  # the suspended engine was killed
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_loading_ends_both_processes(model: Path, tmp_path: Path, number: int) -> None:
     server = LiveServer(str(model), log=tmp_path / "log")
-    deadline = time.monotonic() + 30
-    while not (children := psutil.Process(server.process.pid).children()) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    start = time.monotonic()
+    eventually(psutil.Process(server.process.pid).children)
+    children = psutil.Process(server.process.pid).children()
     assert server.stop(number) == EXIT_STOPPED_EARLY
-    assert time.monotonic() - start < 5
-    assert gone(children[0].pid)
+    eventually(lambda: gone(children[0].pid))
     assert "Traceback" not in server.output()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_an_idle_server_ends_at_once(server: LiveServer, number: int) -> None:
-    start = time.monotonic()
-    assert server.stop(number) == 0
-    assert time.monotonic() - start < 5
+def test_an_idle_server_ends_at_once(model: Path, tmp_path: Path, number: int) -> None:
+    server = LiveServer(str(model), "--drain-s", "100", log=tmp_path / "log").wait_ready()
+    assert server.stop(number, timeout_s=50) == 0
 
 
 def test_an_engine_whose_front_is_killed_ends_by_itself(server: LiveServer) -> None:
     engine = server.engine.pid
     server.process.kill()
     server.process.wait()
-    assert gone(engine)
+    eventually(lambda: gone(engine))
 
 
+@pytest.mark.alone
 def test_a_stuck_engine_turns_health_unhealthy_and_new_work_away(model: Path, tmp_path: Path) -> None:
     """Silence, not death: the process is there and says nothing."""
     server = LiveServer(str(model), "--engine-silence-s", "1", log=tmp_path / "log").wait_ready()
     try:
         server.engine.suspend()
-        time.sleep(1.5)
-        health = httpx.get(f"{server.url}/health")
-        assert health.status_code == 503 and health.json()["status"] == "engine_silent"
+        eventually(lambda: httpx.get(f"{server.url}/health").status_code == 503)
+        assert httpx.get(f"{server.url}/health").json()["status"] == "engine_silent"
         start = time.monotonic()
         refused = httpx.post(f"{server.url}/v1/completions", json=LONG)
-        assert time.monotonic() - start < 0.5
+        assert time.monotonic() - start < 10
         assert refused.status_code == 503 and refused.json()["error"]["code"] == "engine_silent"
         server.engine.resume()
-        time.sleep(1)
-        assert httpx.get(f"{server.url}/health").status_code == 200
+        eventually(lambda: httpx.get(f"{server.url}/health").status_code == 200)
     finally:
         server.stop()
 
 
+@pytest.mark.alone
 def test_an_engine_that_stays_silent_ends_the_server(model: Path, tmp_path: Path) -> None:
     options = ("--engine-silence-s", "1", "--engine-silence-exit-s", "2")
     server = LiveServer(str(model), *options, log=tmp_path / "log").wait_ready()
@@ -153,12 +145,13 @@ def test_an_engine_that_stays_silent_ends_the_server(model: Path, tmp_path: Path
             engine.suspend()
             rest = [line for line in lines if line]
         assert "has said nothing for" in rest[-1] and "engine_dead" in rest[-1]
-        assert server.process.wait(20) == EXIT_FAILED
-        assert gone(engine.pid)
+        assert server.process.wait(60) == EXIT_FAILED
+        eventually(lambda: gone(engine.pid))
     finally:
         server.kill()
 
 
+@pytest.mark.alone
 def test_a_front_that_was_stopped_itself_does_not_take_the_engine_for_silent(model: Path, tmp_path: Path) -> None:
     options = ("--engine-silence-s", "1", "--engine-silence-exit-s", "2")
     server = LiveServer(str(model), *options, log=tmp_path / "log").wait_ready()
@@ -172,6 +165,7 @@ def test_a_front_that_was_stopped_itself_does_not_take_the_engine_for_silent(mod
         assert server.stop() == 0
 
 
+@pytest.mark.alone
 def test_four_hundred_silent_sockets_keep_nobody_out(model: Path, tmp_path: Path) -> None:
     server = LiveServer(str(model), log=tmp_path / "log", open_files=256).wait_ready()
     silent = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(400)]
@@ -191,6 +185,7 @@ def test_four_hundred_silent_sockets_keep_nobody_out(model: Path, tmp_path: Path
         assert server.stop() == 0
 
 
+@pytest.mark.alone
 def test_one_request_of_very_many_sequences_does_not_keep_others_waiting(server: LiveServer) -> None:
     many = {"model": "tiny", "prompt": ["a"] * 64, "n": 2, "max_tokens": 1000, "temperature": 2}
     too_many = httpx.post(f"{server.url}/v1/completions", json=many | {"n": 16})

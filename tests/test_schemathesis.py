@@ -4,16 +4,18 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.breadth import always
 from tests.support.schema_run import PHASES, make_server, run
 from tests.support.served import settle
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
-def test_the_server_keeps_to_its_own_document(tmp_path: Path) -> None:
+@pytest.mark.parametrize("examples", always([1, 2], 1))
+def test_the_server_keeps_to_its_own_document(tmp_path: Path, examples: int) -> None:
     server = make_server(tmp_path).wait_ready()
     try:
-        outcome = run(server, tmp_path, seed=1, examples=2)
+        outcome = run(server, tmp_path, seed=1, examples=examples)
         assert not outcome.failures, "\n".join(outcome.failures[:20])
         assert outcome.num_cases > 2000
         for phase in PHASES:

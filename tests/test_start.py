@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from server.exits import EXIT_CONFIG, EXIT_FAILED
+from tests.support.breadth import always
 from tests.support.live_server import ROOT, LiveServer, write_tokenizer
 from tests.support.tiny_models import save_model
 
@@ -28,20 +29,22 @@ def server(model: Path, tmp_path: Path) -> Iterator[LiveServer]:
     server.kill()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (["/nowhere"], "does not exist"),
-        ([str(ROOT / "docs")], "tokenizer.json"),
-        (["MODEL", "--device", "cuda"], "cuda"),
-        (["MODEL", "--max-model-len", "5000"], "5000 exceeds what the model was made for, 1024"),
-        (["MODEL", "--kv-cache-bytes", "10"], "less than one block"),
-        (["MODEL", "--tokens-per-step", "4"], "tokens_per_step (4) must be at least max_running (128)"),
-        (["MODEL", "--port", "99999"], "99999"),
-        (["MODEL", "--host", "no.such.host.invalid"], "'no.such.host.invalid' is no address to listen on"),
-        (["MODEL", "--adapters", "/nowhere"], "'/nowhere' does not exist"),
-    ],
-)
+FIRST = [
+    (["/nowhere"], "does not exist"),
+    (["MODEL", "--max-model-len", "5000"], "5000 exceeds what the model was made for, 1024"),
+    (["MODEL", "--kv-cache-bytes", "10"], "less than one block"),
+    (["MODEL", "--adapters", "/nowhere"], "'/nowhere' does not exist"),
+    (["MODEL", "--port", "99999"], "99999"),
+]
+MORE = [
+    ([str(ROOT / "docs")], "tokenizer.json"),
+    (["MODEL", "--device", "cuda"], "cuda"),
+    (["MODEL", "--tokens-per-step", "4"], "tokens_per_step (4) must be at least max_running (128)"),
+    (["MODEL", "--host", "no.such.host.invalid"], "'no.such.host.invalid' is no address to listen on"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "says"), always([*FIRST, *MORE], *FIRST))
 def test_a_start_that_fails_says_why_in_one_line(model: Path, arguments: list[str], says: str) -> None:
     command = [str(model) if it == "MODEL" else it for it in arguments]
     port = ["--port", "0"] if "--port" not in arguments else []

@@ -252,7 +252,7 @@ def test_a_fingerprint_of_many_shards_is_quick(tmp_path: Path) -> None:
     fingerprint(directory)
     start = time.process_time()
     fingerprint(directory)
-    assert time.process_time() - start < 0.05
+    assert time.process_time() - start < 0.15
 
 
 @pytest.mark.parametrize("config", ["", "{", "[" * 100_000, None])

@@ -61,7 +61,7 @@ def test_an_adapter_of_every_expert_of_a_large_mixture_is_verified(tmp_path: Pat
     directory = every_expert(tmp_path / "a")
     begin = time.process_time()
     found = answer(Job(str(directory), (str(tmp_path.resolve()),), mixture()))
-    assert time.process_time() - begin < 10
+    assert time.process_time() - begin < 30
     assert isinstance(found, Verified), found
     package = msgspec.msgpack.decode(found.content.package, type=AdapterPackage)
     assert len(package.parts) == LAYERS * 3 and package.num_elements == LAYERS * EXPERTS * 3 * (HIDDEN + INNER)

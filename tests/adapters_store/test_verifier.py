@@ -32,6 +32,7 @@ from adapters_store.verifier import Verifier, VerifierBusy, VerifierClosed, _enc
 from adapters_store.verify import Job
 from adapters_store.worker_process import NICENESS
 from tests.support.adapter_files import esft, lora, slow_patterns
+from tests.support.waiting import soon
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -55,6 +56,12 @@ def run(test: Callable[[Verifier], Coroutine[Any, Any, None]], timeout_s: float 
 
 def children() -> list[psutil.Process]:
     return [it for it in psutil.Process().children() if "adapters_store.verify" in it.cmdline()]
+
+
+def at_work() -> list[psutil.Process]:
+    """Those that have a job: with it comes a limit on the processor's time."""
+    ours = psutil.Process().rlimit(psutil.RLIMIT_CPU)
+    return [it for it in children() if it.rlimit(psutil.RLIMIT_CPU) != ours]
 
 
 def test_it_finds_what_is_found_in_process_and_uses_its_process_again(
@@ -95,14 +102,12 @@ def test_an_adapter_that_takes_too_long_is_given_up_and_the_next_is_verified(
     slow(tmp_path / "slow"), lora(tmp_path / "good")
 
     async def test(verifier: Verifier) -> None:
-        start = time.monotonic()
-        with pytest.raises(InvalidAdapter, match=r"took more than 0\.5 s .*--verify-timeout-s"):
+        with pytest.raises(InvalidAdapter, match=r"took more than 1\.5 s .*--verify-timeout-s"):
             await verifier.verify(job("slow"))
-        assert time.monotonic() - start < 5  # of which most is the process's start
         assert children() == []
         assert (await verifier.verify(job("good"))).weights.kind == "lora"
 
-    run(test, timeout_s=0.5)
+    run(test, timeout_s=1.5)
 
 
 def test_closing_kills_what_is_under_way_at_once(tmp_path: Path, job: Callable[[str], Job]) -> None:
@@ -110,12 +115,10 @@ def test_closing_kills_what_is_under_way_at_once(tmp_path: Path, job: Callable[[
 
     async def test(verifier: Verifier) -> None:
         waiting = [asyncio.create_task(verifier.verify(job("slow"))) for _ in range(5)]
-        while len(children()) < 2:
-            await asyncio.sleep(0.02)
-        await asyncio.sleep(0.5)
+        await soon(lambda: len(at_work()) == 2)
         start = time.monotonic()
         await verifier.close()
-        assert time.monotonic() - start < 1 and children() == []
+        assert time.monotonic() - start < 20 and children() == []  # minutes, if they were waited for
         assert {type(it) for it in await asyncio.gather(*waiting, return_exceptions=True)} == {VerifierClosed}
         with pytest.raises(VerifierClosed):
             await verifier.verify(job("slow"))
@@ -129,14 +132,12 @@ def test_a_client_that_leaves_ends_its_verification(tmp_path: Path, job: Callabl
     async def test(verifier: Verifier) -> None:
         leaving = asyncio.create_task(verifier.verify(job("slow")))
         staying = asyncio.create_task(verifier.verify(job("good")))  # there is one process
-        while not children():
-            await asyncio.sleep(0.02)
-        await asyncio.sleep(0.5)
+        await soon(at_work)
         leaving.cancel()
         assert (await staying).weights.kind == "lora"
         assert leaving.cancelled()
 
-    run(test, num_workers=1)
+    run(test, timeout_s=600, num_workers=1)
 
 
 def test_no_more_wait_than_may(tmp_path: Path, job: Callable[[str], Job]) -> None:
@@ -171,15 +172,13 @@ def test_a_process_that_dies_fails_its_adapter_only(tmp_path: Path, job: Callabl
 
     async def test(verifier: Verifier) -> None:
         victim = asyncio.create_task(verifier.verify(job("slow")))
-        while not children():
-            await asyncio.sleep(0.02)
-        await asyncio.sleep(0.5)
+        await soon(at_work)
         children()[0].send_signal(signal.SIGKILL)
         with pytest.raises(InvalidAdapter, match="ended the process"):
             await victim
         assert (await verifier.verify(job("good"))).weights.kind == "lora"
         children()[0].send_signal(signal.SIGKILL)  # while it is idle
-        await asyncio.sleep(0.2)
+        await soon(lambda: not verifier._idle[0].is_alive)
         assert (await verifier.verify(job("good"))).weights.kind == "lora"
 
     run(test)
@@ -233,13 +232,11 @@ def test_a_process_that_is_long_in_starting_is_given_up(
     monkeypatch.setattr("adapters_store.worker.START_TIMEOUT_S", 0.2)
 
     async def test(verifier: Verifier) -> None:
-        start = time.monotonic()
         with pytest.raises(InvalidAdapter) as refusal:
             await verifier.verify(job("a"))
         assert str(refusal.value) == (
             "the adapter could not be verified: the process for that did not start, which the server's log explains"
         )
-        assert time.monotonic() - start < 10
 
     with caplog.at_level(logging.ERROR, "heddle.adapters"):
         run(test)
@@ -278,8 +275,7 @@ def test_whoever_was_cancelled_hears_that_also_while_the_server_stops(
 
     async def test(verifier: Verifier) -> None:
         leaving, staying = (asyncio.create_task(verifier.verify(job("slow"))) for _ in range(2))
-        while len(children()) < 2:
-            await asyncio.sleep(0.02)
+        await soon(lambda: len(children()) == 2)
         leaving.cancel()
         await verifier.close()
         ended = await asyncio.gather(leaving, staying, return_exceptions=True)
@@ -343,15 +339,14 @@ def test_the_event_loop_is_not_held_up(tmp_path: Path) -> None:
 
     async def test(verifier: Verifier) -> None:
         watching = asyncio.create_task(watch())
-        for _ in range(3):
-            packed = (await verifier.verify(rules.job("a"))).content.package
-            assert len(msgspec.msgpack.decode(packed, type=AdapterPackage).parts) == experts * layers
+        packed = (await verifier.verify(rules.job("a"))).content.package
+        assert len(msgspec.msgpack.decode(packed, type=AdapterPackage).parts) == experts * layers
         watching.cancel()
 
     gc.collect()
     gc.freeze()  # what the tests have imported, torch above all, is no part of a server's front
     try:
-        run(test)
+        run(test, timeout_s=600)
     finally:
         gc.unfreeze()
     assert max(gaps) < 0.05

@@ -1,4 +1,7 @@
-"""One server for the modules that only talk to it; a module that needs another has fixtures of the same names."""
+"""One server for the modules that only talk to it; a module that needs another has fixtures of the same names.
+
+For the session: files of other packages run in between, and a start takes seconds.
+"""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +18,7 @@ from tests.support.tiny_adapters import merge, save_esft, save_lora
 from tests.support.tiny_models import reference, save_model
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("served")
     write_tokenizer(save_model(root / "tiny", "qwen3_moe", vocab_size=VOCAB))
@@ -28,7 +31,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def server(root: Path) -> Iterator[LiveServer]:
     server = LiveServer(str(root / "tiny"), "--adapters", str(root / "adapters"), "--adapter-root", str(root / "more"),
                         log=root / "log").wait_ready()  # fmt: skip
@@ -36,19 +39,19 @@ def server(root: Path) -> Iterator[LiveServer]:
     assert server.stop() == 0, server.output()
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def http(server: LiveServer) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=server.url, timeout=60) as client:
         yield client
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def client(server: LiveServer) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
         yield client
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def expected(root: Path) -> Callable[[str, int], list[int]]:
     """Greedy tokens of PROMPT through each merged model."""
     rules = Rules(Engine(tiny()).assembly.info.base, (root / "adapters", root / "more"))

@@ -1,7 +1,6 @@
 """Adapters that fail in the engine, as clients of every route see it, over a real socket."""
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from server.engine.messages import StepDone, TokenEvent
 from server.engine.request import Fault, FinishReason
 from tests.support.adapter_files import lora
 from tests.support.fake_server import FakeServer
+from tests.support.waiting import eventually
 
 ROUTES: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "x", "max_tokens": 3},
@@ -54,13 +54,6 @@ def told(http: httpx.Client, name: str) -> dict[str, Any]:
     return answer
 
 
-def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 5
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def check_refusal(answer: httpx.Response, route: str, status: int, code: str, says: str) -> None:
     assert answer.status_code == status, answer.text
     error = answer.json()["error"]
@@ -95,7 +88,7 @@ def test_one_in_quarantine_is_so_at_once_under_every_name(server: FakeServer, ht
     steps = server.service.client.stats.steps
     for model in ("same", f"x@{revision}"):
         check_refusal(ask(http, model, route), route, 422, "adapter_quarantined", REASON)
-    until(lambda: told(http, "same")["state"] == "quarantined")
+    eventually(lambda: told(http, "same")["state"] == "quarantined")
     for model in ("same", f"x@{revision}"):
         check_refusal(ask(http, model, route), route, 422, "adapter_quarantined", f"{REASON}: register it again")
     assert server.service.client.stats.steps >= steps and told(http, "x")["state"] == "ready"
@@ -107,7 +100,7 @@ def test_it_is_told_of_its_state_and_where_it_is(server: FakeServer, http: httpx
     ask(http, "x")
     assert told(http, "same")["device"] == device | {"state": "resident", "bytes": 1000}
     server.quarantine("x", REASON)
-    until(lambda: told(http, "same")["state"] == "quarantined")
+    eventually(lambda: told(http, "same")["state"] == "quarantined")
     assert told(http, "x")["fault"] == f"{REASON}: register it again"
     assert told(http, "x")["device"]["state"] == "quarantined"
     log = http.get("/v1/store/log").json()["data"]
@@ -131,7 +124,7 @@ def test_a_request_that_comes_before_the_catalogue_knows_is_told_the_same(
 def test_registering_it_again_lifts_it_in_the_engine_too(server: FakeServer, http: httpx.Client) -> None:
     before = ask(http, "x", temperature=0).json()["choices"]
     server.quarantine("x", REASON)
-    until(lambda: told(http, "x")["state"] == "quarantined")
+    eventually(lambda: told(http, "x")["state"] == "quarantined")
     assert register(http, "same", "a").json()["state"] == "ready"
     assert ask(http, "x", temperature=0).json()["choices"] == before
     assert told(http, "x")["fault"] is None and told(http, "x")["device"]["state"] != "quarantined"
@@ -162,7 +155,7 @@ def test_nobody_elses_stream_ends_with_it(server: FakeServer, http: httpx.Client
 def test_verifying_it_lifts_it_if_it_is_sound(server: FakeServer, http: httpx.Client) -> None:
     ask(http, "x")
     server.quarantine("x", "its file changed while it was copied")
-    until(lambda: told(http, "x")["state"] == "quarantined")
+    eventually(lambda: told(http, "x")["state"] == "quarantined")
     answer = http.post("/v1/adapters/x/verify")
     assert answer.status_code == 200 and answer.json()["state"] == "ready", answer.text
     assert ask(http, "same").status_code == 200

@@ -17,8 +17,10 @@ from starlette.types import Receive, Scope, Send
 from server import listener
 from server.api.transport.connection import ConnectionLimits, limited
 from server.api.transport.limits import MAX_HEADERS, RequestLimits
+from tests.support.waiting import eventually
 
 LIMITS = ConnectionLimits(max_connections=5, header_s=0.5, body_s=0.5, write_s=0.5)
+PATIENT = ConnectionLimits(max_connections=5, header_s=30, body_s=30, write_s=30)
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n"
 POST = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\n"
 
@@ -29,6 +31,7 @@ class Application:
     def __init__(self) -> None:
         self.left = threading.Event()
         self.release = threading.Event()
+        self.num_slow = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = b""
@@ -40,6 +43,7 @@ class Application:
             body += message["body"]
             if not message.get("more_body"):
                 break
+        self.num_slow += scope["path"] == "/slow"
         while scope["path"] == "/slow" and not self.release.is_set():
             await asyncio.sleep(0.01)
         await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -62,10 +66,15 @@ def application() -> Application:
 
 
 @pytest.fixture
-def port(application: Application) -> Iterator[int]:
+def limits() -> ConnectionLimits:
+    return LIMITS
+
+
+@pytest.fixture
+def port(application: Application, limits: ConnectionLimits) -> Iterator[int]:
     door = listener.bind("127.0.0.1", 0)
     config = uvicorn.Config(
-        RequestLimits(application, 1000), http=limited(LIMITS), log_level="critical", lifespan="off",
+        RequestLimits(application, 1000), http=limited(limits), log_level="critical", lifespan="off",
         h11_max_incomplete_event_size=8192,
     )  # fmt: skip
     server = uvicorn.Server(config)
@@ -81,7 +90,7 @@ def port(application: Application) -> Iterator[int]:
 
 
 def connect(port: int, sent: bytes = b"") -> socket.socket:
-    connection = socket.create_connection(("127.0.0.1", port), timeout=5)
+    connection = socket.create_connection(("127.0.0.1", port), timeout=60)
     connection.sendall(sent)
     return connection
 
@@ -106,28 +115,28 @@ def refusal(connection: socket.socket) -> tuple[int, str]:
 def test_a_socket_that_says_nothing_is_closed(port: int) -> None:
     start = time.monotonic()
     assert answer(connect(port)) == (0, "")
-    assert 0.4 < time.monotonic() - start < 2
+    assert time.monotonic() - start > 0.4
 
 
 def test_half_a_head_and_half_a_body_are_told_so(port: int, application: Application) -> None:
     assert refusal(connect(port, GET)) == (408, "the head of the request did not arrive within 0.5 s")
     assert not application.left.is_set()
     assert refusal(connect(port, POST + b"ab")) == (408, "the body of the request did not arrive within 0.5 s")
-    assert application.left.wait(2)
+    assert application.left.wait(60)
 
 
 def test_a_head_that_trickles_in_has_no_longer(port: int) -> None:
     start = time.monotonic()
     with closing(connect(port, b"G")) as connection, contextlib.suppress(OSError):
-        while time.monotonic() - start < 5:
+        while time.monotonic() - start < 30:
             connection.sendall(b"x")
             time.sleep(0.05)
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 20
 
 
 def test_an_answer_that_nobody_reads_ends(port: int, application: Application) -> None:
     with closing(connect(port, b"GET /endless HTTP/1.1\r\nHost: x\r\n\r\n")):
-        assert application.left.wait(5)
+        assert application.left.wait(60)
 
 
 def test_a_place_is_given_back_though_the_end_of_an_answer_stays_unread(port: int) -> None:
@@ -141,11 +150,12 @@ def test_a_place_is_given_back_though_the_end_of_an_answer_stays_unread(port: in
         reader.sendall(b"GET /large HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
         readers.append(reader)
     time.sleep(2)
-    assert answer(connect(port, GET + b"Connection: close\r\n\r\n"))[0] == 200
+    eventually(lambda: answer(connect(port, GET + b"Connection: close\r\n\r\n"))[0] == 200)
     for reader in readers:
         reader.close()
 
 
+@pytest.mark.parametrize("limits", [PATIENT])
 def test_when_all_places_are_taken_the_one_silent_longest_gives_way(port: int) -> None:
     silent = []
     for _ in range(5):
@@ -153,7 +163,7 @@ def test_when_all_places_are_taken_the_one_silent_longest_gives_way(port: int) -
         time.sleep(0.02)
     start = time.monotonic()
     assert answer(connect(port, GET + b"Connection: close\r\n\r\n"))[0] == 200
-    assert time.monotonic() - start < 0.3
+    assert time.monotonic() - start < 20  # nobody has become silent for too long
     assert silent[0].recv(1) == b""
     silent[1].sendall(GET + b"Connection: close\r\n\r\n")
     assert answer(silent[1])[0] == 200
@@ -161,9 +171,10 @@ def test_when_all_places_are_taken_the_one_silent_longest_gives_way(port: int) -
         connection.close()
 
 
+@pytest.mark.parametrize("limits", [PATIENT])
 def test_when_all_places_are_at_work_a_new_one_is_told_so(port: int, application: Application) -> None:
     busy = [connect(port, b"GET /slow HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n") for _ in range(5)]
-    time.sleep(0.2)
+    eventually(lambda: application.num_slow == 5)
     assert refusal(connect(port)) == (503, "all 5 connections are in use")
     application.release.set()
     assert [answer(connection)[0] for connection in busy] == [200] * 5
@@ -189,6 +200,7 @@ def test_refusals_have_the_shape_of_every_error_and_are_the_last_answer(
     assert got == status and says in message
 
 
+@pytest.mark.parametrize("limits", [ConnectionLimits(max_connections=5, header_s=1.5, body_s=1.5, write_s=1.5)])
 def test_requests_in_a_row_and_ahead_of_their_answers_are_served(port: int) -> None:
     with closing(connect(port)) as connection:
         for _ in range(3):
@@ -197,7 +209,7 @@ def test_requests_in_a_row_and_ahead_of_their_answers_are_served(port: int) -> N
             while not got.endswith(b"0\r\n\r\n"):  # the last chunk
                 got += connection.recv(65536)
             assert got.startswith(b"HTTP/1.1 200")
-            time.sleep(0.2)  # less than a limit each, more than one together
+            time.sleep(0.6)  # less than a limit each, more than one together
     status, body = answer(connect(port, POST + b"abcd" + POST[:-2] + b"Connection: close\r\n\r\nefgh"))
     assert status == 200 and "efgh" in body
 

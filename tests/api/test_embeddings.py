@@ -4,7 +4,6 @@ asked for."""
 import asyncio
 import base64
 import struct
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,6 +27,7 @@ from tests.support.live_server import LiveServer
 from tests.support.served import PROMPT, tiny
 from tests.support.served import settle as settled
 from tests.support.tiny_adapters import merge
+from tests.support.waiting import soon
 
 CLOSE = 1e-4
 HIDDEN = 64
@@ -206,7 +206,7 @@ def test_a_client_that_leaves_gives_everything_back(server: LiveServer) -> None:
                 asyncio.create_task(http.post("/v1/embeddings", json={"model": "lora", "input": [PROMPTS[2]] * 64}))
                 for _ in range(4)
             ]
-            await asyncio.sleep(0.1)
+            await soon(lambda: server.stats()["heddle_requests_running"])
             for it in asked:
                 it.cancel()
             await asyncio.gather(*asked, return_exceptions=True)
@@ -219,8 +219,6 @@ def test_a_client_that_leaves_gives_everything_back(server: LiveServer) -> None:
 
 @pytest.mark.slow
 def test_its_own_timeout_ends_it(http: httpx.Client, server: LiveServer) -> None:
-    begun = time.monotonic()
     response = http.post("/v1/embeddings", json={"model": "tiny", "input": [PROMPTS[2]] * 64, "timeout": 0.001})
     assert response.status_code == 504 and response.json()["error"]["code"] == "timeout"
-    assert time.monotonic() - begun < 5
     settled(server)

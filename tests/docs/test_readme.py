@@ -6,13 +6,13 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.live_server import ROOT, LiveServer
+from tests.support.waiting import eventually
 
 README = (ROOT / "README.md").read_text()
 SHOWN_URL = "http://127.0.0.1:8000"
@@ -59,9 +59,7 @@ def curl(text: str, server: LiveServer, cwd: Path) -> None:
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     server = LiveServer(log=tmp_path_factory.mktemp("readme") / "log").wait_ready()
-    deadline = time.monotonic() + 10
-    while '"max_tokens"' not in server.output() and time.monotonic() < deadline:  # it listens before it says so
-        time.sleep(0.05)
+    eventually(lambda: '"max_tokens"' in server.output())  # it listens before it says so
     yield server
     assert server.stop() == 0, server.output()
 

@@ -22,6 +22,7 @@ from server.engine.kv_cache import KVCache
 from server.engine.plan import Plan
 from server.engine.request import Fault, FinishReason, LaneSpec, OfPrompt
 from server.engine.scheduler import SchedulerLimits
+from tests.support.breadth import always
 from tests.support.driver import GREEDY, Answer, Driver
 
 VOCAB = 50  # small, so that prompts share prefixes and stop tokens occur
@@ -304,14 +305,14 @@ def simulate(steps: int, seed: int) -> Counter[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.thorough) for seed in (1, 2, 3))])
-def test_a_long_random_run_breaks_no_invariant(seed: int) -> None:
-    counts = simulate(steps=25_000, seed=seed)
+@pytest.mark.parametrize(("steps", "seed"), always([(10_000, 0), (25_000, 1), (25_000, 2), (25_000, 3)], (10_000, 0)))
+def test_a_long_random_run_breaks_no_invariant(steps: int, seed: int) -> None:
+    counts = simulate(steps, seed)
     # the run is only worth something if it went through the rare paths
     for path in (*FinishReason, "preemptions", "adapters removed", "prefix hits (tokens)", "requests of several lanes",
                  "adapters pinned", "pinned, and waiting for room", "adapters that came back", "checks",
                  "prompts told of", "prompts pooled", "prompts told of in chunks"):  # fmt: skip
-        assert counts[path] > 100, path
+        assert counts[path] > steps / 250, path
     for path in (
         "not finite",
         "quarantined",
@@ -319,7 +320,7 @@ def test_a_long_random_run_breaks_no_invariant(seed: int) -> None:
         "prompts begun anew",
         "prompts pooled behind a prefix hit",
     ):
-        assert counts[path] > 20, path
+        assert counts[path] > steps / 1250, path
 
 
 class EngineMachine(RuleBasedStateMachine):

@@ -16,6 +16,7 @@ from server.engine.request import Lane, Token
 from server.engine.residency import Wait
 from server.engine.scheduler import SchedulerLimits
 from server.engine.step_budget import StepBudget, StepTimes, Work, work_of
+from tests.support.breadth import always
 from tests.support.driver import Answer, Driver
 
 
@@ -158,7 +159,7 @@ def test_a_long_prompt_ends_however_many_short_ones_keep_coming() -> None:
         assert steps < 1000
 
 
-@pytest.mark.parametrize(("count", "slower"), [(16, 1.06), (32, 1.05), (64, 1.03)])
+@pytest.mark.parametrize(("count", "slower"), always([(16, 1.06), (32, 1.05), (64, 1.03)], (32, 1.05)))
 def test_what_comes_all_at_once_is_hardly_slower(count: int, slower: float) -> None:
     ends, firsts = [], []
     for target_s in (0.0, 0.05):
@@ -194,7 +195,7 @@ def beside_a_flood(prompt_tokens: int, max_tokens: int) -> tuple[float, float]:
     return firsts[int(len(firsts) * 0.9)], statistics.median(engine.gaps(asked, start))
 
 
-@pytest.mark.parametrize(("prompt_tokens", "max_tokens"), [(64, 400), (1500, 4), (128, 1)])
+@pytest.mark.parametrize(("prompt_tokens", "max_tokens"), always([(64, 400), (1500, 4), (128, 1)], (1500, 4)))
 def test_whatever_one_adapter_is_sent_another_one_is_hardly_slower(prompt_tokens: int, max_tokens: int) -> None:
     """A flood of long answers, of long prompts, of short ones."""
     first, gap = beside_a_flood(0, 0)

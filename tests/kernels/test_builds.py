@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.support.breadth import always
 from tests.support.commands import run
 
 
@@ -15,7 +16,7 @@ def test_every_configuration_compiles_without_a_spill() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("model_type", ["llama", pytest.param("gpt_oss", marks=pytest.mark.thorough), "deepseek_v2"])
+@pytest.mark.parametrize("model_type", always(["llama", "gpt_oss", "deepseek_v2"], "deepseek_v2"))
 def test_an_engine_of_real_width_compiles_as_it_is_launched(model_type: str) -> None:
     """Its whole warm-up, in bfloat16 for an H200 that is not there (tests/support/compile_only.py)."""
     done = run("-m", "tests.support.compile_only", model_type)

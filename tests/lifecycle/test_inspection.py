@@ -24,6 +24,7 @@ from server.lifecycle.models import meaning_of
 from server.lifecycle.terms import Terms
 from tests.support.adapter_files import lora
 from tests.support.adapters_alone import Adapters, register, replace
+from tests.support.waiting import soon
 
 Test = Callable[[Adapters], Awaitable[None]]
 
@@ -105,33 +106,44 @@ def test_what_is_pinned_is_told_to_the_engine_at_once_and_at_the_next_start(run:
     run(after)
 
 
-def test_an_adapter_whose_time_has_come_is_not_found_and_then_deleted(run: Callable[..., None]) -> None:
+@pytest.fixture
+def an_hour_passes(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    now = time.time
+    return lambda: monkeypatch.setattr(time, "time", lambda: now() + 3600)
+
+
+def test_an_adapter_whose_time_has_come_is_not_found_and_then_deleted(
+    run: Callable[..., None], an_hour_passes: Callable[[], None]
+) -> None:
     async def test(it: Adapters) -> None:
-        now = time.time()
-        await register(it, "x", "a", manifest=Manifest(expires_at=int(now) + 2))
+        await register(it, "x", "a", manifest=Manifest(expires_at=int(time.time()) + 1000))
+        expiring = asyncio.create_task(it.expire(every_s=0.02))
+        await asyncio.sleep(0.1)
         assert meaning_of("x", it.catalog).label == "x"
-        expiring = asyncio.create_task(it.expire(every_s=0.05))
-        while time.time() < int(now) + 2.5:
-            await asyncio.sleep(0.05)
+        an_hour_passes()
         with pytest.raises(NotFound):
             meaning_of("x", it.catalog)
-        assert "x" not in it.catalog and it.deleted == ["x"]
+        await soon(lambda: it.deleted == ["x"])
+        assert "x" not in it.catalog
         assert it.registry.store.log()[-1].actor == "expiry"
         expiring.cancel()
 
     run(test)
 
 
-def test_one_that_expires_waits_for_no_other(run: Callable[..., None], caplog: pytest.LogCaptureFixture) -> None:
+def test_one_that_expires_waits_for_no_other(
+    run: Callable[..., None], caplog: pytest.LogCaptureFixture, an_hour_passes: Callable[[], None]
+) -> None:
     async def test(it: Adapters) -> None:
-        soon = Manifest(expires_at=int(time.time()) + 2)
+        manifest = Manifest(expires_at=int(time.time()) + 1000)
         for name, path in (("busy", "a"), ("aliased", "b"), ("x", "c")):
-            await register(it, name, path, manifest=soon)
+            await register(it, name, path, manifest=manifest)
         await it.alias("y", (Target("aliased"),), "me")
         lease = it.leases.take(it.catalog.find("busy").ref, 1)
         expiring = asyncio.create_task(it.expire(every_s=0.02))
-        await asyncio.sleep(2.5)
-        assert "x" not in it.catalog and "busy" not in it.catalog and it.engine.removed != []
+        an_hour_passes()
+        await soon(lambda: "x" not in it.catalog and "busy" not in it.catalog and it.engine.removed)
+        await asyncio.sleep(0.5)
         assert caplog.text.count("cannot be deleted") == 1  # and not once a second, for ever
         expiring.cancel()
         lease.end()

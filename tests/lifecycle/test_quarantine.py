@@ -13,6 +13,7 @@ from server.engine.messages import AdapterChecked, AdapterMoved
 from server.engine.request import Tier
 from server.lifecycle.models import meaning_of
 from tests.support.adapters_alone import Adapters, register, replace
+from tests.support.waiting import soon
 
 Runs = Callable[..., None]
 WHY = "its outputs are not finite"
@@ -155,7 +156,7 @@ def test_one_that_the_engine_gave_up_while_no_name_meant_it_is_lifted_by_a_name(
         ref = it.catalog.find("x").ref
         lease = it.leases.take(ref, 1)
         deleting = asyncio.create_task(it.delete("x", "me"))
-        await asyncio.sleep(0.05)
+        await soon(lambda: "x" not in it.catalog)
         begin_to_give_up(it, ref)
         await asyncio.sleep(0.05)
         await register(it, "y", "a")

@@ -75,10 +75,11 @@ def test_beside_captured_decodes(tmp_path: Path) -> None:
     expected = ask(Engine(make_model("llama", attention=PROBE, **SMALL), **sizes), adapter)
     with everywhere():
         engine = Engine(make_model("llama", attention=PROBE, **SMALL), device=PLACE, **sizes)
-        graphs = StandIns(engine, 2, decode_shapes(3, False))
+        graphs = StandIns(engine, [3], decode_shapes(3, False))  # before any adapter came, and batches are padded to it
+        captured = graphs.forward.num_captured
         answers = ask(engine, adapter)
     compare(answers, expected)
-    assert graphs.num_replays > 0
+    assert graphs.num_replays > 0 and graphs.forward.num_captured == captured
     assert answers[4].tokens != answers[9].tokens or answers[0].tokens != answers[5].tokens  # the adapter acts
 
 

@@ -45,7 +45,7 @@ def stream_text(http: httpx.Client, **body: Any) -> list[Any]:
 
 def settle(server: LiveServer) -> None:
     """Everything is given back: nothing runs, nothing waits, no block is held."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         stats = server.stats()
         if stats["heddle_requests_running"] == stats["heddle_requests_waiting"] == stats["heddle_kv_blocks_used"] == 0:

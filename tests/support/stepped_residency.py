@@ -64,7 +64,7 @@ def _raising(error: BaseException) -> Iterator[None]:
 
 
 def wait_until_resident(residency: DeviceResidency, entry: Adapter) -> int:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         residency.poll()
         slot = residency.acquire(entry.ref)

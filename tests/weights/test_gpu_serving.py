@@ -1,7 +1,5 @@
 """The engine over a fake GPU's memory: the same answers, from pages of 2 MiB that a thread of its own maps."""
 
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,13 +13,7 @@ from tests.support.fake_gpu import FakeGpu, gpu_engine, serve_both_kinds
 from tests.support.stepped_residency import SteppedLoading, wait_until_resident
 from tests.support.tiny_adapters import merge, register, save_lora
 from tests.support.tiny_models import make_model, reference
-
-
-def settle(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.001)
-    assert condition()
+from tests.support.waiting import eventually
 
 
 def test_the_engine_serves_from_pages_of_2_mib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -33,7 +25,7 @@ def test_the_engine_serves_from_pages_of_2_mib(monkeypatch: pytest.MonkeyPatch, 
     serve_both_kinds(engine, tmp_path)
     threads = {thread for name, thread, _ in fake.driver.log if name.startswith("cuMem")}
     assert threads == {"adapter-pages"}
-    settle(lambda: len(fake.driver.mapped) == num_base)
+    eventually(lambda: len(fake.driver.mapped) == num_base)
 
 
 def test_out_of_memory_fails_the_transfer_and_nothing_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -20,13 +20,7 @@ from server.weights.staging import HostCopy
 from server.weights.tables.table import Prepared
 from server.weights.transfer import Fetch, Transfer
 from tests.support.transfers import CHUNK, cache, stored
-
-
-def settle(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.001)
-    assert condition()
+from tests.support.waiting import eventually
 
 
 class Held:
@@ -37,7 +31,7 @@ class Held:
 
     def __call__(self) -> Prepared:
         self.reached.set()
-        assert self.go_on.wait(10)
+        assert self.go_on.wait(60)
         return Prepared([])
 
 
@@ -55,12 +49,12 @@ def test_memory_for_keys_and_values_does_not_wait_behind_a_copy() -> None:
     loading, held, log = Loading(), Held(), list[str]()
     derived = nothing(lambda: Prepared([], derive=[lambda: (held(), None)[1]]))
     loading.start(derived)
-    assert held.reached.wait(10)  # the loading thread is in the middle of it
+    assert held.reached.wait(60)  # the loading thread is in the middle of it
     loading.do(noting(log, "keys and values"))
-    settle(lambda: log == ["keys and values"])
+    eventually(lambda: log == ["keys and values"])
     assert not derived.done
     held.go_on.set()
-    settle(lambda: derived.done)
+    eventually(lambda: derived.done)
     assert derived.failure is None
 
 
@@ -77,14 +71,14 @@ def test_pages_come_and_go_in_the_order_in_which_they_were_counted() -> None:
     time.sleep(0.02)
     assert not log and not any(it.done for it in transfers)  # each waits for its own pages
     held.go_on.set()
-    settle(lambda: all(it.done for it in transfers))
+    eventually(lambda: all(it.done for it in transfers))
     assert log == [f"{what} {number}" for number in range(3) for what in ("evict", "map")]
 
 
 def test_transfers_come_before_fetches_even_before_the_rest_of_one(tmp_path: Path) -> None:
     loading, held, host = Loading(), Held(), cache()
     loading.start(nothing(lambda: Prepared([], derive=[lambda: (held(), None)[1]])))
-    assert held.reached.wait(10)
+    assert held.reached.wait(60)
     fetches = []
     for name in "ab":
         copy = host.reserve(name, [stored(tmp_path, name, os.urandom(4 * CHUNK))])
@@ -98,9 +92,9 @@ def test_transfers_come_before_fetches_even_before_the_rest_of_one(tmp_path: Pat
 
     last = nothing(look)
     loading.start(last)
-    settle(lambda: loading._prepared.qsize() == 3)
+    eventually(lambda: loading._prepared.qsize() == 3)
     held.go_on.set()
-    settle(lambda: last.done and all(it.done for it in fetches))
+    eventually(lambda: last.done and all(it.done for it in fetches))
     assert seen == [[False, False]] and all(it.failure is None for it in fetches)
 
 
@@ -109,11 +103,11 @@ def test_a_transfer_is_not_over_while_it_is_still_being_prepared() -> None:
     loading, held = Loading(), Held()
     gone = Transfer([SourceFile("f", "/gone", 1, "")], [held], PageWork(), HostCopy())
     loading.start(gone)
-    assert held.reached.wait(10)
+    assert held.reached.wait(60)
     time.sleep(0.02)
     assert not gone.done
     held.go_on.set()
-    settle(lambda: gone.done)
+    eventually(lambda: gone.done)
     assert gone.failure is not None and not gone.failure.is_final
 
 
@@ -122,7 +116,7 @@ def test_a_step_that_fails_holds_up_nobody(caplog: pytest.LogCaptureFixture) -> 
     work.add(lambda: [][0])
     loading.do(work)
     loading.do(noting(log, "next"))
-    settle(lambda: log == ["next"])
+    eventually(lambda: log == ["next"])
     assert "a step of loading an adapter failed" in caplog.text
 
 
@@ -142,7 +136,7 @@ def test_what_reads_and_copies_has_a_low_priority_and_nothing_else() -> None:
     before = os.getpriority(os.PRIO_PROCESS, 0)
     transfer = nothing(prepare, work)
     loading.start(transfer)
-    settle(lambda: transfer.done)
+    eventually(lambda: transfer.done)
     assert sorted(told) == [before, before, 10] and os.getpriority(os.PRIO_PROCESS, 0) == before
 
 
@@ -203,7 +197,7 @@ def test_whatever_happens_what_is_loaded_is_what_was_registered(tmp_path: Path) 
             seen.add(judge(*done))
         host.take_dropped()
         host.check()
-    settle(lambda: all(job[0].done for job in under_way))
+    eventually(lambda: all(job[0].done for job in under_way))
     assert {"loaded", "fetched", "changed", "gone", "no memory"} <= seen
     empty(host, adapters)
 

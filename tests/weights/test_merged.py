@@ -1,6 +1,5 @@
 """Merged matrices, row by row, out of an adapter's files: against dense changes made by other means."""
 
-import time
 from pathlib import Path
 
 import msgspec
@@ -12,6 +11,7 @@ from adapters_store.base_spec import BaseSpec, ExpertStack
 from adapters_store.parts import AdapterPackage, Assembled, LowRank, Part, Piece
 from server.weights.merged import MergedAdapter, MergedRows
 from tests.support.adapter_files import BASE, delta, esft, operand, read_adapter, save_peft
+from tests.support.waiting import eventually
 
 M, H, I = 4, 10, 6  # noqa: E741
 ATTN = "model.layers.0.self_attn"
@@ -22,10 +22,7 @@ PHI = BaseSpec("phi3", {f"{ATTN}.qkv_proj": (16, H)}, {}, fused={f"{ATTN}.qkv_pr
 
 def opened(package: AdapterPackage, parts: list[Part] | None = None) -> MergedAdapter:
     it = MergedAdapter(package.files, package.parts if parts is None else parts)
-    deadline = time.monotonic() + 10
-    while not it.is_ready():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+    eventually(it.is_ready)
     return it
 
 

@@ -2,7 +2,6 @@
 
 import mmap
 import random
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from tests.support.process_memory import resident_bytes
 from tests.support.stepped_residency import CHANGED, GONE, NO_MEMORY, SteppedLoading, wait_until_resident
 from tests.support.tiny_adapters import merge, register, save_esft, save_lora
 from tests.support.tiny_models import make_model, reference
+from tests.support.waiting import eventually
 
 PAGE = mmap.PAGESIZE
 
@@ -43,10 +43,7 @@ def test_an_esft_adapter_occupies_its_tuned_experts_and_less_than_a_page_a_tenso
     assert 0 <= on_device.bytes - experts < stacks * PAGE  # only the last page of each range is not full
     residency.release(entry.ref)
     engine.remove(entry.ref)
-    deadline = time.monotonic() + 10
-    while resident_bytes() - before >= 32 * PAGE and time.monotonic() < deadline:  # on the transfer thread
-        time.sleep(0.001)
-    assert resident_bytes() - before < 32 * PAGE  # and gives all of it back
+    eventually(lambda: resident_bytes() - before < 32 * PAGE)  # and gives all of it back, on the transfer thread
     residency.check()
 
 
@@ -124,9 +121,12 @@ def test_registering_again_forgives_a_failure_that_nobody_heard_of(tmp_path: Pat
     entry = register(engine, save_lora(tmp_path / "here", make_model("llama"), 1, ("q_proj",)), "name")
     (tmp_path / "here").rename(tmp_path / "there")
     assert engine.residency.acquire(entry.ref) is Wait.LOADING
-    deadline = time.monotonic() + 10
-    while engine.residency.is_loading() and time.monotonic() < deadline:
+
+    def has_ended() -> bool:
         engine.residency.poll()
+        return not engine.residency.is_loading()
+
+    eventually(has_ended)
     again = register(engine, tmp_path / "there", "name")
     wait_until_resident(engine.residency, again)  # raises if the old failure is still told
 

@@ -19,6 +19,7 @@ from tests.support.engine_harness import Engine
 from tests.support.stepped_residency import CHANGED, SteppedLoading
 from tests.support.tiny_adapters import ATTENTION, register, save_lora
 from tests.support.tiny_models import make_model
+from tests.support.waiting import eventually
 
 KEYS = 114_688  # bytes of a LoRA of rank 16 on all of attention
 
@@ -118,7 +119,9 @@ def test_a_registration_is_not_undone_by_what_was_loaded_for_the_one_before(tmp_
     weights.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
     waits = engine.add([1, 2], 3, entry.ref)
     engine.step()  # the load begins
-    time.sleep(0.1)
+    job = engine.residency._adapters[entry.ref].job
+    assert job is not None
+    eventually(lambda: job.done)
     weights.write_bytes(sound)
     engine.register(entry.ref, entry.package)
     engine.run()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from adapters_store.ref import AdapterRef
 from server.engine.request import Fault, Tier
 from server.engine.residency import AdapterFailed, Wait
 from server.model.probe import PROBE
@@ -12,6 +13,7 @@ from tests.support.engine_harness import Engine, prompts
 from tests.support.stepped_residency import wait_until_resident
 from tests.support.tiny_adapters import merge, register, save_lora
 from tests.support.tiny_models import make_model, reference
+from tests.support.waiting import eventually
 
 
 @pytest.mark.parametrize("host_cache_bytes", [0, 1 << 22])
@@ -87,10 +89,16 @@ def test_who_waits_is_brought_nearer_and_takes_nobodys_room(tmp_path: Path) -> N
     first, second, third = (register(engine, path) for path in paths)
     wait_until_resident(residency, first)
     residency.release(first.ref)
-    for _ in range(200):
+
+    def on_the_host(ref: AdapterRef) -> bool:
         residency.prefetch([second.ref, third.ref])
         residency.poll()
         residency.check()
+        return residency._adapters[ref].tier is Tier.HOST
+
+    eventually(lambda: on_the_host(third.ref))
+    for _ in range(50):  # and it stays so
+        assert on_the_host(third.ref)
         time.sleep(0.001)
     tiers = {ref: residency._adapters[ref].tier for ref in (first.ref, second.ref, third.ref)}
     assert tiers == {first.ref: Tier.RESIDENT, second.ref: Tier.RESIDENT, third.ref: Tier.HOST}

@@ -9,6 +9,7 @@ from torch import Tensor
 from kernels.expert_route import Routed, Routing, TokenBatch
 from kernels.expert_route.reference import expert_route
 from kernels.expert_tiles import kernel, reference
+from tests.support.breadth import always
 from tests.support.kernel_device import DEVICE
 from tests.support.popularity import POPULARITIES, pick
 from tests.support.routed import cut_by_definition, with_garbage
@@ -42,7 +43,7 @@ def check(adapters_of: list[int], top_k: int, tile: int, num_tokens: int | None 
 
 
 @pytest.mark.parametrize("ordered", [True, False])
-@pytest.mark.parametrize("popularity", POPULARITIES)
+@pytest.mark.parametrize("popularity", always(POPULARITIES, "zipf", "distinct"))
 @pytest.mark.parametrize(("tokens", "top_k", "tile"), [(1, 6, 16), (13, 3, 2), (29, 2, 4), (45, 5, 16)])
 def test_expert_tiles(popularity: str, tokens: int, top_k: int, tile: int, ordered: bool) -> None:
     slots = pick(popularity, tokens, 5, random.Random(tokens))

@@ -12,6 +12,7 @@ from kernels.expert_route import Routing, TokenBatch
 from kernels.grouped_gemm import Act, Activation, Layout
 from kernels.grouped_gemm import kernel as gemm_kernel
 from kernels.grouped_gemm import reference as gemm_reference
+from tests.support.breadth import always
 from tests.support.kernel_device import DEVICE
 from tests.support.popularity import POPULARITIES, pick
 from tests.support.routed import counters, expert_maps, route
@@ -57,7 +58,7 @@ def test_experts(layout: Layout, activation: Activation, has_bias: bool) -> None
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("popularity", POPULARITIES)
+@pytest.mark.parametrize("popularity", always(POPULARITIES, "zipf"))
 @pytest.mark.parametrize("tokens", [1, 13])
 def test_experts_popularities(popularity: str, tokens: int) -> None:
     run_experts(popularity, tokens, 17, 9, Layout(), Activation(), False)
@@ -87,7 +88,7 @@ def run_experts(popularity: str, tokens: int, hidden: int, inner: int, layout: L
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", always([torch.bfloat16, torch.float16], torch.bfloat16))
 @pytest.mark.parametrize(("layout", "activation", "has_bias"), [
     (Layout(), Activation(), False), (Layout(True, True), CLAMPED, True), (Layout(), Activation(Act.GELU), True),
     (Layout(False, True), Activation(Act.GELU_TANH), False),

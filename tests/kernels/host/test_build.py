@@ -15,6 +15,7 @@ import pytest
 
 from kernels import host
 from kernels.host import build, kept, prebuilt
+from tests.support.waiting import eventually
 
 SOURCE = (
     '#include <omp.h>\nextern "C" int answer() { return 40 + omp_get_max_threads() / omp_get_max_threads() * 2; }\n'
@@ -211,15 +212,13 @@ def test_killed_while_it_builds(small: Path, tmp_path: Path, only: Callable[[str
     """Nothing of it is taken for a library."""
     only(
         a_compiler(
-            tmp_path / "slow", f'case "$*" in *version*) echo slow 1;; *) touch {tmp_path}/began; sleep 5;; esac'
+            tmp_path / "slow", f'case "$*" in *version*) echo slow 1;; *) touch {tmp_path}/began; sleep 60;; esac'
         )
     )
     forked = multiprocessing.get_context("fork")
     process = forked.Process(target=_build_in_a_process, args=(forked.Queue(),))
     process.start()
-    deadline = time.monotonic() + 30
-    while not (tmp_path / "began").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
+    eventually((tmp_path / "began").exists)
     process.kill()
     process.join()
     assert list(small.iterdir()) == []
@@ -265,10 +264,7 @@ def test_a_compiler_that_hangs_is_ended_with_what_it_started(
     only(a_compiler(tmp_path / "hanging", script))
     assert "timed out" in why_not()
     child = int((tmp_path / "child").read_text())
-    deadline = time.monotonic() + 10
-    while is_running(child) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not is_running(child)
+    eventually(lambda: not is_running(child))
 
 
 def is_running(process: int) -> bool:

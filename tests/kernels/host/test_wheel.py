@@ -37,6 +37,9 @@ def test_wheel(tmp_path: Path) -> None:
     copy = tmp_path / "source"
     left_out = shutil.ignore_patterns("tests", "benchmarks", "docs", ".*", "build", "dist", "*.egg-info", "__pycache__")
     shutil.copytree(ROOT, copy, ignore=left_out)
+    build = copy / "kernels" / "host" / "build.py"
+    assert '"-O3"' in build.read_text()
+    build.write_text(build.read_text().replace('"-O3"', '"-O0"'))  # a third of the time, of three builds
     command = [sys.executable, "setup.py", "-q", "bdist_wheel", "--dist-dir", str(tmp_path)]
     environment = os.environ | {"HEDDLE_PREBUILT": "1"}
     built = subprocess.run(command, cwd=copy, capture_output=True, text=True, env=environment)

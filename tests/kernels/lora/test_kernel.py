@@ -16,6 +16,7 @@ from kernels.expert_tiles.reference import expert_tiles
 from kernels.lora import TABLE_FIELDS, Field, LoraSite, LoraWeights, SiteAdapters, table_row, table_rows
 from kernels.lora import kernel as lora_kernel
 from kernels.lora import reference as lora_reference
+from tests.support.breadth import always
 from tests.support.kernel_device import DEVICE
 from tests.support.lora_tables import attach
 from tests.support.popularity import POPULARITIES, pick
@@ -87,7 +88,7 @@ def check(depth: int, widths: tuple[int, ...], slots: list[int], single_launch: 
 
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("single_launch", [True, False], ids=["one launch", "two launches"])
-@pytest.mark.parametrize("popularity", POPULARITIES)
+@pytest.mark.parametrize("popularity", always(POPULARITIES, "zipf", "distinct"))
 @pytest.mark.parametrize(("depth", "widths"), [(40, (33,)), (33, (17, 5, 20))])
 def test_lora(single_launch: bool, popularity: str, depth: int, widths: tuple[int, ...]) -> None:
     check(depth, widths, batch(popularity, 11), single_launch, gains=False)
@@ -251,7 +252,8 @@ def check_experts(depth: int, widths: tuple[int, ...], gathers: bool, popularity
 @pytest.mark.parametrize("single_launch", [True, False], ids=["one launch", "two launches"])
 @pytest.mark.parametrize("gathers", [True, False])
 @pytest.mark.parametrize(("popularity", "tokens", "num_tokens"), [
-    *((popularity, 9, 9) for popularity in POPULARITIES), ("uniform", 7, 5), ("identical", 1, 1), ("uniform", 3, 0),
+    *always([(popularity, 9, 9) for popularity in POPULARITIES], ("zipf", 9, 9)),
+    ("uniform", 7, 5), ("identical", 1, 1), ("uniform", 3, 0),
 ])  # fmt: skip
 def test_expert_lora(single_launch: bool, gathers: bool, popularity: str, tokens: int, num_tokens: int) -> None:
     depth, widths = (40, (17, 20)) if gathers else (33, (33,))

@@ -13,6 +13,7 @@ from kernels.paged_attention import kernel as attention_kernel
 from kernels.paged_attention.kernel import NO_LIMIT, paged_attention
 from kernels.paged_attention.kernel import _launch as attention_op
 from kernels.paged_attention.tiles import Tile, choose_tile, split_dim
+from tests.support.breadth import always
 from tests.support.device_batch import device_batch
 from tests.support.kernel_device import DEVICE
 
@@ -158,8 +159,11 @@ def test_values_that_are_another_part_of_the_keys(width: int) -> None:
     check(case, {})
 
 
-@pytest.mark.parametrize("block_size", [4, 16])
-@pytest.mark.parametrize("options", [{}, {"sinks": True, "softcap": 2.0}, {"window": 40}, {"chunk": 64}], ids=str)
+SPLIT: list[dict[str, object]] = [{"sinks": True, "softcap": 2.0}, {"window": 40}, {"chunk": 64}, {}]
+
+
+@pytest.mark.parametrize("block_size", always([4, 16], 16))
+@pytest.mark.parametrize("options", always(SPLIT, *SPLIT[:2]), ids=str)
 def test_split_keys(block_size: int, options: dict[str, object]) -> None:
     """Lengths on either side of a block and of a tile; one that gives every split work, and one without keys."""
     lens = [0, 1, block_size, block_size + 1, 32, 33, 100]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.sampling import Penalties, Sampled, kernel, reference
+from tests.support.breadth import always
 from tests.support.kernel_device import DEVICE
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("poisoned_memory")]
@@ -75,27 +76,30 @@ def test_every_mix_of_parameters_draws_the_same_token(vocab: int, dtype: torch.d
     assert tokens[0] == logits[0].float().argmax() and tokens[9] == logits[9].float().argmax()
 
 
-def test_the_cuts_keep_what_they_say() -> None:
+CUTS: list[tuple[dict[str, Any], set[int]]] = [
+    ({"top_k": 2}, {3, 1}),
+    ({"top_p": 0.41}, {3, 1}),
+    ({"min_p": 0.62}, {3, 1, 4}),
+    ({"top_k": 3, "top_p": 0.74}, {3, 1, 4}),
+    ({"min_p": 0.62, "top_p": 0.72}, {3, 1}),
+    ({"top_k": 4}, {3, 1, 4, 0}),
+    ({"top_k": 9}, {0, 1, 2, 3, 4}),
+    ({"top_p": 0.37}, {3}),
+    ({"top_p": 0.94}, {3, 1, 4, 0}),  # 0.88 is not enough
+    ({"top_p": 1e-30}, {3}),
+    ({"min_p": 0.66}, {3, 1}),  # 0.24 / 0.38 is 0.63
+    ({"min_p": 1.0}, {3}),
+    ({"top_k": 3, "top_p": 0.72}, {3, 1}),  # of 0.88: 0.38 is 0.43 and 0.64 is 0.727
+    ({"top_k": 2, "min_p": 0.9, "top_p": 0.99}, {3}),
+]
+
+
+@pytest.mark.parametrize(("arguments", "expected"), always(CUTS, *CUTS[:5]), ids=str)
+def test_the_cuts_keep_what_they_say(arguments: dict[str, Any], expected: set[int]) -> None:
     probabilities = torch.tensor([0.06, 0.26, 0.06, 0.38, 0.24])
-    for arguments, expected in (
-        ({"top_k": 2}, {3, 1}),
-        ({"top_k": 4}, {3, 1, 4, 0}),
-        ({"top_k": 9}, {0, 1, 2, 3, 4}),
-        ({"top_p": 0.37}, {3}),
-        ({"top_p": 0.41}, {3, 1}),
-        ({"top_p": 0.94}, {3, 1, 4, 0}),  # 0.88 is not enough
-        ({"top_p": 1e-30}, {3}),
-        ({"min_p": 0.66}, {3, 1}),  # 0.24 / 0.38 is 0.63
-        ({"min_p": 0.62}, {3, 1, 4}),
-        ({"min_p": 1.0}, {3}),
-        ({"top_k": 3, "top_p": 0.72}, {3, 1}),  # of 0.88: 0.38 is 0.43 and 0.64 is 0.727
-        ({"top_k": 3, "top_p": 0.74}, {3, 1, 4}),
-        ({"min_p": 0.62, "top_p": 0.72}, {3, 1}),
-        ({"top_k": 2, "min_p": 0.9, "top_p": 0.99}, {3}),
-    ):
-        arguments = rows(probabilities.log()[None], **arguments)
-        assert kept(arguments, reference.sample, 199) == [expected], arguments
-        assert kept(arguments, kernel.sample, 21) == [expected], arguments
+    made = rows(probabilities.log()[None], **arguments)
+    assert kept(made, reference.sample, 199) == [expected]
+    assert kept(made, kernel.sample, 21) == [expected]
 
 
 def test_ties_at_the_cut_go_to_the_lowest_ids() -> None:
@@ -125,7 +129,7 @@ def test_greedy_takes_the_lowest_of_equals_across_blocks() -> None:
     assert same_tokens(rows(logits, temperature=[0.0, 9e-6])) == [131, 0]
 
 
-@pytest.mark.parametrize("few", [1, 2, 4, 16])
+@pytest.mark.parametrize("few", always([1, 2, 4, 16], 2, 16))
 def test_looking_among_few_tokens_first_changes_nothing(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.randn(400, 50).mul(2).round()  # many ties
     cuts = [
