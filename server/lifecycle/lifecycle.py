@@ -121,8 +121,12 @@ class Lifecycle:
     async def delete(self, name: str, actor: str, drain_s: float | None = None) -> Freed:
         """New requests no longer find it; those under way finish, within `drain_s` seconds if that is given, else they
         are ended. Returns what is free when they have."""
-        gone = await self._remove(name, actor)
-        return await asyncio.shield(self._leave(name, gone, math.inf if drain_s is None else drain_s))
+
+        async def deleted() -> Freed:
+            gone = await self._remove(name, actor)
+            return await self._leave(name, gone, math.inf if drain_s is None else drain_s)
+
+        return await self._to_its_end(deleted())
 
     async def _remove(self, name: str, actor: str) -> list[str]:
         """Returns the revisions that no name means any more."""
@@ -310,9 +314,7 @@ class Lifecycle:
                 self._tell_pinned(name)
             return change
 
-        task = self._in_background(changed())
-        task.add_done_callback(lambda it: it.cancelled() or it.exception())  # nobody may be left to hear of a refusal
-        change = await asyncio.shield(task)  # what follows from it follows, though the client has left
+        change = await self._to_its_end(changed())
         found, is_new = told[0]
         return _Done(change, found, is_new)
 
@@ -346,6 +348,12 @@ class Lifecycle:
         if not revisions:
             return None
         return self._in_background(self._leave("", list(revisions), math.inf))
+
+    async def _to_its_end(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """What follows from a change follows, though the client has left."""
+        task = self._in_background(work)
+        task.add_done_callback(lambda it: it.cancelled() or it.exception())  # nobody may be left to hear of a refusal
+        return await asyncio.shield(task)
 
     def _in_background(self, work: Coroutine[Any, Any, Result]) -> "asyncio.Task[Result]":
         task = asyncio.create_task(work)
