@@ -12,8 +12,9 @@ from transformers import AttentionInterface
 
 from kernels.paged_attention import paged_attention
 from kernels.store_kv import store_kv
-from server.model.families import Foreign, LayerWindow
+from server.model.families import Foreign
 from server.model.inputs import CurrentStep
+from server.model.masks import Visible
 from server.model.probe import KVShape
 
 PAGED = "heddle_paged"
@@ -39,8 +40,8 @@ class CachedLayer(Protocol):
 class PagedLayer:
     """Keys and values as attention reads them."""
 
-    def __init__(self, shape: KVShape, window: LayerWindow, step: CurrentStep) -> None:
-        self.shape, self._window, self._step = shape, window, step
+    def __init__(self, shape: KVShape, visible: Visible, step: CurrentStep) -> None:
+        self.shape, self.visible, self._step = shape, visible, step
 
     def allocate(self, make: MakeKV) -> None:
         self._key = make(self.shape.kv_heads, self.shape.key_dim)
@@ -53,7 +54,31 @@ class PagedLayer:
         clear(self._key, inputs.fresh_blocks)
         clear(self._value, inputs.fresh_blocks)
         store_kv(key, value, self._key, self._value, inputs.slot_mapping)
-        return paged_attention(query, self._key, self._value, inputs.attention, scale, self._window, softcap, sinks)
+        return self.look_up(query, scale, self.visible, softcap, sinks)
+
+    def look_up(
+        self, query: Tensor, scale: float, visible: Visible, softcap: float | None, sinks: Tensor | None
+    ) -> Tensor:
+        """What `attend` returns, from what is there already."""
+        return paged_attention(query, self._key, self._value, self._step.inputs.attention, scale, visible.window,
+                               softcap, sinks, visible.chunk)  # fmt: skip
+
+
+class BorrowingLayer:
+    """A layer without keys and values of its own: it attends to those of an earlier one (Gemma 3n, Gemma 4)."""
+
+    shape = KVShape(0, 0, 0)
+
+    def __init__(self, source: PagedLayer, visible: Visible) -> None:
+        self._source, self.visible = source, visible
+
+    def allocate(self, make: MakeKV) -> None:
+        """Nothing."""
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
+    ) -> Tensor:
+        return self._source.look_up(query, scale, self.visible, softcap, sinks)
 
 
 def clear(cache: Tensor, fresh_blocks: Tensor | None) -> None:
@@ -81,7 +106,7 @@ def _paged(
 
     Other arguments (dropout, the window as the call site sees it) are either meaningless here or known better.
     """
-    assert attention_mask is None
+    assert not isinstance(attention_mask, Tensor)
     layer: CachedLayer = module.cached_layer
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

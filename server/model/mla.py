@@ -16,6 +16,7 @@ from kernels.store_kv import store_latent
 from server.model.attention import MakeKV, clear
 from server.model.families import Foreign
 from server.model.inputs import CurrentStep
+from server.model.masks import Visible
 from server.model.probe import KVShape
 from server.model.site_op import SiteOp, begin_all
 
@@ -92,8 +93,8 @@ class AbsorbedProjection:
 class LatentLayer:
     """The latents of one layer, and absorbed attention over them."""
 
-    def __init__(self, projection: AbsorbedProjection, shape: KVShape, step: CurrentStep) -> None:
-        self.shape, self.projection, self._step = shape, projection, step
+    def __init__(self, projection: AbsorbedProjection, shape: KVShape, visible: Visible, step: CurrentStep) -> None:
+        self.shape, self.projection, self.visible, self._step = shape, projection, visible, step
         self._entering_ops: list[SiteOp] = []
         self._query_ops: list[SiteOp] = []
         self._value_ops: list[SiteOp] = []
@@ -118,7 +119,7 @@ class LatentLayer:
         taken_in = _adapted(it.queries_in, content, self._query_ops)
         absorbed = torch.cat([taken_in, position], dim=-1)
         context = paged_attention(absorbed, self._cache, self._cache[..., : it.latent], inputs.attention, scale,
-                                  None, softcap, sinks)  # fmt: skip
+                                  self.visible.window, softcap, sinks, self.visible.chunk)  # fmt: skip
         return _adapted(it.values_out, context, self._value_ops)
 
 
