@@ -17,6 +17,8 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
+from tests.support.thirds import THIRD
+
 # without a GPU kernels run in Triton's interpreter; its decorator decides when a kernel's module is imported
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -39,6 +41,10 @@ with suppress(OSError):
 settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     settings.load_profile("ci")
+
+
+def pytest_report_header() -> str:
+    return f"of what takes turns, third {THIRD} of 0 to 2 (HEDDLE_THIRD)"
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@
 
 The key prefix `model.` is absent on the hub's first checkpoints and present in those that the trainer writes today.
 The trainer may leave expert_cfg.json out; the tuned experts are then read off the tensor names. Expert lists are in
-order of relevance, not of id. Mixtral's names (block_sparse_moe, w1, w3, w2) are the same three matrices.
+order of relevance, not of id. Mixtral's w1, w3 and w2 are the same three matrices, and families call the block that
+holds the experts differently (mlp, block_sparse_moe, feed_forward, or nothing at all).
 
 The trainer's expert-parallel form writes one directory a rank, each with the experts of that rank and nothing that says
 so but its name: `last_checkpoint_ep0`, `last_checkpoint_ep1`, …
@@ -34,7 +35,7 @@ INDEX = "model.safetensors.index.json"
 _FLAGS = {"shared_experts": "shared experts", "non_expert_modules": "modules outside the experts"}
 _NUMBER = r"(?:0|[1-9][0-9]{0,5})"
 _KEY = re.compile(
-    rf"(?:model\.)?layers\.(?P<layer>{_NUMBER})\.(?:mlp|block_sparse_moe)\.experts\.(?P<expert>{_NUMBER})\."
+    rf"(?:(?:model|transformer)\.)?(?:layers|blocks)\.(?P<layer>{_NUMBER})\.(?:[a-z_]{{1,40}}\.)?experts\.(?P<expert>{_NUMBER})\."
     r"(?P<matrix>gate_proj|up_proj|down_proj|w1|w3|w2)\.weight"
 )
 _MATRIX = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}

@@ -9,7 +9,7 @@
 namespace heddle {
 namespace {
 
-enum Score { SOFTMAX, SIGMOID, SOFTMAX_OF_CHOSEN };  // routing.py, Score
+enum Score { SOFTMAX, SIGMOID, SOFTMAX_OF_CHOSEN, GIVEN };  // routing.py, Score
 enum GroupScore { MAX, TOP2_SUM };                   // GroupScore
 
 struct Route {

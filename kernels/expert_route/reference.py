@@ -45,7 +45,7 @@ def choose(logits: Tensor, routing: Routing, bias: Tensor | None) -> tuple[Tenso
             scores = logits.softmax(-1)
         case Score.SIGMOID:
             scores = logits.sigmoid()
-        case Score.SOFTMAX_OF_CHOSEN:
+        case Score.SOFTMAX_OF_CHOSEN | Score.GIVEN:
             scores = logits
     ranked = scores if bias is None else scores + bias
     if routing.num_groups > 1:

@@ -13,6 +13,7 @@ class Score(IntEnum):
     SOFTMAX = 0  # probabilities over all experts
     SIGMOID = 1  # of each expert's logit by itself (DeepSeek-V3)
     SOFTMAX_OF_CHOSEN = 2  # ranked by logit; weights are the softmax of the chosen logits only (gpt-oss)
+    GIVEN = 3  # what is given as logits are weights already; whoever is not chosen has a lower one (see Choices)
 
 
 class GroupScore(IntEnum):

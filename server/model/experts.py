@@ -1,18 +1,19 @@
 """Routed experts over a stack with room for adapters' own."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from kernels.expert_route import Routed, TokenBatch, expert_route
-from kernels.grouped_gemm import Layout, activate, combine, down, gate_up, tile_rows
+from kernels.grouped_gemm import Activation, Layout, activate, combine, down, gate_up, tile_rows
 from server.model.activations import activation_of
 from server.model.families import Foreign
 from server.model.inputs import CurrentStep
-from server.model.routers import Router
+from server.model.routers import OwnRouter, Router
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,20 @@ class ExpertSpec(NamedTuple):
     @property
     def layer(self) -> int:
         """model.layers.3.mlp.experts -> 3"""
-        match = re.search(r"\.layers\.(\d+)\.", f".{self.name}")
+        match = re.search(r"\.(?:layers|blocks|h)\.(\d+)\.", f".{self.name}")
         assert match is not None, self.name
         return int(match[1])
+
+
+class FoundExperts(NamedTuple):
+    """What a family's experts are, before ours take their place. take: their matrices, in the spec's layout, which the
+    family's own module has no more afterwards."""
+
+    spec: ExpertSpec
+    activation: Activation
+    dtype: torch.dtype
+    take: Callable[[], tuple[Tensor, Tensor]]
+    biases: tuple[Tensor | None, Tensor | None] = (None, None)
 
 
 class ExpertFinish(Protocol):
@@ -68,16 +80,15 @@ class RoutedExperts(nn.Module):
     """Takes the place of a Transformers experts module: experts chosen from the router's logits, per adapter."""
 
     def __init__(
-        self, original: Foreign, spec: ExpertSpec, router: Router, stacks: Stacks, ops: Sequence[ExpertOp],
+        self, found: FoundExperts, router: Router | OwnRouter, stacks: Stacks, ops: Sequence[ExpertOp],
         step: CurrentStep,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.spec, self.stacks = spec, stacks
+        self.spec, self.stacks = found.spec, stacks
         self.router, self._ops, self._step = router, tuple(ops), step
-        self.gate_up_bias: Tensor | None = original.gate_up_proj_bias if spec.biased else None
-        self.down_bias: Tensor | None = original.down_proj_bias if spec.biased else None
-        self._layout = Layout(spec.transposed, spec.interleaved)
-        self.activation = activation_of(original)
+        self.gate_up_bias, self.down_bias = found.biases
+        self._layout = Layout(self.spec.transposed, self.spec.interleaved)
+        self.activation = found.activation
 
     @property
     def choices(self) -> int:
@@ -85,7 +96,7 @@ class RoutedExperts(nn.Module):
         return self.router.routing.top_k
 
     def forward(self, hidden: Tensor, logits: Tensor, _: Tensor) -> Tensor:
-        """hidden [T, H]; logits [T, M] float32 (see Router) -> [T, H]."""
+        """hidden [T, H]; logits [T, M] float32 (see Router and OwnRouter) -> [T, H]."""
         stacks, routed = self.stacks, self.route(logits)
         begun = [finish for op in self._ops if (finish := op.begin(routed)) is not None]
         # what adapters add to gate and up comes before the activation, which then is a launch of its own
@@ -110,9 +121,23 @@ class RoutedExperts(nn.Module):
                             self.router.correction)  # fmt: skip
 
 
-def spec_of(name: str, experts: Foreign) -> ExpertSpec:
-    """Of one of Transformers' modules that hold all experts of a layer in two tensors."""
-    num_experts, *matrix = experts.down_proj.shape
-    hidden, intermediate = reversed(matrix) if experts.is_transposed else matrix
-    return ExpertSpec(num_experts, hidden, intermediate, name, experts.is_transposed, not experts.is_concatenated,
-                      experts.has_bias)  # fmt: skip
+def experts_of(name: str, module: Foreign) -> FoundExperts | None:
+    """Of one of Transformers' modules that hold all experts of a layer in two tensors, gate and up in one. None: it is
+    none."""
+    if not (hasattr(module, "gate_up_proj") and hasattr(module, "_apply_gate") and module.has_gate):
+        return None
+    if getattr(module, "has_post_expert_norm", False):
+        return None
+    num_experts, *matrix = module.down_proj.shape
+    hidden, intermediate = reversed(matrix) if module.is_transposed else matrix
+    spec = ExpertSpec(num_experts, hidden, intermediate, name, module.is_transposed, not module.is_concatenated,
+                      module.has_bias)  # fmt: skip
+    biases = (module.gate_up_proj_bias, module.down_proj_bias) if module.has_bias else (None, None)
+    return FoundExperts(spec, activation_of(module), module.down_proj.dtype, lambda: take_matrices(module), biases)
+
+
+def take_matrices(module: Foreign) -> tuple[Tensor, Tensor]:
+    """Those of a module that holds them in two tensors, which it has no more afterwards."""
+    matrices = module.gate_up_proj.data, module.down_proj.data
+    module.gate_up_proj = module.down_proj = None
+    return matrices

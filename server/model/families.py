@@ -2,9 +2,10 @@
 
 A family is in the table because its parity test passes (tests/model/test_families.py): tokens of a mixed, chunked
 schedule equal Transformers' own `generate`. Everything else is refused by name: an architecture that mixes tokens in a
-way we do not know (recurrent layers, convolutions, other masks) would give wrong answers in silence.
+way we do not know (recurrent layers, convolutions) would give wrong answers in silence.
 """
 
+import difflib
 import inspect
 import types
 from typing import Any
@@ -12,24 +13,32 @@ from typing import Any
 import torch
 from torch import nn
 
+from server.model.refused import reason_against
+
 # A module of Transformers, or its configuration: it has what its family's file gives it, and no type knows that
 Foreign = Any
-LayerWindow = int | None  # sliding window in tokens; None is full attention
 
 FAMILIES = frozenset({
-    "deepseek_v2", "deepseek_v3", "gemma2", "gpt_oss", "llama", "mistral", "mixtral", "olmoe", "phi3", "qwen2",
-    "qwen2_moe", "qwen3", "qwen3_moe",
+    "afmoe", "apertus", "arcee", "axk1", "axk2", "bitnet", "cohere", "cohere2", "cohere2_moe", "cwm", "dbrx",
+    "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5", "ernie4_5_moe", "exaone4", "exaone_moe",
+    "flex_olmo", "flint", "gemma", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "gemma4_unified_text",
+    "glm", "glm4", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss",
+    "granite", "granite_swa", "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "helium",
+    "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax", "internlm3", "iquestcoder", "jais2", "kolibri1",
+    "laguna", "llama", "llama4_text", "mellum", "mimo_v2_flash", "minicpm3", "minimax_m2", "ministral",
+    "ministral3", "mistral", "mistral4", "mixtral", "nanochat", "nemotron", "olmo", "olmo2", "olmo3", "olmoe",
+    "opt", "persimmon", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3",
+    "solar_open", "stablelm", "starcoder2", "vaultgemma", "youtu",
 })  # fmt: skip
-
-# families whose attention has a window at all, and those that may have it in some layers only
-_MIXED_WINDOWS = frozenset({"gemma2", "gpt_oss", "qwen2", "qwen2_moe", "qwen3"})
-_WINDOWED = _MIXED_WINDOWS | {"mistral", "mixtral", "phi3", "qwen3_moe"}
 
 # families whose attention and MLP have one linear each for what others have in parts
 _FUSED = frozenset({"phi3"})
 
+# kinds of layers that mix tokens by attention; the indexed one is served up to where it sees all (max_model_len)
+_KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention", "indexed_attention"})
+
 # frequencies of these are a function of the position alone
-_STATIC_ROPES = frozenset({"default", "linear", "llama3", "yarn"})
+_STATIC_ROPES = frozenset({"default", "linear", "llama3", "proportional", "yarn"})
 
 
 class UnsupportedModelError(Exception):
@@ -39,41 +48,38 @@ class UnsupportedModelError(Exception):
 def check_family(config: Foreign) -> None:
     """Raise UnsupportedModelError unless the configuration is of a family that is served."""
     model_type = getattr(config, "model_type", None)
-    kinds = set(getattr(config, "layer_types", None) or ())
-    unknown = sorted(kinds - {"full_attention", "sliding_attention"})
-    if unknown:
-        raise UnsupportedModelError(
-            f"{model_type} has layers of type {', '.join(unknown)}; only full and sliding-window attention are served"
-        )
+    reason = reason_against(model_type, getattr(config, "layer_types", None) or (), _KINDS)
+    if reason is not None:
+        raise UnsupportedModelError(f"{model_type} is not served: {reason}")
     if model_type not in FAMILIES:
+        like = difflib.get_close_matches(str(model_type), FAMILIES, 3)
         raise UnsupportedModelError(
-            f"model type {model_type!r} is not served; these are: {', '.join(sorted(FAMILIES))}"
+            f"model type {model_type!r} is not served; {', '.join(like) + ' are, and ' if like else ''}"
+            f"docs/models.md lists all {len(FAMILIES)} that are"
         )
-    for key, harmless in (("is_causal", (None, True)), ("attention_chunk_size", (None,))):
-        if getattr(config, key, None) not in harmless:
-            raise UnsupportedModelError(f"{key} = {getattr(config, key)} is not served: it changes who sees whom")
-    window = getattr(config, "sliding_window", None)
-    if window is not None and model_type not in _WINDOWED:
-        raise UnsupportedModelError(f"sliding_window = {window} has no effect in {model_type} models; remove it")
-    if len(kinds) > 1 and model_type not in _MIXED_WINDOWS:
-        raise UnsupportedModelError(f"{model_type} models with both full and sliding-window layers are not served")
+    _check_nested_rope(config)
+    _rope(config)
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedModelError("quantised checkpoints are not served yet; use a float32, float16 or bfloat16 one")
 
 
-def layer_windows(config: Foreign) -> list[LayerWindow]:
-    """The window of each layer, from the configuration.
+def settle(config: Foreign) -> None:
+    """Turn off what a checkpoint may have turned on for training: what a forward returns beside its logits."""
+    for name in ("output_attentions", "output_hidden_states", "output_router_logits"):
+        if getattr(config, name, False):
+            setattr(config, name, False)
+    config.return_dict = True
 
-    Never from the attention call: some families do not pass it there (Qwen2-MoE), and full attention in place of a
-    window is wrong without any error.
-    """
-    num_layers: int = config.num_hidden_layers
-    window: int | None = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        uses_window = window is not None and getattr(config, "use_sliding_window", True)
-        return [window if uses_window else None] * num_layers
-    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+def _check_nested_rope(config: Foreign) -> None:
+    """DBRX's checkpoints say the base of their rope in a part of the configuration where Transformers does not look."""
+    said = getattr(getattr(config, "attn_config", None), "rope_theta", None)
+    taken = (getattr(config, "rope_parameters", None) or {}).get("rope_theta")
+    if said is not None and said != taken:
+        raise UnsupportedModelError(
+            f"attn_config says rope_theta = {said}, which Transformers does not read: it takes {taken}; add "
+            f'"rope_parameters": {{"rope_type": "default", "rope_theta": {said}}} to config.json'
+        )
 
 
 def max_model_len(config: Foreign, asked: int) -> int:
@@ -81,14 +87,20 @@ def max_model_len(config: Foreign, asked: int) -> int:
 
     Dynamic and long rope change all frequencies with the longest sequence of the *batch*. Dynamic rope is therefore
     served up to its original length, where it does not change; long rope to its original length by default, and
-    beyond it (if asked) with the long frequencies for every request (see pin_rope).
+    beyond it (if asked) with the long frequencies for every request (see pin_rope). Sparse attention is served up to
+    where it becomes sparse (server/model/sparse.py).
     """
     limit: int = config.max_position_embeddings
     rope = _rope(config)
-    if rope["rope_type"] not in _STATIC_ROPES | {"dynamic", "longrope"}:
-        raise UnsupportedModelError(f"rope type {rope['rope_type']!r} is not served")
-    if asked > limit:
+    sparse_from: int | None = getattr(config, "index_topk", None)
+    if asked > limit and (sparse_from is None or sparse_from > limit):
         raise UnsupportedModelError(f"max_model_len {asked} exceeds what the model was made for, {limit}")
+    if sparse_from is not None and asked > sparse_from:
+        raise UnsupportedModelError(
+            f"max_model_len {asked}: beyond {sparse_from} tokens (index_topk) this model attends to {sparse_from} that "
+            f"its indexer chooses, which is not served; up to there it attends to all: ask for at most {sparse_from}"
+        )
+    limit = min(limit, sparse_from or limit)
     if rope["rope_type"] == "longrope" and not asked:
         return min(limit, int(rope["original_max_position_embeddings"]))
     return asked or limit
@@ -119,11 +131,21 @@ def pin_rope(model: nn.Module, config: Foreign, length: int) -> None:
 
 
 def _rope(config: Foreign) -> dict[str, Any]:
+    """The parameters of the model's one rope. Of several, one for each kind of layer, every one must be static; then
+    they need no attention, and the default's stand for them."""
     parameters = getattr(config, "rope_parameters", None) or {}
-    nested = next((value for value in parameters.values() if isinstance(value, dict)), None)
-    if nested is not None and len({str(value) for value in parameters.values()}) > 1:
-        raise UnsupportedModelError("a rope of its own for each kind of layer is not served")
-    return {"rope_type": "default", **(nested or parameters)}
+    nested = [{"rope_type": "default", **value} for value in parameters.values() if isinstance(value, dict)]
+    if not nested:
+        rope = {"rope_type": "default", **parameters}
+        if rope["rope_type"] not in _STATIC_ROPES | {"dynamic", "longrope"}:
+            raise UnsupportedModelError(f"rope type {rope['rope_type']!r} is not served")
+        return rope
+    changing = sorted({value["rope_type"] for value in nested} - _STATIC_ROPES)
+    if changing and len({str(value) for value in nested}) > 1:
+        raise UnsupportedModelError(
+            f"a rope of type {', '.join(changing)} beside another, each for its kind of layer, is not served"
+        )
+    return nested[0] if changing else {"rope_type": "default"}
 
 
 def fused_rows(config: Foreign, name: str, out_features: int) -> tuple[int, ...] | None:

@@ -28,8 +28,8 @@ class Model:
 
     def __init__(self, model: Foreign, step: CurrentStep) -> None:
         self._model, self._step = model, step
-        self._body = model.base_model  # without its head
-        assert self._body is not model
+        # without its head, which Llama 4 has under another name than it says
+        self._body = model.base_model if model.base_model is not model else model.model
         self.vocab_size: int = model.config.vocab_size
 
     def __call__(self, inputs: StepInputs) -> Tensor:

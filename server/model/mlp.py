@@ -20,7 +20,7 @@ class FusedGate:
 
 def is_fused(layer: nn.Module) -> bool:
     """Whether gate and up are the two slices of one product, in this order."""
-    gate, up = getattr(layer, "gate_proj", None), getattr(layer, "up_proj", None)
+    gate, up = (getattr(layer, name, None) for name in ("gate_proj", "up_proj"))
     if not (isinstance(gate, LinearSlice) and isinstance(up, LinearSlice) and gate.fused is up.fused):
         return False
     return (gate.index, up.index) == (0, 1) and len(gate.fused.product.widths) == 2

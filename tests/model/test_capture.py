@@ -27,6 +27,7 @@ from server.model.lora_op import LoraOps
 from server.model.probe import PROBE, probe
 from server.model.product import product_of
 from server.weights.kv_memory import WholeKVMemory
+from tests.support.thirds import a_third
 from tests.support.tiny_models import MODELS, make_config
 
 META = torch.device("meta")
@@ -53,7 +54,7 @@ class Watch(TorchDispatchMode):
 def fake_stacks(layer: int, gate_up: Tensor, down: Tensor) -> Stacks:
     room = len(gate_up) + SLOTS * 8
     expert_map = torch.empty(SLOTS + 1, len(gate_up), dtype=torch.int32, device=META)
-    return Stacks(gate_up.new_empty(room, *gate_up.shape[1:]), down.new_empty(room, *down.shape[1:]), expert_map)
+    return Stacks(*(it.new_empty(room, *it.shape[1:], device=META) for it in (gate_up, down)), expert_map)
 
 
 class FakeSites:
@@ -73,17 +74,18 @@ class FakeSites:
 
 
 @pytest.mark.parametrize("with_adapters", [False, True], ids=["base only", "adapters"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", a_third(MODELS, always=("llama", "deepseek_v2", "gpt_oss")))
 def test_a_decode_step_can_be_captured(name: str, with_adapters: bool) -> None:
     config = make_config(name)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=PROBE, dtype=torch.bfloat16).eval()
     pin_rope(model, config, config.max_position_embeddings)
     step = CurrentStep()
-    probed = probe(model)
-    model.to(META)
+    probed = probe(model, config.max_position_embeddings)
     memory = WholeKVMemory(32, 16, torch.bfloat16, META)
-    with everywhere(), torch.inference_mode(), META:
+    with torch.inference_mode():  # what it finds by trying needs numbers
         injected = inject(Build(model, probed, step, [LoraOps(FakeSites(), step)], fake_stacks, product_of))
+    model.to(META)
+    with everywhere(), torch.inference_mode(), META:
         for layer in injected.layers:
             layer.allocate(memory.tensor)
         inputs = DeviceInputs(Capacity(ROWS, SEQUENCES, BLOCKS, slices=8), META)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from adapters_store.parts import ExpertReplacement, LowRank, Operand
 from adapters_store.rules import Adapter, Rules
@@ -44,12 +45,12 @@ def write_lora(directory: Path, model: nn.Module, seed: int, modules: re.Pattern
     tensors: dict[str, Tensor] = {}
     for name, linear in model.named_modules():
         if isinstance(linear, nn.Linear) and modules.fullmatch(name):
-            tensors |= _pair(name, rank, linear.in_features, linear.out_features, generator)
+            tensors |= pair(name, rank, linear.in_features, linear.out_features, generator)
             if dora:
                 noise = torch.randn(linear.out_features, generator=generator).abs()
                 norms = linear.weight.data.norm(dim=1)
-                tensors[f"{_PREFIX}{name}.lora_magnitude_vector"] = norms * (1 + 0.5 * noise)
-    return _write(directory, tensors, r=rank, lora_alpha=alpha, target_modules=modules.pattern, use_dora=dora)
+                tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = norms * (1 + 0.5 * noise)
+    return write_adapter(directory, tensors, r=rank, lora_alpha=alpha, target_modules=modules.pattern, use_dora=dora)
 
 
 def write_expert_lora(directory: Path, model: nn.Module, seed: int, rank: int, alpha: float) -> Path:
@@ -63,27 +64,27 @@ def write_expert_lora(directory: Path, model: nn.Module, seed: int, rank: int, a
         for matrix, key in (("gate_up_proj", f"{name}.base_layer"), ("down_proj", name)):
             count, *sides = getattr(module, matrix).shape
             inputs, outputs = sides if module.is_transposed else reversed(sides)
-            tensors |= _pair(key, count * rank, inputs, outputs, generator)
+            tensors |= pair(key, count * rank, inputs, outputs, generator)
         block = name.rpartition(".")[0]
         router = next(leaf for leaf in ("gate", "router") if hasattr(model.get_submodule(block), leaf))
         experts, hidden = model.get_submodule(f"{block}.{router}").weight.shape
-        tensors |= _pair(f"{block}.{router}", rank, hidden, experts, generator)
+        tensors |= pair(f"{block}.{router}", rank, hidden, experts, generator)
     targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", f"mlp.{router}.weight"]
-    return _write(directory, tensors, r=rank, lora_alpha=alpha, target_modules=[], target_parameters=targets,
+    return write_adapter(directory, tensors, r=rank, lora_alpha=alpha, target_modules=[], target_parameters=targets,
                   peft_version="0.21.2")  # fmt: skip
 
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 
 
-def _pair(module: str, rank: int, inputs: int, outputs: int, generator: torch.Generator) -> dict[str, Tensor]:
+def pair(module: str, rank: int, inputs: int, outputs: int, generator: torch.Generator) -> dict[str, Tensor]:
     return {
-        f"{_PREFIX}{module}.lora_A.weight": torch.randn(rank, inputs, generator=generator) * 0.15,
-        f"{_PREFIX}{module}.lora_B.weight": torch.randn(outputs, rank, generator=generator) * 0.15,
+        f"{PREFIX}{module}.lora_A.weight": torch.randn(rank, inputs, generator=generator) * 0.15,
+        f"{PREFIX}{module}.lora_B.weight": torch.randn(outputs, rank, generator=generator) * 0.15,
     }
 
 
-def _write(directory: Path, tensors: dict[str, Tensor], **config: Any) -> Path:
+def write_adapter(directory: Path, tensors: dict[str, Tensor], **config: Any) -> Path:
     directory.mkdir(parents=True)
     save_file(tensors, directory / "adapter_model.safetensors")
     (directory / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **config}))
@@ -93,7 +94,6 @@ def _write(directory: Path, tensors: dict[str, Tensor], **config: Any) -> Path:
 def save_esft(directory: Path, model: nn.Module, seed: int, tuned: dict[int, list[int]], prefix: str = "model.",
               config: bool = True, shards: int = 1) -> Path:  # fmt: skip
     """Tuned experts are the base's plus noise of the same size: clearly another model."""
-    directory.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, torch.Tensor] = {}
     for layer, experts in tuned.items():
@@ -103,6 +103,12 @@ def save_esft(directory: Path, model: nn.Module, seed: int, tuned: dict[int, lis
             for matrix, weight in (("gate", gate), ("up", up), ("down", module.down_proj.data[expert])):
                 key = f"{prefix}layers.{layer}.mlp.experts.{expert}.{matrix}_proj.weight"
                 tensors[key] = weight + torch.randn(weight.shape, generator=generator) * weight.std()
+    return write_esft(directory, tensors, tuned, config, shards)
+
+
+def write_esft(directory: Path, tensors: Mapping[str, Tensor], tuned: dict[int, list[int]], config: bool = True,
+               shards: int = 1) -> Path:  # fmt: skip
+    directory.mkdir(parents=True, exist_ok=True)
     names = sorted(tensors)
     weight_map: dict[str, str] = {}
     for shard in range(shards):
@@ -134,18 +140,26 @@ def merge(model: nn.Module, entry: Adapter) -> nn.Module:
         match part:
             case LowRank():
                 delta = part.scale * dense(part.b, files) @ dense(part.a, files)
-                rows = rows_of(model, part.module)
-                rows += delta
+                views = _views_of(model, part.module)
+                for rows, change in zip(views, delta.split([it.shape[-2] for it in views], dim=-2), strict=True):
+                    rows += change
                 if part.magnitude is not None:
+                    (rows,) = views
                     rows *= (dense(part.magnitude, files) / rows.norm(dim=1))[:, None]
             case ExpertReplacement():
-                module = model.get_submodule(f"model.layers.{part.layer}.mlp.experts")
-                halves = [files[tensor.file][tensor.key] for tensor in part.gate_up]
-                module.gate_up_proj[part.expert] = torch.cat(halves)
-                module.down_proj[part.expert] = files[part.down.file][part.down.key]
+                tuned = zip(("gate_proj", "up_proj", "down_proj"), (*part.gate_up, part.down), strict=True)
+                for matrix, tensor in tuned:
+                    rows = rows_of(model, f"{_experts_of(model, part.layer)}.{matrix}")
+                    rows[part.expert] = files[tensor.file][tensor.key]
             case _:
                 raise TypeError(f"the oracle does not know {type(part).__name__}")
     return model
+
+
+def _experts_of(model: nn.Module, layer: int) -> str:
+    found = re.compile(rf"(?:.*\.)?(?:layers|blocks)\.{layer}\.(?:\w+\.)?experts")
+    (name,) = (name for name, _ in model.named_modules() if found.fullmatch(name))
+    return name
 
 
 def dense(operand: Operand, files: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
@@ -164,14 +178,28 @@ def dense(operand: Operand, files: Mapping[str, Mapping[str, Tensor]]) -> Tensor
 
 def rows_of(model: nn.Module, module: str) -> Tensor:
     """[out, in] of a linear, or [M, out, in] of a matrix of routed experts: a view of the model's own."""
+    (rows,) = _views_of(model, module)
+    return rows
+
+
+def _views_of(model: nn.Module, module: str) -> list[Tensor]:
+    """The same in the parts that the model has it in, one below the other."""
     experts, _, matrix = module.rpartition(".")
     if not experts.endswith(".experts"):
-        return model.get_submodule(module).weight.data
+        linear: Any = model.get_submodule(module)
+        return [linear.weight.data.T if isinstance(linear, Conv1D) else linear.weight.data]
     held: Any = model.get_submodule(experts)
+    if hasattr(held, "mlp"):  # DBRX's
+        flat = (held.mlp.w1, held.mlp.v1, held.mlp.w2)
+        gate, up, down = (it.data.unflatten(0, (held.num_experts, -1)) for it in flat)
+        parts = {"gate_proj": [gate], "up_proj": [up], "down_proj": [down.transpose(1, 2)]}
+        return parts.get(matrix, [gate, up])
+    gate_up, down = held.gate_up_proj.data, held.down_proj.data
+    if gate_up.shape[1] == down.shape[2]:  # both are [M, in, out]
+        gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
     if matrix in ("gate_proj", "up_proj"):
-        return held.gate_up_proj.data.chunk(2, dim=1)[matrix == "up_proj"]
-    rows = getattr(held, matrix).data
-    return rows.transpose(1, 2) if held.is_transposed else rows
+        return [gate_up.chunk(2, dim=1)[matrix == "up_proj"]]
+    return [gate_up if matrix == "gate_up_proj" else down]
 
 
 def _from(start: Sequence[int], shape: Sequence[int]) -> tuple[slice, ...]:

@@ -12,6 +12,7 @@ from server.model.injections.experts import inject_experts
 from server.model.injections.linears import inject_linears
 from server.model.injections.mlps import inject_mlps
 from server.model.injections.norms import inject_norms
+from server.model.injections.read_backs import inject_without_read_backs
 
 # in this order: linears that attention goes around are not looked at afterwards, and gated layers look at theirs
 INJECTIONS: tuple[Callable[[Build, Injected], None], ...] = (
@@ -20,6 +21,7 @@ INJECTIONS: tuple[Callable[[Build, Injected], None], ...] = (
     inject_attention,
     inject_linears,
     inject_mlps,
+    inject_without_read_backs,
 )
 
 

@@ -4,47 +4,68 @@ import torch
 from torch import nn
 
 from server.model.build import Build, Injected, Target
-from server.model.experts import RoutedExperts, spec_of
+from server.model.expert_blocks import OwnBlock, own_block_of
+from server.model.experts import ExpertSpec, FoundExperts, RoutedExperts, experts_of
 from server.model.families import Foreign, UnsupportedModelError
 from server.model.linears import AdaptedLinear
-from server.model.routers import RULES, Router, logits_product
+from server.model.routers import OwnRouter, Router, Rule, is_router, logits_product, rule_of, top_k_of
 
 
 def inject_experts(build: Build, injected: Injected) -> None:
     for name, module in list(build.model.named_modules()):
-        if _is_experts(module):
-            _replace(build, injected, name, module)
+        if (found := experts_of(name, module)) is not None:
+            _replace(build, injected, found, _replace_router(build, injected, found.spec))
+        elif (own := own_block_of(name, module)) is not None:
+            _replace_block(build, injected, name, module, own)
 
 
-def _is_experts(module: nn.Module) -> bool:
-    """One of Transformers' modules that hold all experts of a layer in two tensors."""
-    return hasattr(module, "gate_up_proj") and hasattr(module, "_apply_gate")
+def _replace_block(build: Build, injected: Injected, name: str, block: Foreign, own: OwnBlock) -> None:
+    router = _of_ours(build, injected, f"{name}.router", block.router, own.rule)
+    _replace(build, injected, own.found, router)
+    block.forward = own.make_forward(block)
 
 
-def _replace(build: Build, injected: Injected, name: str, experts: Foreign) -> None:
-    router = _replace_router(build, injected, name)
-    spec, dtype = spec_of(name, experts), experts.down_proj.dtype
-    stacks = build.make_stacks(spec.layer, experts.gate_up_proj.data, experts.down_proj.data)
-    ops = [ops.at_experts(spec, dtype) for ops in build.site_ops]
-    routed = RoutedExperts(experts, spec, router, stacks, ops, build.step)
-    was_cuda = experts.gate_up_proj.is_cuda
-    experts.gate_up_proj = experts.down_proj = None  # the stacks hold them now
-    if was_cuda:  # the next layer's stacks take their pages from the driver, not from what torch keeps
+def _replace(build: Build, injected: Injected, found: FoundExperts, router: Router | OwnRouter) -> None:
+    spec = found.spec
+    stacks = build.make_stacks(spec.layer, *found.take())
+    ops = [ops.at_experts(spec, found.dtype) for ops in build.site_ops]
+    routed = RoutedExperts(found, router, stacks, ops, build.step)
+    if stacks.gate_up.is_cuda:  # the next layer's stacks take their pages from the driver, not from what torch keeps
         torch.cuda.empty_cache()
-    build.replace(name, routed)
+    build.replace(spec.name, routed)
     injected.experts.append(routed)
 
 
-def _replace_router(build: Build, injected: Injected, experts: str) -> Router:
-    block = experts.rpartition(".")[0]
-    children = build.model.get_submodule(block).named_children()
-    found = [(leaf, child) for leaf, child in children if type(child).__name__ in RULES]
+def _replace_router(build: Build, injected: Injected, spec: ExpertSpec) -> Router | OwnRouter:
+    path = spec.name.rpartition(".")[0]
+    block: Foreign = build.model.get_submodule(path)
+    found = [(leaf, child) for leaf, child in block.named_children() if is_router(child)]
     if len(found) != 1:
-        raise UnsupportedModelError(f"{experts}: no router of a known kind stands beside these experts")
+        raise UnsupportedModelError(f"{spec.name}: no router of a known kind stands beside these experts")
     leaf, original = found[0]
-    name, product = f"{block}.{leaf}", logits_product(original)
+    rule = rule_of(original, block, spec.num_experts)
+    if rule is None:
+        return _as_it_is(original, block, spec)
+    return _of_ours(build, injected, f"{path}.{leaf}", original, rule)
+
+
+def _of_ours(build: Build, injected: Injected, path: str, original: nn.Module, rule: Rule) -> Router:
+    name = f"{path}.{rule.linear}".rstrip(".")
+    product = logits_product(original.get_submodule(rule.linear))
     ops = [ops.at_linears([name], product, is_lm_head=False) for ops in build.site_ops]
     injected.targets.append(Target(name, (sum(product.widths), product.in_features)))
-    router = Router(original, AdaptedLinear(product, ops))
-    build.replace(name, router)
+    injected.bypassed.add(name)
+    router = Router(rule, AdaptedLinear(product, ops))
+    build.replace(path, router)
+    return router
+
+
+def _as_it_is(original: Foreign, block: nn.Module, spec: ExpertSpec) -> OwnRouter:
+    top_k = top_k_of(original, block, spec.hidden_size)
+    if top_k is None:
+        raise UnsupportedModelError(
+            f"{spec.name}: the {type(original).__name__} beside them does not return weights and distinct choices"
+        )
+    router = OwnRouter(original, spec.num_experts, top_k)
+    original.forward = router
     return router
