@@ -105,8 +105,9 @@ def _check_weights(tensor: TensorRef, chunk: memoryview, is_idle: bool) -> None:
         )
     if bits > 0 and is_idle:
         raise CoverageError(
-            f"{shown(tensor.key)} acts on a part that is not served (the image part of a multimodal model) and is not "
-            "zero: train with target_modules that match the text part only, or merge the adapter into its base"
+            f"{shown(tensor.key)} acts on a part that is not served (a multimodal model's part for images or "
+            "sound) and is not zero: train with target_modules that match the text part only, or merge the adapter "
+            "into its base"
         )
     if bits > largest:
         raise InvalidAdapter(

@@ -70,12 +70,14 @@ INTERLEAVED = (
 )
 
 NO_EXPERTS = "LoRA on routed experts, which the base does not have there"
-IMAGES = "the image part of a multimodal model"
+IMAGES = "a multimodal model's part for images or sound"
 TEXT_ONLY = "train with target_modules that match the text part only"
 # names of modules that the base has nothing for: (pattern, what it is, what to do). The first match counts
 _MODULES = (
     (r"(?:^|\.)experts(?:\.|$)", NO_EXPERTS, OTHER_MODEL),
-    (r"(?:^|\.)(?:vision_tower|visual|vision_model|multi_modal_projector)\.", IMAGES, TEXT_ONLY),
+    (r"(?:^|\.)(?:(?:vision|image|video|audio)_(?:tower|model|encoder|projection|projector)|visual|multi_modal_projector|"
+     r"mm_projector|embed_vision|embed_audio|vision_embed_tokens|connector|aligner|resampler_model|perceiver_resampler)\.",
+     IMAGES, TEXT_ONLY),
     (r"\.(?:gate|router)(?:\.\w+)?$", "LoRA on a router, which it does not have there",
      f"{OTHER_MODEL}, or train without the router (gate)"),
     (r"\.(?:query_key_value|Wqkv|c_attn)$", "a fused linear, which this base has in parts",

@@ -1,16 +1,20 @@
 """Load a base model as Transformers defines it. What is ours is put in afterwards (injections)."""
 
 from collections.abc import Callable, Collection, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from server.model.families import UnsupportedModelError, check_family
+from server.model.checkpoint import read_config, weight_files
+from server.model.families import Foreign, UnsupportedModelError, check_family, settle
 from server.model.probe import PROBE
+from server.model.text_half import TextHalf, text_half
+from server.model.unlisted import list_unlisted
 
 OnProgress = Callable[[str, int, int], None]  # stage, done, total
 
@@ -19,38 +23,59 @@ def load_model(
     model_dir: Path, dtype: torch.dtype, on_progress: OnProgress
 ) -> tuple[nn.Module, GenerationConfig | None]:
     """A Transformers causal LM in eval mode. Raises UnsupportedModelError before reading any weight."""
-    if not (model_dir / "config.json").is_file():
-        raise UnsupportedModelError(f"{model_dir.name!r} holds no config.json, so it is not a Transformers model")
-    config = AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
-    check_family(config)
-    previous = transformers_logging.set_tqdm_hook(_report_bars(on_progress))
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            model_dir,
-            config=config,
-            dtype=dtype,
-            attn_implementation=PROBE,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    finally:
-        transformers_logging.set_tqdm_hook(previous)
-    _check_coverage(report)
+    list_unlisted()
+    config = read_config(model_dir)
+    half = text_half(config)
+    check_family(config if half is None else half.config)
+    settle(config if half is None else half.config)
+    weight_files(model_dir)
+    model = load_weights(model_dir, config if half is None else half, dtype, on_progress)
     has_generation = (model_dir / "generation_config.json").is_file()
     generation = GenerationConfig.from_pretrained(model_dir, local_files_only=True) if has_generation else None
-    return model.eval(), generation
+    return model, generation
+
+
+def load_weights(model_dir: Path, of: Foreign | TextHalf, dtype: torch.dtype, on_progress: OnProgress) -> nn.Module:
+    """`of`: the configuration, or the text half. Raises UnsupportedModelError where the tensors are not the model's."""
+    half = of if isinstance(of, TextHalf) else None
+    config = of if half is None else half.config
+    previous = transformers_logging.set_tqdm_hook(_report_bars(on_progress))
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # it tells of what is missing as if it could be gone on with
+    try:
+        with half.opened(model_dir) if half is not None else nullcontext() as tensors:
+            model, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+                model_dir if half is None else None,  # it takes either this or tensors
+                config=config,
+                state_dict=tensors,
+                dtype=dtype,
+                attn_implementation=PROBE,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # they are in the report, by name
+                output_loading_info=True,
+            )
+    finally:
+        transformers_logging.set_tqdm_hook(previous)
+        transformers_logging.set_verbosity(verbosity)
+    _check_coverage(report)
+    evaluated: nn.Module = model.eval()
+    return evaluated
 
 
 def _check_coverage(report: dict[str, Any]) -> None:
     """Every parameter comes from the checkpoint: Transformers fills the rest with random numbers and goes on."""
     stray = [key for key in report["unexpected_keys"] if not key.endswith("rotary_emb.inv_freq")]  # old checkpoints
-    for what, keys in (("lacks", report["missing_keys"]), ("has in another shape", report["mismatched_keys"]),
+    others = [f"{key} {list(has)} instead of {list(wanted)}" for key, has, wanted in report["mismatched_keys"]]
+    for what, keys in (("lacks", report["missing_keys"]), ("has in another shape", others),
                        ("has beyond what the model takes", stray)):  # fmt: skip
         if keys:
-            shown = ", ".join(str(key) for key in sorted(keys)[:3])
-            raise UnsupportedModelError(f"the checkpoint {what} {len(keys)} tensors: {shown}{', …' * (len(keys) > 3)}")
+            count = f"{len(keys)} tensor{'s' * (len(keys) > 1)}"
+            shown = ", ".join(sorted(keys)[:3]) + ", …" * (len(keys) > 3)
+            raise UnsupportedModelError(
+                f"the checkpoint {what} {count}: {shown}. Is config.json another model's, or a file missing?"
+            )
 
 
 def _report_bars(on_progress: OnProgress) -> Callable[..., Any]:

@@ -165,7 +165,8 @@ def test_the_image_part_is_still_refused(tmp_path: Path) -> None:
 
     message = refused(renamed(tmp_path / "a", change))
     assert "model.vision_tower.layers.2." in message and "is not zero" in message
-    assert "the image part of a multimodal model" in message and "target_modules that match the text part" in message
+    assert "a multimodal model's part for images or sound" in message
+    assert "target_modules that match the text part" in message
 
 
 # -- what patterns match: names of the file ---
@@ -243,7 +244,9 @@ def with_images(directory: Path, b: float, modules: tuple[str, ...] = ("self_att
 def test_an_image_part_that_was_not_trained_changes_nothing(tmp_path: Path) -> None:
     package = read_adapter(with_images(tmp_path / "a", 0.0), BASE)
     assert {part.module.rpartition(".")[2] for part in package.parts if isinstance(part, LowRank)} == {"q_proj"}
-    assert package.notes == ("1 x the image part of a multimodal model with a B of zero, which changes nothing.",)
+    assert package.notes == (
+        "1 x a multimodal model's part for images or sound with a B of zero, which changes nothing.",
+    )
 
 
 @pytest.mark.parametrize("b", [1.0, -1e-30])
@@ -253,5 +256,5 @@ def test_an_image_part_that_was_trained_is_refused(tmp_path: Path, b: float) -> 
 
 
 def test_an_image_part_alone_is_no_adapter_of_the_text(tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match="the image part of a multimodal model"):
+    with pytest.raises(AdapterError, match="a multimodal model's part for images or sound"):
         read_adapter(with_images(tmp_path / "a", 0.0, modules=()), BASE)

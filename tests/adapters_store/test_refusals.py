@@ -173,8 +173,8 @@ def test_every_peft_type_has_a_remedy() -> None:
         ("model.layers.1.mlp.gate", "LoRA on a router", "or train without the router"),
         ("model.layers.1.mlp.router", "LoRA on a router", "or train without the router"),
         ("model.layers.0.self_attn.query_key_value", "a fused linear", "split B"),
-        ("model.vision_tower.layers.0.self_attn.q_proj", "the image part", "text part only"),
-        ("model.visual.blocks.0.attn.qkv", "the image part", "text part only"),
+        ("model.vision_tower.layers.0.self_attn.q_proj", "part for images or sound", "text part only"),
+        ("model.visual.blocks.0.attn.qkv", "part for images or sound", "text part only"),
         (
             "model.layers.77.self_attn.q_proj",
             "(a module that this base does not have)",

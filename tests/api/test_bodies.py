@@ -118,7 +118,8 @@ pytestmark = pytest.mark.slow
             "role: Input should be 'system'"),
         ("chat/completions", CHAT | {"messages": [{"role": "system", "content": "x"}]}, 400, "messages", "no system"),
         ("chat/completions", CHAT | {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url":
-            {"url": "http://127.0.0.1:1/"}}]}]}, 400, "messages", "'image_url' is not served"),
+            {"url": "http://127.0.0.1:1/"}}]}]}, 400, "messages",
+            "'image_url' is not served: models read text here, and of a multimodal model the text half alone is"),
         ("chat/completions", CHAT | {"chat_template": "{{ 7 }}"}, 400, "chat_template", "not served"),
         ("chat/completions", CHAT | {"max_tokens": 3, "max_completion_tokens": 4}, 400, "max_tokens", "same thing"),
     ],

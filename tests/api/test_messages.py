@@ -238,7 +238,7 @@ def test_a_client_that_leaves_frees_its_work(server: LiveServer, stream: bool) -
         ({"system": 5}, 400, "system must be a text, or a list of text blocks"),
         ({"messages": [{"role": "user", "content": "x", "name": "y"}]}, 400, "'name' is not a field of messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, 400,
-            "content of type 'image' in messages is not served"),
+            "content of type 'image' in messages is not served: models"),
         ({"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "x"}]}]}, 400,
             "content of type 'tool_result' in messages is not served"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "citations": [{}]}]}]}, 400,

@@ -198,7 +198,7 @@ def test_a_client_that_leaves_frees_its_work(server: LiveServer, stream: bool) -
         ({"input": [{"type": "function_call_output", "call_id": "a", "output": "b"}]}, 400, "input",
             "an item of type 'function_call_output' in input is not served"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "http://127.0.0.1:1/"}]}]},
-            400, "input", "content of type 'input_image' in input is not served"),
+            400, "input", "content of type 'input_image' in input is not served: models"),
         ({"input": [{"role": "assistant", "content": [{"type": "output_text", "text": "x", "annotations": [{}]}]}]},
             400, "input", "annotations in input is not served"),
         ({"input": [{"role": "user", "content": ""}] * 1025}, 400, "input", "1,025 messages"),

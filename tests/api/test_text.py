@@ -130,3 +130,71 @@ def test_extreme_logits_still_give_a_token() -> None:
     logits = torch.tensor([[-1e30, 1e30, 0.0], [0.0, 0.0, 0.0]])
     tokens = sampled(logits, [Sampling(temperature=1e-3), Sampling(top_p=1e-6, temperature=2.0)], [0, 0])
     assert tokens == [1, 0]  # of equal ones the first
+
+
+_LLAVA = (
+    "{% for message in messages %}{{ message['role'] }}: "
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}<image>{% endfor %}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] }}{% endfor %}"
+    "{{ '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+)
+_MIXED = (  # the user's turn has parts, others are strings
+    "{% for message in messages %}{{ message.role }}: {% if message.role == 'user' %}{{ message.content[0].text }}"
+    "{% else %}{{ message.content }}{% endif %}{{ '\n' }}{% endfor %}"
+)
+_EITHER = (
+    "{% for message in messages %}{{ message.role }}: {% if message.content is string %}{{ message.content }}"
+    "{% else %}{{ message.content[0].text }} (in parts){% endif %}{{ '\n' }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (_LLAVA, "user: hi\nassistant: a <|end|>\nuser: b\nassistant:"),
+        (_MIXED, "user: hi\nassistant: a <|end|>\nuser: b\n"),
+        (_EITHER, "user: hi\nassistant: a <|end|>\nuser: b\n"),
+        (
+            "{% for it in messages %}{{ it.role }}: {{ it.content[:3] }} {% endfor %}",
+            "user: hi assistant: a < user: b ",
+        ),
+    ],
+)
+def test_a_template_that_reads_parts_alone_is_given_parts(tmp_path: Path, template: str, expected: str) -> None:
+    write_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    turns = [("user", "hi"), ("assistant", "a <|end|>"), ("user", "b")]
+    said = Conversation([{"role": role, "content": content} for role, content in turns])
+    assert Text.load(tmp_path).render_chat(said) == expected
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"chat_template.json": {"chat_template": "json"}}, "json"),
+        ({"processor_config.json": {"chat_template": "processor", "processor_class": "LlavaProcessor"}}, "processor"),
+        ({"processor_config.json": {"chat_template": "processor"}, "chat_template.json": {"chat_template": "json"}},
+         "json"),
+        ({"chat_template.json": {"chat_template": "json"}, "tokenizer_config.json": {"chat_template": "own"}}, "own"),
+        ({"chat_template.json": {"chat_template": "json"}, "chat_template.jinja": "jinja"}, "jinja"),
+        ({"processor_config.json": {"processor_class": "LlavaProcessor"}}, None),
+    ],
+)  # fmt: skip
+def test_a_processors_template_is_found(tmp_path: Path, files: dict[str, object], expected: str | None) -> None:
+    write_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    for name, content in files.items():
+        (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    text = Text.load(tmp_path)
+    assert text.has_chat_template == (expected is not None)
+    if expected is not None:
+        assert text.render_chat(Conversation([{"role": "user", "content": "hi"}])) == expected
+
+
+def test_a_processors_file_that_is_no_json_is_told(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "chat_template.json").write_text("{%")
+    with pytest.raises(ConfigError, match="the chat template of .* cannot be read"):
+        Text.load(tmp_path)

@@ -36,6 +36,13 @@ def asks_for_nothing(value: object, harmless: tuple[object, ...]) -> bool:
     return value is None or any(value == free and type(value) is type(free) for free in harmless)
 
 
+def of_other_media(kind: str) -> str:
+    """What to say behind the refusal of content of this type, if it is of images, sound or the like."""
+    if not any(word in kind for word in ("image", "audio", "video", "file", "document")):
+        return ""
+    return ": models read text here, and of a multimodal model the text half alone is served"
+
+
 @dataclass(frozen=True)
 class BodyLimits:
     """Counts that are checked before the items they count. pydantic hands them to validators as their context."""

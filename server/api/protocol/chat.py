@@ -15,7 +15,7 @@ from pydantic import (
 )
 from pydantic.config import JsonDict
 
-from server.api.protocol.body import Body, Count, Unserved, limits_of
+from server.api.protocol.body import Body, Count, Unserved, limits_of, of_other_media
 from server.api.protocol.generation import RULES, GenerationBody, NumLogprobs
 from server.api.protocol.schema import NOT_TRUE, NOTHING, at_most, given, one_of
 from server.errors import InvalidRequest
@@ -50,8 +50,9 @@ class Message(Body):
     @classmethod
     def _refuse_other_parts(cls, content: Any) -> Any:
         for part in content if isinstance(content, list) else ():
-            if isinstance(part, dict) and isinstance(part.get("type"), str) and part["type"] != "text":
-                raise InvalidRequest(f"content of type {part['type'][:40]!r} is not served", param="messages")
+            if isinstance(part, dict) and isinstance(kind := part.get("type"), str) and kind != "text":
+                told = f"content of type {kind[:40]!r} is not served{of_other_media(kind)}"
+                raise InvalidRequest(told, param="messages")
         return content
 
     @model_validator(mode="after")

@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, WithJsonSchema, field_validator
 
-from server.api.protocol.body import Body, Count, Finite, Label, Unserved, limits_of
+from server.api.protocol.body import Body, Count, Finite, Label, Unserved, limits_of, of_other_media
 from server.api.protocol.chat import counted
 from server.api.protocol.generation import STOP_STRINGS, Model, TopP, checked_stops
 from server.api.protocol.schema import at_most
@@ -133,7 +133,7 @@ def _refuse_other_blocks(content: Any, param: str) -> None:
     for block in content if isinstance(content, list) else ():
         if isinstance(block, dict) and isinstance(block.get("type"), str) and block["type"] != "text":
             raise InvalidRequest(
-                f"content of type {block['type'][:40]!r} in {param} is not served",
+                f"content of type {block['type'][:40]!r} in {param} is not served{of_other_media(block['type'])}",
                 param=param,
                 code="unsupported_parameter",
             )

@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import ConfigDict, Field, JsonValue, ValidationInfo, WithJsonSchema, field_validator, model_validator
 from pydantic.config import JsonDict
 
-from server.api.protocol.body import Body, Count, Label, Unserved
+from server.api.protocol.body import Body, Count, Label, Unserved, of_other_media
 from server.api.protocol.chat import counted
 from server.api.protocol.generation import STREAM_OPTIONS, NumLogprobs, SamplingBody
 from server.api.protocol.schema import at_most, given
@@ -175,7 +175,9 @@ class ResponseBody(SamplingBody):
 
 def _refuse_other(what: str, kind: Any, served: tuple[str, ...]) -> None:
     if isinstance(kind, str) and kind not in served:
-        remedy = "; nothing is stored here, so send the item itself" if kind == "item_reference" else ""
+        remedy = of_other_media(kind)
+        if kind == "item_reference":
+            remedy = "; nothing is stored here, so send the item itself"
         raise InvalidRequest(
             f"{what} of type {kind[:40]!r} in input is not served{remedy}", param="input", code="unsupported_parameter"
         )

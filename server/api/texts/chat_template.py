@@ -1,6 +1,7 @@
 """A conversation to the text that the model was trained to read, and to tokens."""
 
 import re
+import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -48,6 +49,8 @@ class ChatTemplate:
         self._template: Template = sandbox.compiled(source)
         self._words = frozenset(_WORDS.findall(source))
         self._source = source
+        self._roles_of_parts: frozenset[str] = frozenset()
+        self._roles_of_parts = self._read_as_parts()
         try:
             self._control_tokens = ControlTokens(twin, source, self._rehearse())
         except (TypeError, UnicodeEncodeError):  # a lone surrogate
@@ -85,7 +88,7 @@ class ChatTemplate:
         """The conversation as the model was trained to read it, special tokens and all. Raises InvalidRequest."""
         self._refuse_what_is_not_read(conversation)
         turn = OpenTurn(conversation.messages) if conversation.continues_last_turn else None
-        messages = conversation.messages if turn is None else turn.messages
+        messages = [self._shaped(it) for it in (conversation.messages if turn is None else turn.messages)]
         try:
             fixed = dict(messages=messages, add_generation_prompt=conversation.asks_for_answer, tools=None)
             text = self._sandbox.rendered(self._template, {**conversation.variables, **self._special_tokens, **fixed})
@@ -116,15 +119,40 @@ class ChatTemplate:
                     code="unsupported_parameter",
                 )
 
+    def _shaped(self, message: Mapping[str, str]) -> Mapping[str, Any]:
+        if message["role"] not in self._roles_of_parts:
+            return message
+        return {**message, "content": [{"type": "text", "text": message["content"]}]}
+
+    def _read_as_parts(self) -> frozenset[str]:
+        """Roles whose messages it reads as a list of parts only, as templates of multimodal models may: of one that is
+        a string they write nothing, without an error."""
+        known = frozenset(role for roles in _TURNS for role in roles)
+        marks = {role: str(10**9 + secrets.randbelow(9 * 10**9)) for role in known}
+        lost = known - self._roles_written(marks)
+        if not lost:
+            return frozenset()
+        self._roles_of_parts = lost
+        return lost & self._roles_written(marks)
+
+    def _roles_written(self, marks: Mapping[str, str]) -> frozenset[str]:
+        """Whose words it writes: not those whose parts it writes as Python or JSON does."""
+        texts = [_DATA.sub("", self._written_of(roles, marks)) for roles in _TURNS]
+        return frozenset(role for role, mark in marks.items() if any(mark in text for text in texts))
+
+    def _written_of(self, roles: Sequence[str], contents: Mapping[str, str]) -> str:
+        with suppress(InvalidRequest):
+            return self.render(Conversation([{"role": role, "content": contents[role]} for role in roles]))
+        return ""
+
     def _rehearse(self) -> list[str]:
         """What the template makes of conversations of every role that it takes."""
-        rehearsed: list[str] = []
-        for roles in (("user", "assistant", "user"), ("system", "user"), ("user", "assistant", "tool")):
-            with suppress(InvalidRequest):
-                rehearsed.append(self.render(Conversation([{"role": role, "content": "Hello."} for role in roles])))
-        return rehearsed
+        made = (self._written_of(roles, dict.fromkeys(roles, "Hello.")) for roles in _TURNS)
+        return [text for text in made if text]
 
 
+_TURNS = (("user", "assistant", "user"), ("system", "user"), ("user", "assistant", "tool"))
+_DATA = re.compile(r"""["']text["']: ?["'][0-9]+""")
 _SET_BY_US = frozenset({"add_generation_prompt", "messages", "raise_exception", "strftime_now", "tools"})
 
 

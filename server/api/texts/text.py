@@ -63,17 +63,15 @@ class Text:
         except Exception as error:  # the library raises nothing narrower
             raise ConfigError(f"tokenizer.json of {model_dir.name!r} cannot be read: {error}") from None
         try:
-            config_file = model_dir / "tokenizer_config.json"
-            config = json.loads(config_file.read_text()) if config_file.is_file() else {}
-            template_file = model_dir / "chat_template.jinja"
-            template = template_file.read_text() if template_file.is_file() else config.get("chat_template")
+            config = _read_json(model_dir / "tokenizer_config.json")
+            template = _template_in(model_dir, config)
             if isinstance(template, list):  # several named ones
                 template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
             tokens = ("bos_token", "eos_token", "pad_token")
             special = {name: _content(config[name]) for name in tokens if config.get(name)}
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise ConfigError(
-                f"tokenizer_config.json or chat_template.jinja of {model_dir.name!r} cannot be read: {error!r}"
+                f"tokenizer_config.json or the chat template of {model_dir.name!r} cannot be read: {error!r}"
             ) from None
         try:
             return cls(tokenizer, template, special)
@@ -144,6 +142,21 @@ def _ids(encoding: Encoding, max_tokens: int, param: str) -> list[int]:
     if len(encoding) > max_tokens:
         raise ContextExceeded(f"the prompt is too long: it has {len(encoding):,} tokens", max_tokens, param)
     return list(encoding.ids)
+
+
+def _template_in(model_dir: Path, tokenizer_config: Mapping[str, Any]) -> Any:
+    """Where multimodal models have a processor, it may keep the template, in older ones in files of its own."""
+    file = model_dir / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text()
+    if tokenizer_config.get("chat_template"):
+        return tokenizer_config["chat_template"]
+    theirs = (_read_json(model_dir / name) for name in ("chat_template.json", "processor_config.json"))
+    return next((it["chat_template"] for it in theirs if it.get("chat_template")), None)
+
+
+def _read_json(file: Path) -> Any:
+    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def _content(token: str | dict[str, Any]) -> str:
