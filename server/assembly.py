@@ -1,5 +1,6 @@
 """An engine, built and wired: what a step needs, for the model and the device at hand."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,14 +14,16 @@ from kernels.compiled import takes_on
 from server.config import EngineConfig
 from server.device import CPU, choose_target_s, choose_tokens_per_step, host_cache_bytes
 from server.device_memory import DeviceMemory
+from server.engine.checks import Borrowed
 from server.engine.kv_cache import KVCache
-from server.engine.messages import EngineInfo
+from server.engine.messages import EngineInfo, SelfChecked
 from server.engine.scheduler import SchedulerLimits
 from server.model.build import Build, Injected
+from server.model.conv1d import straighten
 from server.model.cuda_graphs import CudaCapture, GraphedForward, decode_shapes
 from server.model.device_inputs import Capacity, DeviceInputs
 from server.model.experts import Stacks
-from server.model.families import Foreign, fused_rows, max_model_len, pin_rope
+from server.model.families import Foreign, fused_rows, max_model_len, pin_rope, settle
 from server.model.forward import Forward, HostForward, KernelForward, Model
 from server.model.injections import inject
 from server.model.inputs import CurrentStep, TokenField
@@ -33,7 +36,9 @@ from server.model.parity import ParityChecker, Prefills
 from server.model.probe import probe
 from server.model.product import product_of
 from server.model.runner import ModelRunner
+from server.model.self_check import SelfCheck
 from server.model.site_op import SiteOps
+from server.model.text_half import type_of
 from server.model.warm_up import warm_up
 from server.weights.arena import PageWork
 from server.weights.choice import choose_arenas, choose_copier
@@ -44,6 +49,8 @@ from server.weights.merged import MergedAdapter
 from server.weights.residency import DeviceResidency
 from server.weights.tables.experts import ExpertTable
 from server.weights.tables.lora import LoraTable
+
+log = logging.getLogger("heddle.engine")
 
 
 class Tables(NamedTuple):
@@ -78,6 +85,8 @@ def assemble(
     dtype = next(model.parameters()).dtype
     length = max_model_len(model.config, config.max_model_len)
     pin_rope(model, model.config, length)
+    settle(model.config)
+    straighten(model)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     is_there = next(model.parameters()).device.type == device.type != "cpu"
     arenas = choose_arenas(device)
@@ -94,7 +103,9 @@ def assemble(
     step = CurrentStep()
     site_ops: list[SiteOps] = [LoraOps(tables.lora, step)]
     biased = frozenset(name.rpartition(".")[0] for name, _ in model.named_parameters() if name.endswith("bias"))
-    probed = probe(model)  # before injection: the probe runs the model as Transformers made it
+    on_progress("Checking", 0, 1)
+    probed = probe(model, length)  # before injection: the probe runs the model as Transformers made it
+    self_check = SelfCheck(model, probed, length, config.block_size) if config.self_check else None
     packed = _packed_products(model, config) if device.type == "cpu" else None
     make_product = packed.product_of if packed else product_of
     build = Build(model, probed, step, site_ops, lambda *it: Stacks(*tables.experts.add_layer(*it)), make_product)
@@ -111,13 +122,21 @@ def assemble(
     capacity = Capacity(limits.tokens_per_step, limits.max_running, blocks_of_one, most_slices, choices)
     shapes = decode_shapes(config.max_rank, bool(injected.experts))
     fields = [field for ops in site_ops for field in ops.token_fields]
-    forward = choose_forward(Model(model, step), config, capacity, shapes, fields, dtype, device)
+    function = Model(model, step)
+    self_checked = None
+    if self_check is not None:
+        its = Capacity(
+            self_check.num_tokens, self_check.num_tokens, cache.num_blocks(self_check.length), most_slices, choices
+        )
+        eager = eager_forward(function, config, its, fields, dtype, device)
+        self_checked = _self_checked(self_check, eager, residency, cache)
+    forward = choose_forward(function, config, capacity, shapes, fields, dtype, device)
     if isinstance(forward, GraphedForward):
         warm_up(forward, config.block_size, on_progress)
     on_progress("Building the engine", 1, 1)
     info = EngineInfo(
         base=_base_spec(model.config, injected, biased),
-        model_type=model.config.model_type,
+        model_type=type_of(model.config),
         num_parameters=num_parameters,
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
@@ -131,6 +150,7 @@ def assemble(
         stop_token_ids=stops,
         hidden_size=model.config.hidden_size,
         graph_rank=config.max_rank if isinstance(forward, GraphedForward) else None,
+        self_checked=self_checked,
     )
     checker = ParityChecker(
         model,
@@ -142,6 +162,14 @@ def assemble(
     )
     runner = ModelRunner(forward, residency, config.block_size)
     return Assembly(cache, runner, residency, checker, tables, linears, info, limits)
+
+
+def _self_checked(check: SelfCheck, forward: Forward, tables: DeviceResidency, cache: KVCache) -> SelfChecked | None:
+    if not cache.pool.make_ready(check.num_blocks):
+        log.warning("no self-check: it takes %d KV blocks, and there are fewer", check.num_blocks)
+        return None
+    with Borrowed(cache, check.num_blocks) as blocks:
+        return SelfChecked(*check.compare(forward, tables, blocks))
 
 
 def _packed_products(model: Foreign, config: EngineConfig) -> PackedProducts:
@@ -166,6 +194,20 @@ def _limits(config: EngineConfig, device: torch.device, vocab_size: int) -> Sche
     )
 
 
+def eager_forward(
+    model: Model,
+    config: EngineConfig,
+    capacity: Capacity,
+    token_fields: Sequence[TokenField],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> HostForward | KernelForward:
+    """The host's kernels or the references on a host; each kernel launched in turn on a GPU."""
+    if not takes_on(device):
+        return HostForward(model, config.block_size, dtype, token_fields)
+    return KernelForward(model, DeviceInputs(capacity, device, token_fields))
+
+
 def choose_forward(
     model: Model,
     config: EngineConfig,
@@ -175,11 +217,9 @@ def choose_forward(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Forward:
-    """The references on a host; kernels and captured graphs on a GPU."""
-    if not takes_on(device):
-        return HostForward(model, config.block_size, dtype, token_fields)
-    by_kernels = KernelForward(model, DeviceInputs(capacity, device, token_fields))
-    if device.type != "cuda":
+    """The same, with captured graphs on a GPU."""
+    by_kernels = eager_forward(model, config, capacity, token_fields, dtype, device)
+    if not isinstance(by_kernels, KernelForward) or device.type != "cuda":
         return by_kernels
     logits = torch.empty(config.max_running, model.vocab_size, dtype=dtype, device=device)
     return GraphedForward(by_kernels, logits, shapes, CudaCapture())

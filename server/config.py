@@ -52,6 +52,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     adapter_slots: int = 0  # adapters on the device at once; 0: as many as there are bytes for, up to 1,024
     max_rank: int = 64  # the highest LoRA rank that a GPU's decodes are captured for; higher ones run without
     max_experts_per_adapter: int = 0  # E_max: tuned experts of one adapter in one layer; 0: as many as the base has
+    self_check: bool = True  # compare some tokens with Transformers' own before serving (server/model/self_check.py)
     trace_steps: str | None = None  # a file to which each step is appended as a line of JSON (server/model/trace.py)
     max_skips: int = 200  # steps that a request may be passed over before others stop taking room from it
 

@@ -138,6 +138,7 @@ def base(model_dir: str, dtype: Dtype, threads: int) -> Base:
         (
             Fact("base", f"{info.model_type}, {info.num_parameters / 1e6:,.1f} million parameters: served"),
             Fact("type", f"{info.dtype} on a CPU"),
+            Fact("self-check", str(info.self_checked or "none").removeprefix("self-check: ")),
             Fact("longest sequence", f"{info.max_model_len:,} tokens with {_ROOM >> 20} MiB of KV cache"),
         ),
         linears,

@@ -105,6 +105,8 @@ async def _start(
     config: ServerConfig, text: Text, child: EngineChild, verifier: Verifier, registry: Registry, reports: Reports
 ) -> Service:
     info = await child.start(config.engine, reports.progress, config.startup_timeout_s)
+    if info.self_checked is not None:
+        log.info("%s", info.self_checked)
     room = Room(info.adapter_bytes, 4 if info.dtype == "float32" else 2, info.max_experts_per_adapter)
     terms = _terms(config, info)
     storage.remember(registry.store, storage.Identity(config.base_name, info.base, room, terms))

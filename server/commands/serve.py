@@ -77,6 +77,9 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     engine.add_argument("--linear-form", choices=get_args(LinearForm), default="auto",
                         help="that matrices are kept in on a CPU; auto: the fastest, measured once on each "
                         "machine (heddle doctor shows it)")  # fmt: skip
+    engine.add_argument("--no-self-check", action="store_true",
+                        help="serve without having compared some tokens with Transformers' own forward, or whatever "
+                        "came of it")  # fmt: skip
     for name, text in _NUMBERS.items():
         engine.add_argument(
             f"--{name.replace('_', '-')}", type=int, default=getattr(defaults, name), metavar="N", help=text
@@ -133,6 +136,7 @@ def config_of(options: argparse.Namespace) -> ServerConfig:
         device=options.device,
         dtype=options.dtype,
         linear_form=options.linear_form,
+        self_check=not options.no_self_check,
         trace_steps=os.environ.get("HEDDLE_TRACE_STEPS") or None,
         **numbers,
     )

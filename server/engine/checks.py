@@ -100,13 +100,13 @@ class Checks:
         if (self._comparison is not None and not self._comparison.is_ready()) or not pool.make_ready(count):
             return None
         if self._comparison is not None:
-            with _Borrowed(self._kv_cache, count) as blocks:
+            with Borrowed(self._kv_cache, count) as blocks:
                 return self._comparison.run_merged(blocks)
         slot = self._residency.acquire(check.ref)
         if not isinstance(slot, Wait):
             try:
                 self._comparison = self._checker.compare(check.ref, check.num_tokens)
-                with _Borrowed(self._kv_cache, count) as blocks:
+                with Borrowed(self._kv_cache, count) as blocks:
                     self._comparison.run_adapter(slot, blocks)
             finally:
                 self._residency.release(check.ref)
@@ -123,7 +123,7 @@ class Checks:
         assert self._waiting or self._comparison is None
 
 
-class _Borrowed:
+class Borrowed:
     """KV blocks for as long as a context lasts; what is written there is never known as anybody's prefix."""
 
     def __init__(self, kv_cache: KVCache, count: int) -> None:

@@ -95,11 +95,29 @@ class Progress(_Message, frozen=True):
     total: int
 
 
+class SelfChecked(msgspec.Struct, frozen=True):
+    """What the self-check found (server/model/self_check.py): tokens at positions up to `last_position` whose logits
+    differ by `found` of their size, where rounding explains `allowed`."""
+
+    num_tokens: int
+    last_position: int
+    found: float
+    allowed: float
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"self-check: logits of {self.num_tokens} tokens up to position {self.last_position:,} differ from "
+            f"Transformers' by {self.found:.1g} of their size, where rounding explains {self.allowed:.1g} "
+            f"({self.seconds:.2f} s)"
+        )
+
+
 class EngineInfo(msgspec.Struct, frozen=True):
     """What the front must know of the loaded model. Sizes in tokens or bytes as named."""
 
     base: BaseSpec
-    model_type: str
+    model_type: str  # for people: with what it is the text half of, if it is
     num_parameters: int
     device: str
     dtype: str
@@ -113,6 +131,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     hidden_size: int
     graph_rank: int | None = None  # LoRA adapters of a higher rank decode without captured graphs; None: there are none
     adapter_slots: int = 0  # adapters that can be on the device at once
+    self_checked: SelfChecked | None = None  # None: it was not wanted, or there was no room for it
 
 
 class Ready(_Message, frozen=True):

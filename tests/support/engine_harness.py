@@ -2,18 +2,20 @@
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
 from adapters_store.parts import AdapterPackage
 from adapters_store.ref import AdapterRef
+from adapters_store.rules import Adapter
 from server.assembly import assemble
 from server.config import EngineConfig
 from server.device import CPU
 from server.engine.core import Pace
 from tests.support.driver import GREEDY, Answer, Driver
+from tests.support.stepped_residency import wait_until_resident
 
 __all__ = ["GREEDY", "Answer", "Engine", "prompts"]
 
@@ -30,7 +32,8 @@ class Engine(Driver):
 
     def __init__(self, model: nn.Module, device: torch.device = CPU, **settings: object) -> None:
         defaults = dict(model_dir=".", block_size=4, tokens_per_step=24, max_running=8, kv_cache_bytes=1 << 22,
-                        adapter_bytes=1 << 26, adapter_slots=4, linear_form="onednn-packed")  # fmt: skip
+                        adapter_bytes=1 << 26, adapter_slots=4, linear_form="onednn-packed",
+                        self_check=False)  # fmt: skip
         config = EngineConfig(**{**defaults, **settings})  # type: ignore[arg-type]
         self.assembly = assemble(model, config, frozenset(), device=device)
         it = self.assembly
@@ -45,6 +48,14 @@ class Engine(Driver):
     def remove(self, ref: AdapterRef) -> None:
         super().remove(ref)
         self._deliver()
+
+    def bring_in(self, entries: Sequence[Adapter]) -> None:
+        """Onto the device, all of them at once. Threads load, so it is chance which steps requests share that have to
+        wait for it."""
+        for entry in entries:
+            wait_until_resident(self.residency, entry)
+        for entry in entries:
+            self.residency.release(entry.ref)
 
     def _deliver(self) -> None:
         """At once where there is nothing to compute: tests look at the device then."""
