@@ -86,7 +86,8 @@ SOURCES = sorted(
 
 
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
-BESIDE_THE_TREE = ("tests/support", "tests/census")  # what tests share, and a tool of theirs; no test is in them
+# what tests share, and tools of theirs; no test is in them
+BESIDE_THE_TREE = ("tests/support", "tests/census", "tests/families")
 
 
 def relative(file: Path) -> str:
