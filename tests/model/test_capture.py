@@ -26,6 +26,7 @@ from server.model.inputs import CurrentStep
 from server.model.lora_op import LoraOps
 from server.model.probe import PROBE, probe
 from server.model.product import product_of
+from server.model.unlisted import list_unlisted
 from server.weights.kv_memory import WholeKVMemory
 from tests.support.thirds import a_third
 from tests.support.tiny_models import MODELS, make_config
@@ -76,6 +77,7 @@ class FakeSites:
 @pytest.mark.parametrize("with_adapters", [False, True], ids=["base only", "adapters"])
 @pytest.mark.parametrize("name", a_third(MODELS, always=("llama", "deepseek_v2", "gpt_oss")))
 def test_a_decode_step_can_be_captured(name: str, with_adapters: bool) -> None:
+    list_unlisted()
     config = make_config(name)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=PROBE, dtype=torch.bfloat16).eval()
     pin_rope(model, config, config.max_position_embeddings)
