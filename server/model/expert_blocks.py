@@ -17,7 +17,7 @@ from server.model.activations import candidates, same_as
 from server.model.experts import ExpertSpec, FoundExperts, take_matrices
 from server.model.families import Foreign, UnsupportedModelError
 from server.model.likeness import Says, are_alike, numbers, outcome, stand_in
-from server.model.routers import Choices, Rule, rule_of_block
+from server.model.routers import Choices, Rule, rule_of_choices
 
 _TOKENS = 5  # that blocks are tried with
 
@@ -140,7 +140,7 @@ def _flat_activation(experts: Foreign) -> Activation | None:
 def _flat_block(name: str, experts: Foreign, block: Foreign, activation: Activation) -> OwnBlock:
     held, num_experts, inner = experts.mlp, experts.num_experts, experts.ffn_hidden_size
     hidden = held.w1.shape[1]
-    rule = rule_of_block(block.router, num_experts, lambda router, x: _choices_of(block, router, x))
+    rule = rule_of_choices(block.router, num_experts, lambda router, x: _choices_of(block, router, x))
     if rule is None:
         raise UnsupportedModelError(f"{name}: the {type(block).__name__} around them chooses in an unknown way")
     spec = ExpertSpec(num_experts, hidden, inner, name, transposed=False, interleaved=False, biased=False)

@@ -49,46 +49,33 @@ def is_router(module: nn.Module) -> bool:
     return name.endswith(("Router", "Gate")) and not is_linear(module)
 
 
-@torch.inference_mode()
 def rule_of(router: Foreign, block: Foreign, num_experts: int) -> Rule | None:
     """The rule of ours that it follows, tried in float32; None: there is none. block: what holds it, and may hand it
     tensors of its own."""
-    linear = _linear_of(router, num_experts)
-    if linear is None:
-        return None
-    handed = _handed_on(router, block)
-    wide = copy.deepcopy(router).float()
-    weight, bias = _weight_and_bias(wide.get_submodule(linear))
-    x = _tokens(weight)
-    theirs = _choices(wide, x, [it.float() for it in handed])
-    if theirs is None:
-        return None
-    logits = nn.functional.linear(x, weight, bias)
-    if _has_ties(logits):
-        return None
-    corrections = [it.float().reshape(-1) for it in [*router.parameters(), *router.buffers(), *handed]
-                   if it.numel() == num_experts and it is not getattr(router, "bias", None)]  # fmt: skip
-    return _rule_for(theirs, logits, router, corrections, linear)
+    handed = [it.float() for it in _handed_on(router, block)]
+    return rule_of_choices(router, num_experts, lambda wide, x: _choices(wide, x, handed), handed)
 
 
 @torch.inference_mode()
-def rule_of_block(
-    router: Foreign, num_experts: int, choices_of: Callable[[nn.Module, Tensor], Choices | None]
+def rule_of_choices(
+    router: Foreign,
+    num_experts: int,
+    choices_of: Callable[[nn.Module, Tensor], Choices | None],
+    handed: Sequence[Tensor] = (),
 ) -> Rule | None:
-    """The same where the block chooses, from a router of one linear. choices_of: given a router and x [T, H]."""
+    """The same from whatever chooses: choices_of is given the router in float32 and x [T, H]. handed: tensors beside
+    the router's own that may correct its scores."""
     linear = _linear_of(router, num_experts)
     if linear is None:
         return None
     wide = copy.deepcopy(router).float()
-    x = _tokens(wide.get_submodule(linear).weight)
-    logits = nn.functional.linear(x, *_weight_and_bias(wide.get_submodule(linear)))
-    theirs = choices_of(wide, x)
-    return None if theirs is None else _rule_for(theirs, logits, router, [], linear)
-
-
-def _rule_for(
-    theirs: Choices, logits: Tensor, router: Foreign, corrections: Sequence[Tensor], linear: str
-) -> Rule | None:
+    weight, bias = _weight_and_bias(wide.get_submodule(linear))
+    x = _tokens(weight)
+    logits, theirs = nn.functional.linear(x, weight, bias), choices_of(wide, x)
+    if theirs is None or _has_ties(logits):
+        return None
+    corrections = [it.float().reshape(-1) for it in [*router.parameters(), *router.buffers(), *handed]
+                   if it.numel() == num_experts and it is not getattr(router, "bias", None)]  # fmt: skip
     for routing, correction in product(_routings(router, theirs.ids.shape[-1]), [*corrections, None]):
         if _same(theirs, Choices(*choose(logits, routing, correction))):
             return Rule(routing, correction, linear)

@@ -75,7 +75,7 @@ class FakeSites:
 
 
 @pytest.mark.parametrize("with_adapters", [False, True], ids=["base only", "adapters"])
-@pytest.mark.parametrize("name", a_third(MODELS, always=("llama", "deepseek_v2", "gpt_oss")))
+@pytest.mark.parametrize("name", a_third(MODELS, always_too=("llama", "deepseek_v2", "gpt_oss")))
 def test_a_decode_step_can_be_captured(name: str, with_adapters: bool) -> None:
     list_unlisted()
     config = make_config(name)
