@@ -67,7 +67,13 @@ class Worker(Generic[Answer]):
 
     @property
     def is_alive(self) -> bool:
-        return self._process.returncode is None
+        """Asked of the system: the event loop may not have heard of its end yet."""
+        if self._process.returncode is not None:
+            return False
+        try:
+            return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+        except ChildProcessError:
+            return False
 
     async def ask(self, job: bytes) -> Answer:
         """Raises WorkerEnded if the process ends over it."""

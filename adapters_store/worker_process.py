@@ -14,9 +14,9 @@ READY = b"\n"  # written once, when all is imported
 NICENESS = 10
 
 
-def serve(answer: Callable[[bytes], bytes], answers_out: BinaryIO | None = None) -> None:
+def serve(answer: Callable[[bytes], bytes], answers_out: BinaryIO | None = None, niceness: int = NICENESS) -> None:
     """Answer jobs from standard input, one after another, on standard output if nowhere else."""
-    _give_way()
+    _give_way(niceness)
     jobs_in, answers_out = sys.stdin.buffer, answers_out or sys.stdout.buffer
     answers_out.write(READY)
     answers_out.flush()
@@ -26,16 +26,16 @@ def serve(answer: Callable[[bytes], bytes], answers_out: BinaryIO | None = None)
         answers_out.flush()
 
 
-def _give_way() -> None:
+def _give_way(niceness: int) -> None:
     """To the engine, all threads of which wait for one that was put aside.
 
     Where the kernel schedules sessions as groups (autogroup), each worker is one: it has a session of its own. Then
     the group's niceness counts.
     """
     with suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, 0, max(NICENESS, os.getpriority(os.PRIO_PROCESS, 0)))
+        os.setpriority(os.PRIO_PROCESS, 0, max(niceness, os.getpriority(os.PRIO_PROCESS, 0)))
     with suppress(OSError), open("/proc/self/autogroup", "w") as group:
-        group.write(str(NICENESS))
+        group.write(str(niceness))
 
 
 def limit(kind: int, value: int) -> None:

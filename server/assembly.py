@@ -16,6 +16,7 @@ from server.device import CPU, choose_target_s, choose_tokens_per_step, host_cac
 from server.device_memory import DeviceMemory
 from server.engine.checks import Borrowed
 from server.engine.kv_cache import KVCache
+from server.engine.masks import Masks
 from server.engine.messages import EngineInfo, SelfChecked
 from server.engine.scheduler import SchedulerLimits
 from server.model.build import Build, Injected
@@ -68,6 +69,7 @@ class Assembly:
     runner: ModelRunner
     residency: DeviceResidency
     checker: ParityChecker
+    masks: Masks
     tables: Tables
     linears: tuple[Made, ...]  # on a CPU: the forms that they are kept in
     info: EngineInfo
@@ -78,6 +80,7 @@ def assemble(
     model: Foreign,
     config: EngineConfig,
     stops: frozenset[int],
+    masks: Masks,
     on_progress: OnProgress = lambda *_: None,
     device: torch.device = CPU,
 ) -> Assembly:
@@ -160,8 +163,8 @@ def assemble(
         min(limits.tokens_per_step, info.max_model_len),
         info.vocab_size,
     )
-    runner = ModelRunner(forward, residency, config.block_size)
-    return Assembly(cache, runner, residency, checker, tables, linears, info, limits)
+    runner = ModelRunner(forward, residency, config.block_size, masks)
+    return Assembly(cache, runner, residency, checker, masks, tables, linears, info, limits)
 
 
 def _self_checked(check: SelfCheck, forward: Forward, tables: DeviceResidency, cache: KVCache) -> SelfChecked | None:

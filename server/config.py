@@ -78,6 +78,8 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     adapter_roots: tuple[str, ...] = ()
     model_name: str | None = None  # what requests call the base; default: the directory's name
     base_names: tuple[str, ...] = ()  # what the base is known as beside that, compared with what adapters say
+    tool_format: str | None = None  # of the base's chat template, where it does not show it (docs/tools.md)
+    reasoning_format: str | None = None  # likewise
     strict_base: bool = False  # refuse adapters that say they were trained on another base
     ignore_keys: tuple[str, ...] = ()  # unknown keys of configurations below adapters_dir to pass over
     store: str | None = None  # where adapters are kept; default: a directory for this base among the user's data
@@ -100,8 +102,11 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_request_tokens: int = 0  # of all sequences in one request; 0: KV cache, or max_n contexts if that is more
     max_messages: int = 1024  # in one conversation
     max_parts: int = 4096  # of content, in all messages of a conversation together
+    max_tools: int = 128  # that one request tells of
     max_stop: int = 16
     max_stop_chars: int = 1024  # in one stop string
+    max_grammar_bytes: int = 256 << 10  # of a schema, a regular expression, a list of choices or a grammar
+    grammar_timeout_s: float = 1.0  # for compiling one
     max_logprobs: int = 20  # most probable tokens that are named in one place
     keep_alive_s: float = 15.0  # after which a stream in which nothing comes is sent a comment
     cors_origins: tuple[str, ...] = ()  # whose pages may ask from a browser; *: any
@@ -117,12 +122,13 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         _at_least(self, 0, "max_request_tokens", "engine_silence_exit_s", "drain_s", "max_upload_bytes",
                   "metrics_adapters")  # fmt: skip
         _at_least(self, 1, "max_adapters", "max_body_bytes", "max_n", "max_prompts", "max_sequences", "max_messages",
-                  "max_parts", "max_stop", "max_stop_chars", "max_concurrent_requests", "max_connections",
-                  "max_logprobs")  # fmt: skip
+                  "max_parts", "max_tools", "max_stop", "max_stop_chars", "max_concurrent_requests", "max_connections",
+                  "max_logprobs", "max_grammar_bytes")  # fmt: skip
         if self.verify_bound is not None and not 0 <= self.verify_bound < math.inf:
             raise ConfigError(f"verify_bound must be at least 0, not {self.verify_bound:g}")
         for name in (
             "fetch_timeout_s",
+            "grammar_timeout_s",
             "header_timeout_s",
             "body_timeout_s",
             "write_timeout_s",

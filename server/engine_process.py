@@ -24,7 +24,8 @@ from server.engine.loop import Loop
 from server.engine.messages import Configure, Progress, Ready, StartFailed
 from server.engine.plan import Runner
 from server.errors import ConfigError
-from server.model.families import UnsupportedModelError, stop_token_ids
+from server.grammars.mask_maker import MaskMaker
+from server.model.families import Foreign, UnsupportedModelError, stop_token_ids
 from server.model.loader import OnProgress, load_model
 from server.model.runner import ModelRunner
 from server.model.trace import TracedRunner
@@ -42,7 +43,10 @@ def build(config: EngineConfig, on_progress: OnProgress) -> Assembly:
         raise ConfigError(f"linear_form {config.linear_form!r} is of products on a CPU, and the device is {device}")
     torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
     model, generation = load_model(Path(config.model_dir), choose_dtype(config.dtype, device), on_progress)
-    return assemble(model, config, stop_token_ids(model.config, generation), on_progress, device)
+    stops = stop_token_ids(model.config, generation)
+    of_model: Foreign = model.config
+    masks = MaskMaker(Path(config.model_dir), of_model.vocab_size, stops, config.max_running)
+    return assemble(model, config, stops, masks, on_progress, device)
 
 
 def prepare_host_kernels(on_progress: OnProgress) -> None:
@@ -83,12 +87,13 @@ def main() -> int:
         link.send(StartFailed(str(error) or type(error).__name__, is_final))
         link.close()
         return 1
-    engine = Engine(assembly.limits, assembly.kv_cache, runner, assembly.residency, assembly.checker)
+    engine = Engine(assembly.limits, assembly.kv_cache, runner, assembly.residency, assembly.checker, assembly.masks)
     gc.collect()
     gc.freeze()  # what was made until now stays: a collection that walked it would hold up a step
     link.send(Ready(assembly.info))
     # without a front nobody could talk to us, and we would hold memory for nothing
     Loop(engine, link, link.send).run(may_go_on=lambda: os.getppid() == options.parent)
+    assembly.masks.stop()
     link.close()
     gc.unfreeze()  # else extension modules complain at the end of what is left
     return 0

@@ -16,8 +16,10 @@ HeddleError
 ├── EngineSilent          503  the engine process lives, and has said nothing for too long
 ├── ShuttingDown          503  a signal has come; nothing new is taken
 ├── Overloaded            503  as much is under way as is taken at once
+├── GrammarsUnavailable   503  the process that compiles grammars did not start; requests without a grammar are served
 ├── AdapterUnavailable    503  the adapter could not be brought to the device; that may pass
 ├── QuarantinedMeanwhile  422  the adapter is in quarantine since the request was taken
+├── GrammarFailed         422  what the answer had to spell became too much at some token of it
 ├── GenerationTimeout     504  the request's own timeout is over
 └── GenerationFailed      503  this request failed in the engine; others go on
 
@@ -163,6 +165,12 @@ class Overloaded(HeddleError):
     code = "overloaded"
 
 
+class GrammarsUnavailable(HeddleError):
+    status = 503
+    type = "service_unavailable"
+    code = "grammars_unavailable"
+
+
 class AdapterUnavailable(HeddleError):
     status = 503
     type = "service_unavailable"
@@ -175,6 +183,12 @@ class QuarantinedMeanwhile(HeddleError):
     status = 422
     type = "invalid_request_error"
     code = "adapter_quarantined"
+
+
+class GrammarFailed(HeddleError):
+    status = 422
+    type = "invalid_request_error"
+    code = "grammar_failed"
 
 
 class GenerationTimeout(HeddleError):

@@ -33,6 +33,7 @@ from server import listener, storage
 from server.api.app import create_app
 from server.api.service import Service
 from server.api.texts.adapter_texts import AdapterTexts
+from server.api.texts.speech import Formats
 from server.api.texts.text import Text
 from server.api.transport.connection import ConnectionLimits, limited
 from server.config import ServerConfig
@@ -40,6 +41,8 @@ from server.engine.messages import EngineInfo, Progress
 from server.engine_child import EngineChild
 from server.errors import ConfigError, ShuttingDown, StartupError
 from server.exits import EXIT_FAILED, EXIT_STOPPED_EARLY
+from server.grammars.compiler import Compiler
+from server.grammars.vocabulary_spec import VocabularySpec
 from server.kernels_name import check_kernels_are_ours
 from server.lifecycle.inspection import Inspection
 from server.lifecycle.leases import Leases
@@ -77,7 +80,7 @@ async def serve(config: ServerConfig, reports: Reports) -> int:
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the other cores are the engine's
     check_kernels_are_ours()
-    text = Text.load(Path(config.engine.model_dir))
+    text = Text.load(Path(config.engine.model_dir), Formats(config.tool_format, config.reasoning_format))
     # now, not after minutes of loading
     num_connections = listener.room_for_connections(config.max_connections)
     with listener.bind(config.host, config.port) as door, RunDirectory() as run:
@@ -92,6 +95,7 @@ async def serve(config: ServerConfig, reports: Reports) -> int:
             try:
                 return await _serve_http(server, service, child, door, stopping, reports)
             finally:
+                await service.grammars.close()
                 await service.fetcher.close()
                 service.uploads.close()
                 await service.lifecycle.stop()
@@ -125,8 +129,10 @@ async def _start(
     most = config.max_upload_bytes or 2 * info.adapter_bytes
     uploads = Uploads(registry.store.uploads, UploadLimits(max_upload_bytes=most))
     fetcher = Fetcher(_allowed(config), FetchLimits(max_bytes=most), config.fetch_timeout_s)
+    vocabulary = VocabularySpec(config.engine.model_dir, info.vocab_size, tuple(sorted(info.stop_token_ids)))
+    grammars = Compiler(vocabulary, config.grammar_timeout_s, config.max_grammar_bytes)
     started = int(time.time())
-    service = Service(config, info, child.client, lifecycle, uploads, fetcher, texts, metrics, started)
+    service = Service(config, info, child.client, lifecycle, uploads, fetcher, texts, metrics, grammars, started)
     registry.load()
     if registry.store.journal.identity("reader") != READER:
         await lifecycle.read_again()

@@ -16,6 +16,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "server/version.py": (),
     "server/kernels_name.py": ("server.errors",),
     "server/memory.py": (),
+    "server/token_bytes.py": (),
+    "server/grammars": ("server.grammars", "server.errors", "server.engine.masks", "server.token_bytes",
+                        "adapters_store.worker", "adapters_store.worker_process"),
     "server/cpu.py": (),
     "server/metrics": ("server.metrics", "server.engine.client", "server.engine.messages", "server.engine.request",
                        "server.config", "adapters_store.catalog", "adapters_store.ref"),
@@ -24,14 +27,16 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "server/weights": ("server.weights", "adapters_store", "kernels", "server.engine.residency",
                        "server.engine.messages", "server.engine.request", "server.engine.block_memory"),
     "server/model": ("server.model", "kernels", "server.kernels_name", "server.cpu", "server.engine.plan",
+                     "server.engine.masks",
                      "server.engine.request", "server.engine.checks", "adapters_store.ref"),
     "server/api": ("server.api", "server.engine.client", "server.engine.messages", "server.engine.request",
                    "adapters_store", "server.errors", "server.config", "server.lifecycle", "server.metrics",
-                   "server.version"),
-    "server/api/texts": ("server.api.texts", "server.errors", "adapters_store.errors"),
+                   "server.version", "server.grammars.compiler", "server.grammars.source"),
+    "server/api/texts": ("server.api.texts", "server.errors", "server.token_bytes", "adapters_store.errors"),
     "server/api/transport": ("server.api.transport", "server.api.protocol", "server.api.routes", "server.api.service",
                              "adapters_store", "server.errors"),
     "server/api/protocol": ("server.api.protocol", "server.api.protocol.wanted", "server.engine.request",
+                            "server.api.texts.speech", "server.grammars.limits", "server.grammars.source",
                             "adapters_store", "server.lifecycle", "server.errors"),
     "server/device.py": ("server.config", "server.errors", "server.memory"),
     "server/memory_plan.py": ("server.config", "server.errors"),
@@ -40,8 +45,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "server/assembly.py": ("server.engine", "server.model", "server.weights", "server.config", "server.device",
                            "server.device_memory", "adapters_store.base_spec", "kernels.compiled",
                            "kernels.adapter_rows", "kernels.host"),
-    "server/engine_process.py": ("server.assembly", "server.engine", "server.model", "server.weights.arena",
-                                 "server.config", "server.errors", "server.device", "kernels.host"),
+    "server/engine_process.py": ("server.assembly", "server.engine", "server.grammars.mask_maker",
+                                 "server.model", "server.weights.arena", "server.config", "server.errors",
+                                 "server.device", "kernels.host"),
     "server/engine_child.py": ("server.engine", "server.config", "server.errors"),
     "server/listener.py": ("server.errors",),
     "server/front.py": ("server", "adapters_store"),
@@ -57,7 +63,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
                                   "server.errors", "adapters_store.errors"),
     "server/diagnosis.py": ("server.engine_process", "server.model", "server.config", "server.cpu", "server.memory",
                             "server.errors", "server.version", "server.device", "kernels"),
-    "server/commands/serve.py": ("server.commands", "server.config", "server.errors", "server.front"),
+    "server/commands/serve.py": ("server.commands", "server.config", "server.errors", "server.front",
+                                 "adapters_store.manifest"),
     "server/commands/announcer.py": ("server.front", "server.api", "server.engine.messages", "server.version",
                                      "adapters_store"),
     "server/commands/offline.py": ("server.commands.work", "server.exits", "server.storage", "server.lifecycle",
@@ -87,7 +94,7 @@ SOURCES = sorted(
 
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 # what tests share, and tools of theirs; no test is in them
-BESIDE_THE_TREE = ("tests/support", "tests/census", "tests/families")
+BESIDE_THE_TREE = ("tests/support", "tests/census", "tests/families", "tests/schema_suite")
 
 
 def relative(file: Path) -> str:
@@ -147,6 +154,23 @@ def test_triton_only_in_kernel_files() -> None:
     for file in SOURCES:
         if any(within(name, ("triton",)) for name in imports_of(file)):
             assert file.name == "kernel.py", file
+
+
+def test_the_grammars_library_only_in_processes_that_can_be_killed() -> None:
+    """Neither the front nor the engine may wait for what a stranger's grammar makes of it."""
+    room = ROOT / "server" / "grammars"
+    inside = {file for file in SOURCES if any(within(name, ("llguidance",)) for name in imports_of(file))}
+    assert inside and all(file.parent == room for file in inside)
+    outside = [room / "compiler.py", room / "mask_maker.py"]  # what the front and the engine import
+    while outside:
+        file = outside.pop()
+        assert file not in inside, f"{relative(file)} is imported by the front or the engine"
+        named = {name for name in imports_of(file) if within(name, ("server.grammars",))}
+        outside += [it for it in room.glob("*.py") if within_any(f"server.grammars.{it.stem}", named)]
+
+
+def within_any(module: str, names: set[str]) -> bool:
+    return any(within(name, (module,)) for name in names)
 
 
 def test_cuda_bindings_only_in_the_driver_file() -> None:

@@ -18,6 +18,7 @@ from benchmarks.gpu.measure import Bench, Scale
 from benchmarks.gpu.report import Row
 from server.assembly import assemble
 from server.config import EngineConfig
+from server.engine.fake_masks import FakeMasks
 from server.engine.plan import Scheduled
 from server.engine.request import Lane, LaneSpec, Request, Sampling
 from server.engine.residency import Wait
@@ -65,7 +66,7 @@ class Serving:
         made = time.perf_counter()
         self.weight_bytes = sum(parameter.nbytes for parameter in self.model.parameters())
         config = EngineConfig(model_dir=".", block_size=self._block_size, **settings)
-        self.assembly = assemble(self.model, config, frozenset(), device=bench.scale.device)
+        self.assembly = assemble(self.model, config, frozenset(), FakeMasks(), device=bench.scale.device)
         self.residency, self.info = self.assembly.residency, self.assembly.info
         self.residency._loading = _Unfilled(self.residency._loading)  # type: ignore[assignment]
         pool = self.assembly.kv_cache.pool

@@ -20,6 +20,7 @@ from server.config import ServerConfig
 from server.engine.client import EngineClient
 from server.engine.messages import EngineInfo
 from server.errors import EngineSilent, InvalidRequest, Overloaded, ShuttingDown
+from server.grammars.compiler import Compiler
 from server.lifecycle.leases import Lease
 from server.lifecycle.lifecycle import Lifecycle
 from server.lifecycle.models import Meant, meaning_of
@@ -44,6 +45,7 @@ class Service:
     fetcher: Fetcher
     texts: AdapterTexts
     metrics: Metrics
+    grammars: Compiler
     started: int  # Unix time, seconds
     is_draining: bool = False
     _admitted: int = 0  # sequences that the engine does not have yet
@@ -145,6 +147,7 @@ class Service:
             max_messages=it.max_messages,
             max_parts=it.max_parts,
             max_logprobs=it.max_logprobs,
+            max_tools=it.max_tools,
         )
 
     @property

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import get_args
 
+from adapters_store.manifest import ReasoningFormat, ToolFormat
 from server.config import EngineConfig, LinearForm, ServerConfig
 from server.errors import ConfigError
 
@@ -31,6 +32,11 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
                         help="what the base is known as beside its directory's name and its configuration's: adapters "
                         "that say they were trained on another get a warning (repeatable)")  # fmt: skip
     served.add_argument("--strict-base", action="store_true", help="refuse those adapters")
+    served.add_argument("--tool-format", choices=get_args(ToolFormat),
+                        help="how the base writes calls of tools, if its chat template does not show it")  # fmt: skip
+    served.add_argument("--reasoning-format", choices=get_args(ReasoningFormat),
+                        help="how the base keeps its reasoning apart, if its chat template does not show it; none: it "
+                        "is content")  # fmt: skip
     served.add_argument("--ignore-key", metavar="KEY", action="append", default=[],
                         help="an unknown key of configurations below --adapters that may be passed over "
                         "(repeatable)")  # fmt: skip
@@ -50,6 +56,10 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     served.add_argument("--metrics-adapters", type=int, default=50, metavar="K",
                         help="adapters that have series of their own in /metrics, those that are asked for most; "
                         "the others are summed as `other`")  # fmt: skip
+    served.add_argument("--max-grammar-bytes", type=int, default=256 << 10, metavar="N",
+                        help="of one schema or grammar that an answer shall follow")  # fmt: skip
+    served.add_argument("--grammar-timeout-s", type=float, default=1.0, metavar="S",
+                        help="seconds that compiling one may take")  # fmt: skip
     http = serve.add_argument_group("where")
     http.add_argument("--host", default="127.0.0.1", metavar="H", help="address to listen on")
     http.add_argument("--port", type=int, default=8000, metavar="N", help="port to listen on")
@@ -147,6 +157,8 @@ def config_of(options: argparse.Namespace) -> ServerConfig:
         model_name=name,
         base_names=tuple(options.base_name),
         strict_base=options.strict_base,
+        tool_format=options.tool_format,
+        reasoning_format=options.reasoning_format,
         ignore_keys=tuple(options.ignore_key),
         store=options.store,
         max_adapters=options.max_adapters,
@@ -154,6 +166,8 @@ def config_of(options: argparse.Namespace) -> ServerConfig:
         allow_sources=tuple(options.allow_source),
         max_upload_bytes=options.max_upload_bytes,
         verify_timeout_s=options.verify_timeout_s,
+        max_grammar_bytes=options.max_grammar_bytes,
+        grammar_timeout_s=options.grammar_timeout_s,
         verify_bound=options.verify_bound,
         host=options.host,
         port=options.port,

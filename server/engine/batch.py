@@ -1,7 +1,8 @@
-"""The requests that run, and what each holds: a place for each lane, KV blocks, pins of its adapters."""
+"""The requests that run, and what each holds: a place for each lane, KV blocks, pins of its adapters, masks."""
 
 from collections.abc import Sequence
 
+from server.engine.constrained import Constrained
 from server.engine.kv_cache import KVCache
 from server.engine.pins import unpin
 from server.engine.plan import Draft
@@ -11,8 +12,11 @@ from server.engine.residency import Residency
 
 
 class Batch:
-    def __init__(self, waiting: WaitingQueue, kv_cache: KVCache, residency: Residency) -> None:
+    def __init__(
+        self, waiting: WaitingQueue, kv_cache: KVCache, residency: Residency, constrained: Constrained
+    ) -> None:
         self._waiting, self._kv_cache, self._residency = waiting, kv_cache, residency
+        self._constrained = constrained
         self.running: list[Request] = []  # in order of admission
         self.num_lanes = 0
         self.num_preemptions = 0
@@ -25,6 +29,7 @@ class Batch:
         request.status = Status.RUNNING
         for lane, slot in zip(request.lanes, slots, strict=True):
             lane.slot = slot
+        self._constrained.start(request)
 
     def stop(self, request: Request) -> None:
         """Give back place, blocks and pins."""
@@ -32,6 +37,7 @@ class Batch:
         self.num_lanes -= len(request.lanes)
         self._kv_cache.release(request)
         unpin(self._residency, request.adapters)
+        self._constrained.stop(request)
         for lane in request.lanes:
             lane.slot = BASE_SLOT
 

@@ -58,6 +58,7 @@ class Submission:
     priority: int = 0
     salt: str = ""
     of_prompt: OfPrompt | None = None
+    grammar: str | None = None
 
 
 class TokenStream:
@@ -244,6 +245,7 @@ class EngineClient:
                     weight=submission.weight,
                     priority=submission.priority,
                     of_prompt=submission.of_prompt,
+                    grammar=submission.grammar,
                 )
             )
         return stream

@@ -10,6 +10,7 @@ from server.engine.adapter_users import AdapterUsers
 from server.engine.admission import problem_of
 from server.engine.checks import Checker, Checks
 from server.engine.kv_cache import KVCache
+from server.engine.masks import Masks
 from server.engine.messages import (
     Abort,
     AddAdapter,
@@ -33,18 +34,20 @@ class Pace(enum.Enum):
     """How soon the next step is wanted."""
 
     BUSY = enum.auto()  # at once
+    AWAITING_MASKS = enum.auto()  # very soon: nothing can run until one is there
     LOADING = enum.auto()  # soon: nothing can run until a transfer is over, or a check's next turn
     IDLE = enum.auto()  # when a message comes
 
 
 class Engine:
     def __init__(
-        self, limits: SchedulerLimits, kv_cache: KVCache, runner: Runner, residency: Residency, checker: Checker
-    ) -> None:
+        self, limits: SchedulerLimits, kv_cache: KVCache, runner: Runner, residency: Residency, checker: Checker,
+        masks: Masks,
+    ) -> None:  # fmt: skip
         self._kv_cache, self._runner, self._residency = kv_cache, runner, residency
         self._adapters = AdapterUsers(residency)
         self._step_budget = StepBudget(limits.tokens_per_step, limits.target_inter_token_s)
-        self.scheduler = Scheduler(limits, kv_cache, residency, self._adapters, self._step_budget)
+        self.scheduler = Scheduler(limits, kv_cache, residency, self._adapters, self._step_budget, masks)
         self._checks = Checks(checker, residency, self._adapters, kv_cache)
         self._work: Work | None = None  # of the last step, if it did nothing else
         self.pace = Pace.BUSY
@@ -101,7 +104,7 @@ class Engine:
         try:
             request = Request(
                 it.request_id, it.lanes, it.max_tokens, it.sampling, it.stop_token_ids, it.group, it.weight,
-                it.priority, it.of_prompt, self.now,
+                it.priority, it.of_prompt, self.now, it.grammar,
             )  # fmt: skip
             self.scheduler.add(request)
         except CannotServe as refusal:
@@ -116,6 +119,8 @@ class Engine:
         self._num_computed_tokens += sum(scheduled.num_tokens for scheduled in plan)
         if plan:
             self.pace = Pace.BUSY
+        elif self.scheduler.awaits_masks:
+            self.pace = Pace.AWAITING_MASKS
         elif self.scheduler.has_requests or self._residency.is_loading() or self._checks:
             self.pace = Pace.LOADING
         else:
@@ -134,6 +139,7 @@ class Engine:
             steps=self._num_steps,
             computed_tokens=self._num_computed_tokens,
             memory=self._residency.memory(),
+            masks=self.scheduler.mask_stats,
         )
 
     def check(self) -> None:

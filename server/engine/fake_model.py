@@ -11,6 +11,7 @@ import struct
 from collections.abc import Iterator, Sequence
 
 from adapters_store.ref import AdapterRef
+from server.engine.masks import Mask
 from server.engine.request import Logprobs, OfPrompt, ToldOfPrompt
 
 State = bytes  # 8 bytes
@@ -30,6 +31,14 @@ def following(state: State, token: int) -> State:
 
 def next_token(state: State, vocab_size: int) -> int:
     return int.from_bytes(state, "little") % vocab_size
+
+
+def next_allowed(state: State, vocab_size: int, mask: Mask) -> int:
+    """The first token that the mask allows, from that on which the model says next. It allows at least one."""
+    bits, first = int.from_bytes(mask, "little"), next_token(state, vocab_size)
+    while not bits >> first & 1:
+        first = (first + 1) % vocab_size
+    return first
 
 
 def logprobs(state: State, token: int, num: int, vocab_size: int) -> Logprobs:

@@ -1,9 +1,9 @@
 """A runner without a model, for tests and simulation: it ships so that users' tests can use it too.
 
-What it computes is fake_model.py's, so the right answer of a request is known without running anything. It does not
-look at how a request wants its tokens chosen. And it keeps a KV cache of its own: every KV slot remembers which adapter
-and which prefix wrote it, and under which salt, and every read is checked, so a block that leaks from one request,
-adapter or salt to another is caught at once.
+What it computes is fake_model.py's, so the right answer of a request is known without running anything. Of how a
+request wants its tokens chosen it looks at masks only. And it keeps a KV cache of its own: every KV slot remembers
+which adapter and which prefix wrote it, and under which salt, and every read is checked, so a block that leaks from one
+request, adapter or salt to another is caught at once.
 """
 
 from array import array
@@ -14,7 +14,8 @@ from adapters_store.parts import AdapterPackage
 from adapters_store.ref import AdapterRef
 from server.engine.block_pool import Block
 from server.engine.checks import Found
-from server.engine.fake_model import Seen, State, expected_tokens, following, logprobs, next_token, start
+from server.engine.fake_model import Seen, State, expected_tokens, following, logprobs, next_allowed, next_token, start
+from server.engine.masks import Mask, MaskSource
 from server.engine.messages import AdapterMoved, Memory
 from server.engine.plan import Output, Plan, Scheduled
 from server.engine.request import Fault, Lane, Slot, Tier, Token, ToldOfPrompt
@@ -34,9 +35,11 @@ class Known:
 
 
 class FakeRunner:
-    def __init__(self, num_blocks: int, block_size: int, vocab_size: int = 1000) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, vocab_size: int = 1000, masks: MaskSource | None = None
+    ) -> None:
         self._block_size = block_size
-        self._vocab_size = vocab_size
+        self._vocab_size, self._masks = vocab_size, masks
         self.not_finite: set[str] = set()  # revisions of adapters with which nothing comes out that is a number
         # by KV slot: the salt and the prefix that ends there. A salt changes no token, only who may read them
         self._written: list[tuple[str, bytes]] = [("", b"")] * (num_blocks * block_size)
@@ -44,16 +47,29 @@ class FakeRunner:
     def launch(self, plan: Plan) -> Known:
         states = {it.lane: self._compute(it) for it in plan}
         told = {it.lane: self._tell(it, states[it.lane]) for it in plan if it.of_prompt is not None}
+        masks = self._collected(plan)
         return Known(
-            {it.lane: self._output(it.lane, states[it.lane][-1], told.get(it.lane)) for it in plan if it.samples}
+            {it.lane: self._output(it.lane, states[it.lane][-1], told.get(it.lane), masks) for it in plan if it.samples}
         )
 
-    def _output(self, lane: Lane, state: State, told: ToldOfPrompt | None) -> Output:
+    def _collected(self, plan: Plan) -> Mapping[int, Mask]:
+        ids = [it.lane.request.id for it in plan if it.chooses and it.lane.request.is_constrained]
+        if not ids:
+            return {}
+        assert self._masks is not None
+        return self._masks.collect(ids, lambda: False, may_wait=len(ids) == len({it.lane.request.id for it in plan}))
+
+    def _output(self, lane: Lane, state: State, told: ToldOfPrompt | None, masks: Mapping[int, Mask]) -> Output:
         if any(ref.revision in self.not_finite for ref in lane.request.adapters):
             return Output(error="the output is not finite", is_not_finite=True)
         if not lane.request.max_tokens:
             return Output(of_prompt=told)
-        token, num = next_token(state, self._vocab_size), lane.request.sampling.num_logprobs
+        token = next_token(state, self._vocab_size)
+        if lane.request.is_constrained:
+            if lane.request.id not in masks:
+                return Output(of_prompt=told, is_late=True)
+            token = next_allowed(state, self._vocab_size, masks[lane.request.id])
+        num = lane.request.sampling.num_logprobs
         said = None if num is None else logprobs(state, token, num, self._vocab_size)
         return Output((Token(token, said),), of_prompt=told)
 

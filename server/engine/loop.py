@@ -10,7 +10,7 @@ from server.engine.core import Engine, Pace
 from server.engine.messages import Event, StepDone, ToEngine, ToFront
 
 # how long the next step may wait for a message. An idle engine says that it is alive this often
-_WAIT_MS = {Pace.BUSY: 0, Pace.LOADING: 5, Pace.IDLE: 500}
+_WAIT_MS = {Pace.BUSY: 0, Pace.AWAITING_MASKS: 1, Pace.LOADING: 5, Pace.IDLE: 500}
 MAX_SILENCE_S = 1.0  # a busy one says so at least this often
 
 

@@ -25,7 +25,8 @@ class Configure(_Message, frozen=True):
 class AddRequest(_Message, frozen=True):
     """`group` is the id of the first request that came with the same HTTP request: they share one turn. Of two that
     wait the one of higher `priority` is served first, for a while; within one priority, adapters are served in
-    proportion to their `weight`, which all requests of one name should agree on."""
+    proportion to their `weight`, which all requests of one name should agree on. `grammar`: what its tokens must spell,
+    as server/grammars words it."""
 
     request_id: int
     group: Group
@@ -36,6 +37,7 @@ class AddRequest(_Message, frozen=True):
     weight: float = 1.0
     priority: int = 0
     of_prompt: OfPrompt | None = None
+    grammar: str | None = None
 
 
 class Abort(_Message, frozen=True):
@@ -157,7 +159,7 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True, tag=0):
     error: str | None = None
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache; set with the first event
     of_prompt: ToldOfPrompt | None = None  # with the first event, if it was asked for
-    fault: Fault | None = None  # where `error` is that of its adapter
+    fault: Fault | None = None  # where `error` is that of its adapter, or its own
     queued_s: float = 0.0  # from its arrival at the engine until it first ran; set with the first event
 
 
@@ -208,6 +210,15 @@ class Memory(msgspec.Struct, frozen=True):
     host_bytes: int = 0
 
 
+class MaskStats(msgspec.Struct, frozen=True):
+    """Of requests that a grammar constrains: masks that were made, the seconds of a processor that they took, and how
+    often one was not there when its token was to be chosen."""
+
+    made: int = 0
+    seconds: float = 0.0
+    late: int = 0
+
+
 class Stats(msgspec.Struct, frozen=True):
     """Gauges as of now, and counters since start."""
 
@@ -222,6 +233,7 @@ class Stats(msgspec.Struct, frozen=True):
     longest_step_s: float = 0.0
     computed_tokens: int = 0
     memory: Memory = Memory()
+    masks: MaskStats = MaskStats()
 
 
 class StepDone(_Message, frozen=True):

@@ -61,12 +61,14 @@ class Output(NamedTuple):
 
     No tokens: the request wants none (max_tokens 0), only that its prompts be computed. `of_prompt`: what it asked of
     the prompt, when that is computed to its end. `is_not_finite`: the error is that the model's output is no number.
+    `is_late`: there was no mask to choose a token with, and its last tokens are to be computed once more.
     """
 
     tokens: tuple[Token, ...] = ()
     error: str | None = None
     of_prompt: ToldOfPrompt | None = None
     is_not_finite: bool = False
+    is_late: bool = False
 
 
 class Pending(Protocol):

@@ -92,10 +92,11 @@ class FinishReason(enum.StrEnum):
 
 
 class Fault(enum.StrEnum):
-    """What is the matter with an adapter that a request named."""
+    """What is the matter with an adapter that a request named, or with the request itself."""
 
     UNAVAILABLE = "unavailable"  # it could not be brought to the device; a later request may find it there
     QUARANTINED = "quarantined"  # it will not be served until it is registered again
+    GRAMMAR = "grammar"  # not of its adapter: what it wants its tokens to follow became too much
 
 
 class Tier(enum.StrEnum):
@@ -189,9 +190,10 @@ class Request:
         priority: int = 0,
         of_prompt: OfPrompt | None = None,
         arrived: float = 0.0,
+        grammar: str | None = None,
     ) -> None:
         """`group` None: the request is alone in its own. `weight` and `priority` are its group's (queue.py). `arrived`:
-        seconds, of the clock that steps are told of."""
+        seconds, of the clock that steps are told of. `grammar`: what its tokens must spell (masks.py)."""
         assert lanes and max_tokens >= 0 and weight > 0
         self.id = request_id
         self.group = request_id if group is None else group
@@ -200,6 +202,8 @@ class Request:
         self.sampling = sampling
         self.stop_token_ids = stop_token_ids
         self.of_prompt = None if of_prompt is None or of_prompt.asks_for_nothing else of_prompt
+        self.told_early: ToldOfPrompt | None = None  # of the prompt, before the first token could be chosen
+        self.grammar = grammar
         self.lanes = tuple(Lane(self, spec) for spec in lanes)
         self.first = self.lanes[0]  # the one that speaks
         adapter = self.first.adapter
@@ -220,9 +224,16 @@ class Request:
         return len(self.first.tokens) - self.first.prompt_len
 
     @property
+    def is_constrained(self) -> bool:
+        """A grammar says which tokens may come."""
+        return self.grammar is not None and self.max_tokens > 0
+
+    @property
     def untold(self) -> OfPrompt | None:
         """What it asked of its prompt, until that is told: with the first token, or with the end."""
-        return self.of_prompt if self.of_prompt is not None and not self.num_generated else None
+        if self.of_prompt is None or self.told_early is not None or self.num_generated:
+            return None
+        return self.of_prompt
 
     @property
     def num_uncomputed_tokens(self) -> int:

@@ -18,8 +18,10 @@ from server.engine import prompts
 from server.engine.adapter_users import AdapterUsers
 from server.engine.at_work import AtWork
 from server.engine.batch import Batch
+from server.engine.constrained import Constrained
 from server.engine.kv_cache import KVCache
-from server.engine.messages import TokenEvent
+from server.engine.masks import Masks
+from server.engine.messages import MaskStats, TokenEvent
 from server.engine.pins import worded
 from server.engine.plan import LOGITS_PER_STEP, Draft, Output, Plan, Scheduled
 from server.engine.queue import WaitingQueue
@@ -56,6 +58,7 @@ class Scheduler:
         residency: Residency,
         adapters: AdapterUsers,
         step_budget: StepBudget,
+        masks: Masks,
     ) -> None:
         self._limits = limits
         self._step_budget = step_budget
@@ -67,7 +70,8 @@ class Scheduler:
         self._counters = TokenCounters()
         self._soundness = Soundness(residency)
         self.waiting = WaitingQueue(self._counters, limits.patience_s)
-        self._batch = Batch(self.waiting, kv_cache, residency)
+        self._constrained = Constrained(masks)
+        self._batch = Batch(self.waiting, kv_cache, residency, self._constrained)
         self._failed: list[TokenEvent] = []  # in this step, for want of their adapters
         self._starts = Starts(limits.max_running, limits.max_skips, self.waiting, self._batch, self._counters, kv_cache,
                               residency, self._fail)  # fmt: skip
@@ -127,20 +131,32 @@ class Scheduler:
         return self._starts.num_lacking > 0
 
     @property
+    def mask_stats(self) -> MaskStats:
+        return self._constrained.stats
+
+    @property
+    def awaits_masks(self) -> bool:
+        """Whether a request that runs waits for its mask."""
+        return bool(self._constrained.late)
+
+    @property
     def has_requests(self) -> bool:
         return bool(self._requests)
 
     # -- one step -----------------------------------------------------------
 
     def schedule(self, now: float = 0.0) -> tuple[list[Scheduled], list[TokenEvent]]:
-        """The tokens of the next step, and requests that ended instead because their adapter failed to load. now:
-        seconds."""
+        """The tokens of the next step, and requests that ended instead because their adapter failed to load, or no
+        more masks come for them. now: seconds."""
         self._kv_cache.pool.now = now
         self._residency.poll(now)
         self._counters.settle(self._at_work.weights.keys())
         self.waiting.begin_step(now)
+        self._failed = [
+            self._finish(it.request, FinishReason.ERROR, it.reason, fault=it.fault)
+            for it in self._constrained.poll(now)
+        ]
         draft = Draft(self._budget(), self._limits.logits_per_step)
-        self._failed = []
         preemptions = self.num_preemptions
         self._serve_running(draft)
         if self.waiting:
@@ -169,6 +185,8 @@ class Scheduler:
         for index, request in enumerate(running):
             if request.status is not Status.RUNNING or not request.num_uncomputed_tokens:
                 continue  # it gave way to an older one, or waits for what a launched step says
+            if request.id in self._constrained.late:
+                continue
             unserved = self._batch.num_lanes - draft.num_lanes - len(request.lanes)
             count = prompts.chunk(request, draft.budget - unserved, islice(running, index + 1, None), self.waiting)
             chunks = draft.divide(request, count)
@@ -212,10 +230,12 @@ class Scheduler:
         Requests may have ended meanwhile; nothing is said of those.
         """
         events: list[TokenEvent] = []
+        late = self._constrained.late_among(outputs)
         for lane, start, num_tokens, _ in plan:
             # one that gave way meanwhile and runs again has not come so far yet, or has computed it anew
             if lane.request.status is Status.RUNNING and lane.num_computed_tokens >= start + num_tokens:
-                self._kv_cache.commit(lane, start + num_tokens)
+                # what will be computed again is nobody else's to read yet
+                self._kv_cache.commit(lane, start + num_tokens - (lane.request in late))
         for lane, _, _, samples in plan:
             if samples and lane.request.status is not Status.FINISHED:
                 self._take(lane.request, outputs[lane], events)
@@ -227,11 +247,14 @@ class Scheduler:
             fault = self._soundness.failed(request) if output.is_not_finite else None
             events.append(self._finish(request, FinishReason.ERROR, output.error, fault=fault))
             return
+        if output.is_late:
+            self._constrained.was_late(request, output.of_prompt)
+            return
         if request.max_tokens == 0:
             events.append(self._finish(request, FinishReason.LENGTH, told=output.of_prompt))
             return
         assert output.tokens, "a request that wants tokens gets at least one, or an error"
-        told = output.of_prompt
+        told = output.of_prompt or request.told_early
         self._counters.charge_generated(request, len(output.tokens))
         for token in output.tokens:
             reason = request.append(token.id)
@@ -239,7 +262,8 @@ class Scheduler:
                 events.append(self._finish(request, reason, token=token, told=told))
                 return
             events.append(_event(request, token, told=told))
-            told = None
+            told = request.told_early = None
+            self._constrained.took(request, token.id)
 
     # -- ends -----------------------------------------------------------
 
@@ -286,6 +310,7 @@ class Scheduler:
         assert all(request.num_uncomputed_tokens > 0 for request in self._requests.values())
         self._kv_cache.check(self._requests.values())
         self._adapters.check(self._requests.values())
+        self._constrained.check(self.running)
         self._residency.check()
 
 

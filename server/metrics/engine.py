@@ -24,15 +24,18 @@ def expose_engine(client: EngineClient, out: Exposition) -> None:
     }
     for name, (text, value) in gauges.items():
         out.family(name, "gauge", text, [("", value)])
-    counters = {
+    counters: dict[str, tuple[str, float]] = {
         "heddle_engine_steps_total": ("Steps computed", stats.steps),
         "heddle_computed_tokens_total": ("Tokens computed, prompts and recomputation included", stats.computed_tokens),
         "heddle_preemptions_total": ("Requests preempted for want of KV blocks", stats.preemptions),
         "heddle_prefix_cache_queries_total": ("Prompt tokens looked up in the prefix cache", stats.prefix_queries),
         "heddle_prefix_cache_hits_total": ("Prompt tokens found there", stats.prefix_hits),
+        "heddle_masks_total": ("Masks made for tokens of requests with a grammar", stats.masks.made),
+        "heddle_mask_seconds_total": ("Seconds of a processor that they took", stats.masks.seconds),
+        "heddle_late_masks_total": ("Masks that were not there when their token was due", stats.masks.late),
     }
-    for name, (text, value) in counters.items():
-        out.family(name, "counter", text, [("", value)])
+    for name, (text, count) in counters.items():
+        out.family(name, "counter", text, [("", count)])
 
 
 def expose_places(client: EngineClient, models: Models, out: Exposition) -> None:

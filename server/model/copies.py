@@ -13,6 +13,19 @@ def to_device(values: Sequence[object] | numpy.ndarray[Any, Any], dtype: torch.d
     return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
+class Computing:
+    """Whether the device still computes what was launched until now. On a host nothing is left to do."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._over: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self._over = torch.cuda.Event()
+            self._over.record()
+
+    def __call__(self) -> bool:
+        return self._over is not None and not self._over.query()
+
+
 class ToHost:
     """Tensors on their way from the device: copied when they are computed, behind what is launched already. Only that
     copy is waited for, and not what was launched after it."""

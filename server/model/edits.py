@@ -1,8 +1,9 @@
-"""What a request adds to its logits before a token is chosen: bias, bans of stop tokens, penalties.
+"""What a request adds to its logits before a token is chosen: bias, its grammar's mask, bans of stop tokens, penalties.
 
-Rows that have none of this never come here. In order: bias, then bans, then penalties (kernels/sampling).
+Rows that have none of this never come here. In order: bias, then mask, then bans, then penalties (kernels/sampling).
 """
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor
 
 from kernels.sampling import Penalties
+from server.engine.masks import Mask
 from server.engine.request import Request
 from server.model.copies import to_device
 
+_BITS = 16  # of a mask, that are looked up together
 Numbers = numpy.ndarray[Any, Any]
 
 
@@ -33,11 +36,11 @@ def _bans_stops(request: Request) -> bool:
     return request.num_generated < request.sampling.min_tokens and bool(request.stop_token_ids)
 
 
-def edited(logits: Tensor, requests: Sequence[Request]) -> Tensor:
-    """With bias and bans. logits [R, V] float32, a row for each request; they may be overwritten. What is no token is
-    left out: an id beyond the row would be in another request's.
+def edited(logits: Tensor, requests: Sequence[Request], masks: Sequence[Mask | None] = ()) -> Tensor:
+    """With bias, masks (one for each request, if any has one) and bans. logits [R, V] float32, a row for each request;
+    they may be overwritten. What is no token is left out: an id beyond the row would be in another request's.
 
-    Both are added, so that what is not finite stays so and the request fails. A ban that leaves nothing to choose from
+    All are added, so that what is not finite stays so and the request fails. A ban that leaves nothing to choose from
     is lifted: the request ends sooner than it wanted, which is better than a token that has no probability.
     """
     vocab, flat = logits.shape[1], logits.view(-1)
@@ -45,6 +48,13 @@ def edited(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     if biases:
         places, values = (numpy.concatenate(column) for column in zip(*biases, strict=True))
         _add(flat, places, values)
+    masked = [row for row, mask in enumerate(masks) if mask is not None]
+    if masked:
+        logits.index_add_(
+            0,
+            to_device(masked, torch.int64, logits.device),
+            _forbidding([mask for mask in masks if mask is not None], vocab, logits.device),
+        )
     banned = [row * vocab + token for row, token in _bans(requests) if 0 <= token < vocab]
     if banned:
         left = logits.clone()
@@ -52,6 +62,23 @@ def edited(logits: Tensor, requests: Sequence[Request]) -> Tensor:
         is_left = left.amax(-1, keepdim=True) > -math.inf
         return torch.where(is_left, left, logits)
     return logits
+
+
+def _forbidding(masks: Sequence[Mask], vocab: int, device: torch.device) -> Tensor:
+    """[masks, V] float32: 0 where a token may come, else minus infinity. Bits travel, sixteen at a time, and are spread
+    out where the logits are."""
+    bits = numpy.stack([numpy.frombuffer(it, "<u2") for it in masks])
+    assert bits.shape[1] * _BITS >= vocab
+    spread = torch.nn.functional.embedding(to_device(bits.astype(numpy.int32), torch.int32, device), _table(device))
+    return spread.flatten(1)[:, :vocab]
+
+
+@functools.cache
+def _table(device: torch.device) -> Tensor:
+    """What each pattern of sixteen bits stands for, the lowest first: 4 MiB."""
+    patterns = torch.arange(1 << _BITS, device=device).unsqueeze(1)
+    is_allowed = (patterns >> torch.arange(_BITS, device=device)) & 1
+    return torch.zeros(is_allowed.shape, device=device).masked_fill_(is_allowed == 0, -math.inf)
 
 
 def _add(flat: Tensor, places: Sequence[int] | Numbers, values: Sequence[float] | Numbers) -> None:

@@ -1,13 +1,14 @@
 """Compute a step: a plan in, an output for each lane that samples."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from server.engine.masks import Mask, MaskSource
 from server.engine.plan import Output, Plan, Scheduled
 from server.engine.request import Lane, Token, ToldOfPrompt
-from server.model.copies import to_device
+from server.model.copies import Computing, to_device
 from server.model.forward import Forward
 from server.model.inputs import AdapterTables, HostStep, lay_out
 from server.model.of_prompt import NotFinite, PromptChunk, prompt_chunks
@@ -19,8 +20,8 @@ NOT_FINITE = "the model's output is not finite"  # weights of an adapter can be 
 class ModelRunner:
     """Implements the engine's Runner protocol."""
 
-    def __init__(self, forward: Forward, tables: AdapterTables, block_size: int) -> None:
-        self.forward, self._tables, self._block_size = forward, tables, block_size
+    def __init__(self, forward: Forward, tables: AdapterTables, block_size: int, masks: MaskSource) -> None:
+        self.forward, self._tables, self._block_size, self._masks = forward, tables, block_size, masks
 
     @torch.inference_mode()
     def launch(self, plan: Plan) -> "LaunchedStep":
@@ -34,8 +35,17 @@ class ModelRunner:
             logits = self.forward.logits(step)
         told = prompt_chunks(ordered, logits, hidden) if asked else {}
         chosen_for = [it for it in ordered if it.chooses]
-        rows = sample(_sampled(logits, step), [it.lane.request for it in chosen_for]) if chosen_for else None
-        return LaunchedStep([it for it in ordered if it.samples], chosen_for, rows, told)
+        constrained = [it for it in chosen_for if it.lane.request.is_constrained]
+        masks = self._collected(constrained, logits.device, plan) if constrained else {}
+        late = frozenset(it.lane for it in constrained if it.lane.request.id not in masks)
+        rows = sample(_sampled(logits, step), [it.lane.request for it in chosen_for], masks) if chosen_for else None
+        return LaunchedStep([it for it in ordered if it.samples], chosen_for, rows, told, late)
+
+    def _collected(self, constrained: Sequence[Scheduled], device: torch.device, plan: Plan) -> Mapping[int, Mask]:
+        """Those that are there when the logits are, by request."""
+        ids = [it.lane.request.id for it in constrained]
+        is_nobody_else = len(ids) == len({it.lane.request.id for it in plan})
+        return self._masks.collect(ids, Computing(device), may_wait=is_nobody_else)
 
     def lay_out(self, plan: Plan) -> HostStep:
         """The lists that a plan is computed with."""
@@ -51,9 +61,12 @@ class LaunchedStep:
         chosen_for: Sequence[Scheduled],
         rows: SampledRows | None,
         told: Mapping[Lane, PromptChunk],
+        late: Collection[Lane],
     ) -> None:
-        """rows: of `chosen_for`. told: of prompts that were asked about, in which the step has tokens."""
+        """rows: of `chosen_for`. told: of prompts that were asked about, in which the step has tokens. late: those for
+        which there was no mask, so that what was chosen for them is nothing."""
         self._ending, self._chosen_for, self._rows, self._told = ending, chosen_for, rows, told
+        self._late = late
 
     @torch.inference_mode()
     def outputs(self) -> Mapping[Lane, Output]:
@@ -66,7 +79,11 @@ class LaunchedStep:
                 told[lane] = chunk.read()
             except NotFinite:
                 tokens[lane] = None
-        return {it.lane: _output(it.lane, tokens, told.get(it.lane)) for it in self._ending}
+        outputs = {it.lane: _output(it.lane, tokens, told.get(it.lane)) for it in self._ending}
+        for lane in self._late:
+            if outputs[lane].error is None:
+                outputs[lane] = Output(of_prompt=told.get(lane), is_late=True)
+        return outputs
 
 
 def _in_order(plan: Plan) -> Plan:

@@ -1,12 +1,13 @@
 """From logits to tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 import kernels.sampling
 from kernels.sampling import GREEDY_BELOW, Penalties, Sampled
+from server.engine.masks import Mask
 from server.engine.request import Request, Sampling, Token
 from server.model.copies import ToHost, to_device
 from server.model.edits import edited, is_edited, penalties
@@ -19,6 +20,7 @@ _LARGEST_DRAW = 1 - 2**-24  # below 1 in float32 too
 _LARGEST_TOP_K = 2**31 - 1
 _LARGEST_TEMPERATURE = 1e30  # finite in float32: a logit of -inf divided by infinity would not be a number
 _GREEDY = Sampling(temperature=0.0)
+_NO_MASKS: Mapping[int, Mask] = {}
 
 
 def uniform(seed: int, index: int) -> float:
@@ -63,17 +65,18 @@ class SampledRows:
         return tokens
 
 
-def sample(logits: Tensor, requests: Sequence[Request]) -> SampledRows:
-    """The next token of each request. logits [R, V]: a row for each, as the model has them.
+def sample(logits: Tensor, requests: Sequence[Request], masks: Mapping[int, Mask] = _NO_MASKS) -> SampledRows:
+    """The next token of each request. logits [R, V]: a row for each, as the model has them. masks: by request, of those
+    that have one.
 
     What some do with their logits costs the others nothing: they are chosen from as if nobody did, and of those rows
     that are edited a copy is.
     """
-    rows = [row for row, request in enumerate(requests) if is_edited(request)]
+    rows = [row for row, request in enumerate(requests) if is_edited(request) or request.id in masks]
     if not rows:
         return SampledRows(logits, _choose(logits, requests), requests)
     these, where = [requests[row] for row in rows], to_device(rows, torch.int64, logits.device)
-    copy = edited(logits.index_select(0, where).float(), these)
+    copy = edited(logits.index_select(0, where).float(), these, [masks.get(it.id) for it in these])
     chosen = _choose(copy, these, penalties=penalties(these, logits.device))
     if len(rows) < len(requests):
         others = _choose(logits, requests, greedily=rows)

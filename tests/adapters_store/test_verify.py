@@ -184,7 +184,7 @@ def work(monkeypatch: pytest.MonkeyPatch, sent: bytes) -> tuple[list[worker.Answ
     monkeypatch.setattr("sys.stdout", output)
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     monkeypatch.setattr(resource, "setrlimit", lambda kind, both: limits.setdefault(kind, []).append(both[0]))
-    monkeypatch.setattr("adapters_store.worker_process._give_way", lambda: None)  # it is our own process here
+    monkeypatch.setattr("adapters_store.worker_process._give_way", lambda niceness: None)  # it is our own process here
     worker.main()
     written = output.buffer.getvalue()
     assert written[:1] == READY

@@ -14,6 +14,7 @@ from adapters_store.parts import AdapterPackage
 from adapters_store.ref import AdapterRef
 from server.engine.client import EngineClient, Submission, TokenStream
 from server.engine.core import Engine
+from server.engine.fake_masks import FakeMasks
 from server.engine.fake_runner import FakeChecker, FakeResidency, FakeRunner, expected_tokens
 from server.engine.kv_cache import KVCache
 from server.engine.loop import Loop
@@ -57,7 +58,9 @@ async def served_engine() -> AsyncIterator[EngineClient]:
     link = QueueLink()
     limits = SchedulerLimits(tokens_per_step=16, max_running=8, max_waiting=50, max_skips=20)
     residency = FakeResidency(slots=2, polls_to_load=2)
-    engine = Engine(limits, KVCache(BLOCKS, BLOCK), FakeRunner(BLOCKS, BLOCK, VOCAB), residency, FakeChecker())
+    engine = Engine(
+        limits, KVCache(BLOCKS, BLOCK), FakeRunner(BLOCKS, BLOCK, VOCAB), residency, FakeChecker(), FakeMasks()
+    )
     thread = threading.Thread(target=Loop(engine, link, link.publish).run, args=(lambda: True,))
     thread.start()
     client = EngineClient(link, Described())

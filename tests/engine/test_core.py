@@ -7,6 +7,7 @@ from adapters_store.parts import AdapterPackage, SourceFile
 from adapters_store.ref import AdapterRef
 from server.config import EngineConfig
 from server.engine.core import Engine, Pace
+from server.engine.fake_masks import FakeMasks
 from server.engine.fake_runner import FakeChecker, FakeResidency, FakeRunner, Known, expected_tokens
 from server.engine.kv_cache import KVCache
 from server.engine.messages import (
@@ -60,7 +61,7 @@ class Residency(FakeResidency):
 
 def engine(polls_to_load: int = 0, max_waiting: int = 10, max_running: int = 4) -> Engine:
     limits = SchedulerLimits(tokens_per_step=8, max_running=max_running, max_waiting=max_waiting, max_skips=5)
-    return Engine(limits, KVCache(BLOCKS, BLOCK), Runner(), Residency(polls_to_load), FakeChecker())
+    return Engine(limits, KVCache(BLOCKS, BLOCK), Runner(), Residency(polls_to_load), FakeChecker(), FakeMasks())
 
 
 def add(number: int, prompt: list[int], max_tokens: int = 2, adapter: AdapterRef | None = None,

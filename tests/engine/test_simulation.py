@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from adapters_store.ref import AdapterRef
+from server.engine.fake_masks import TOO_MUCH, FakeMasks, expected_under
 from server.engine.fake_model import expected_logprobs, expected_of_prompt
 from server.engine.fake_runner import FakeResidency, FakeRunner, Known, expected_tokens
 from server.engine.kv_cache import KVCache
@@ -37,8 +38,8 @@ LOGPROBS = msgspec.structs.replace(GREEDY, num_logprobs=2)
 class Watchful(FakeRunner):
     """Counts what becomes of prompts that something is to be told of."""
 
-    def __init__(self, counts: Counter[str]) -> None:
-        super().__init__(BLOCKS, BLOCK, VOCAB)
+    def __init__(self, counts: Counter[str], masks: FakeMasks) -> None:
+        super().__init__(BLOCKS, BLOCK, VOCAB, masks)
         self._counts = counts
 
     def launch(self, plan: Plan) -> Known:
@@ -50,7 +51,12 @@ class Watchful(FakeRunner):
                 self._counts["prompts begun anew"] += begun and it.start == 0
                 self._counts["prompts pooled behind a prefix hit"] += not begun and it.start > 0
                 assert begun or it.start == 0 or not it.of_prompt.needs_all_tokens
-        return super().launch(plan)
+        step = super().launch(plan)
+        late = [lane for lane, output in step.by_lane.items() if output.is_late]
+        self._counts["late masks"] += len(late)
+        self._counts["late masks of several lanes"] += sum(len(lane.request.lanes) > 1 for lane in late)
+        self._counts["prompts told of, and a late mask"] += sum(bool(step.by_lane[lane].of_prompt) for lane in late)
+        return step
 
 
 class Simulation(Driver):
@@ -60,8 +66,10 @@ class Simulation(Driver):
         limits = SchedulerLimits(tokens_per_step=tokens_per_step, max_running=MOST_RUNNING, max_waiting=30,
                                  max_skips=10, logits_per_step=LOGITS, target_inter_token_s=0.05)  # fmt: skip
         self.counts: Counter[str] = Counter()
-        self._runner = Watchful(self.counts)
-        super().__init__(limits, KVCache(BLOCKS, BLOCK), self._runner, FakeResidency(slots, polls_to_load))
+        self._masks = FakeMasks(VOCAB, most_looks=4)
+        self._runner = Watchful(self.counts, self._masks)
+        super().__init__(limits, KVCache(BLOCKS, BLOCK), self._runner, FakeResidency(slots, polls_to_load),
+                         masks=self._masks)  # fmt: skip
         self.served: list[AdapterRef] = []
         self.live: list[Answer] = []
         self.aborted: set[int] = set()
@@ -136,10 +144,15 @@ class Simulation(Driver):
         self.live.append(self.add(lanes[0].prompt, 0 if pooled else rng.randrange(90), lanes[0].adapter,
                                   rng.choice([GREEDY, GREEDY, LOGPROBS]), stop_token_ids=stops, group=self._group,
                                   beside=lanes[1:], weight=self._weight, priority=self._priority,
-                                  salt=lanes[0].salt, of_prompt=of_prompt))  # fmt: skip
+                                  salt=lanes[0].salt, of_prompt=of_prompt, grammar=self._grammar(rng)))  # fmt: skip
         self._adapters_of[self.live[-1].id] = [lane.adapter for lane in lanes if lane.adapter is not None]
         self.counts["requests"] += 1
         self.counts["requests of several lanes"] += len(lanes) > 1
+
+    def _grammar(self, rng: random.Random) -> str | None:
+        if rng.random() < 0.7:
+            return None
+        return f"{TOO_MUCH}{rng.randrange(30)}" if rng.random() < 0.4 else f"grammar {rng.randrange(5)}"
 
     def _said_before(self, rng: random.Random) -> LaneSpec | None:
         """A prompt that came not long ago, which the prefix cache may know."""
@@ -221,7 +234,10 @@ class Simulation(Driver):
 
     def _verify(self, answer: Answer) -> None:
         self.counts[str(answer.finish)] += 1
-        assert answer.tokens == expected_tokens(answer.adapter, answer.prompt, len(answer.tokens), VOCAB)
+        asked = answer.adapter, answer.prompt, len(answer.tokens), VOCAB
+        expected = expected_tokens(*asked) if answer.grammar is None else expected_under(answer.grammar, *asked)
+        assert answer.tokens == expected
+        self.counts["constrained"] += answer.grammar is not None
         assert not answer.stop_token_ids & set(answer.tokens[:-1])
         self._verify_what_is_told(answer)
         match answer.finish:
@@ -235,6 +251,10 @@ class Simulation(Driver):
                 assert self._had_adapters(answer)
                 self.counts["not finite"] += 1
                 self.counts["quarantined"] += answer.fault is Fault.QUARANTINED
+            case _ if answer.fault is Fault.GRAMMAR:
+                assert answer.grammar is not None
+                assert len(answer.tokens) >= int(answer.grammar.removeprefix(TOO_MUCH))
+                self.counts["grammars that broke"] += 1
             case _ if answer.fault is Fault.QUARANTINED:
                 assert str(answer.error).endswith("requests in a row")
                 self.counts["ended by a quarantine"] += 1
@@ -273,6 +293,7 @@ class Simulation(Driver):
         said = {it.error for it in self.checked.values()} - {None}
         assert all("is in quarantine" in it for it in said if it)  # none was asked for after its adapter's removal
         assert self.kv_cache.pool.num_free == BLOCKS
+        assert not self._masks.num_open()
         assert not self._leaving
 
 
@@ -319,8 +340,13 @@ def test_a_long_random_run_breaks_no_invariant(steps: int, seed: int) -> None:
         "ended by a quarantine",
         "prompts begun anew",
         "prompts pooled behind a prefix hit",
+        "constrained",
+        "late masks",
+        "late masks of several lanes",
+        "grammars that broke",
     ):
         assert counts[path] > steps / 1250, path
+    assert counts["prompts told of, and a late mask"]  # prompts take many steps there, and masks a few
 
 
 class EngineMachine(RuleBasedStateMachine):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from adapters_store.ref import AdapterRef
-from server.engine.messages import AdapterMoved, Memory, Stats
+from server.engine.messages import AdapterMoved, MaskStats, Memory, Stats
 from server.engine.request import Tier
 from server.metrics import models as models_module
 from server.metrics.activity import MOST_KNOWN, RANK_EVERY_S
@@ -39,7 +39,7 @@ def test_the_engines_numbers_are_those_of_its_last_message(front: Fronts) -> Non
     assert it.scrape().one("heddle_requests_running") == 0
     stats = Stats(
         running=2, waiting=3, kv_blocks_used=4, kv_blocks_total=5, prefix_queries=6, prefix_hits=7, preemptions=8,
-        steps=9, computed_tokens=10, memory=Memory(11, 12, 13, 14),
+        steps=9, computed_tokens=10, memory=Memory(11, 12, 13, 14), masks=MaskStats(15, 1.5, 16),
     )  # fmt: skip
     it.say(AdapterMoved(ref("a"), Tier.RESIDENT, 100), AdapterMoved(ref("b"), Tier.LOADING, 23), stats=stats)
     expected = {
@@ -48,6 +48,7 @@ def test_the_engines_numbers_are_those_of_its_last_message(front: Fronts) -> Non
         "heddle_preemptions_total": 8, "heddle_engine_steps_total": 9, "heddle_computed_tokens_total": 10,
         "heddle_adapter_bytes_on_device": 123, "heddle_memory_budget_bytes": 11, "heddle_memory_kv_bytes": 12,
         "heddle_memory_adapter_bytes": 13, "heddle_memory_host_cache_bytes": 14,
+        "heddle_masks_total": 15, "heddle_mask_seconds_total": 1.5, "heddle_late_masks_total": 16,
     }  # fmt: skip
     series = it.scrape()
     assert {name: series.one(name) for name in expected} == expected

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.adapter_rows import ShapeKey
+from server.engine.fake_masks import FakeMasks
 from server.engine.plan import Output, Scheduled
 from server.engine.request import LaneSpec, OfPrompt, Request, Sampling
 from server.model.inputs import HostStep
@@ -43,7 +44,7 @@ class MadeUp:
 def outputs(requests: list[Request], chunk: int, spoil: Callable[[HostStep, Tensor, Tensor], object]) -> list[Output]:
     """Each request's, with so many tokens of each in a step."""
     forward = MadeUp(spoil)
-    runner = ModelRunner(forward, forward, block_size=4)
+    runner = ModelRunner(forward, forward, block_size=4, masks=FakeMasks())
     found: dict[int, Output] = {}
     for number, request in enumerate(requests):
         request.first.block_table = list(range(10 * number, 10 * number + 10))
@@ -106,7 +107,7 @@ def test_a_chunk_that_starts_anew_forgets_what_was_before() -> None:
     it = request(1, OfPrompt(1, "mean"))
     it.first.block_table = list(range(10))
     forward = MadeUp(lambda *_: None)
-    runner = ModelRunner(forward, forward, block_size=4)
+    runner = ModelRunner(forward, forward, block_size=4, masks=FakeMasks())
     for start, count in ((0, 4), (4, 2), (0, 3), (3, 6)):  # preempted behind six tokens
         told = runner.launch([Scheduled(it.first, start, count, start + count == 9)]).outputs()
     of_prompt = told[it.first].of_prompt

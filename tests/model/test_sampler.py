@@ -1,29 +1,41 @@
 """From logits to tokens for a batch: what some requests do with their logits, and that it is theirs alone."""
 
 import math
+from collections.abc import Mapping
 
 import pytest
 import torch
 from torch import Tensor
 
 import server.model.sampler
+from server.engine.masks import Mask
 from server.engine.request import LaneSpec, Logprobs, Request, Sampling, Token
 from server.model.sampler import sample
 
 VOCAB = 50
+_NO_MASKS: Mapping[int, Mask] = {}
 
 
 def request(
-    sampling: Sampling, prompt: tuple[int, ...] = (1,), output: tuple[int, ...] = (), stops: tuple[int, ...] = ()
+    sampling: Sampling,
+    prompt: tuple[int, ...] = (1,),
+    output: tuple[int, ...] = (),
+    stops: tuple[int, ...] = (),
+    number: int = 0,
 ) -> Request:
-    it = Request(0, [LaneSpec(list(prompt))], 99, sampling, frozenset(stops))
+    it = Request(number, [LaneSpec(list(prompt))], 99, sampling, frozenset(stops))
     for token in output:
         it.append(token)
     return it
 
 
-def tokens(logits: Tensor, *requests: Request) -> list[int | None]:
-    return [token and token.id for token in sample(logits, requests).read()]
+def tokens(logits: Tensor, *requests: Request, masks: Mapping[int, Mask] = _NO_MASKS) -> list[int | None]:
+    return [token and token.id for token in sample(logits, requests, masks).read()]
+
+
+def mask_of(*allowed: int, vocab: int = VOCAB) -> Mask:
+    """One in which these tokens may come, and nothing else."""
+    return memoryview(sum(1 << token for token in allowed).to_bytes(-(-vocab // 32) * 4, "little"))
 
 
 def greedy(**fields: object) -> Sampling:
@@ -51,6 +63,47 @@ def test_stop_tokens_are_banned_until_there_are_tokens_enough() -> None:
         assert tokens(descending(), request(greedy(min_tokens=2), output=output, stops=(0, 1, 2))) == [expected]
     favoured = greedy(min_tokens=2, bias={0: 100.0, 5: 10.0})  # a ban outweighs a bias
     assert tokens(descending(), request(favoured, stops=(0,))) == [5]
+
+
+@pytest.mark.parametrize("vocab", [1, 15, 16, 17, 31, 33, 50, 2048])
+def test_only_what_the_mask_allows_is_chosen(vocab: int) -> None:
+    for token in {0, vocab // 2, vocab - 1}:
+        mask = mask_of(token, vocab=vocab)
+        for sampling in (greedy(), Sampling(temperature=2.0, seed=token), greedy(bias={token: -100.0})):
+            assert tokens(descending(vocab=vocab), request(sampling), masks={0: mask}) == [token]
+
+
+def test_a_mask_is_of_its_own_row() -> None:
+    drawn = Sampling(temperature=1.0, seed=3)
+    logits = torch.randn(4, VOCAB, generator=torch.Generator().manual_seed(0))
+    asks = [request(it, number=number) for number, it in enumerate((greedy(), drawn, greedy(), drawn))]
+    free = tokens(logits, *asks)
+    bound = tokens(logits, *asks, masks={0: mask_of(7, 9), 3: mask_of(11)})
+    assert bound[1:3] == free[1:3]
+    assert bound[0] == (7 if logits[0, 7] > logits[0, 9] else 9)
+    assert bound[3] == 11
+
+
+def test_a_ban_of_stop_tokens_is_lifted_where_the_mask_allows_nothing_else() -> None:
+    wants_more = greedy(min_tokens=5)
+    assert tokens(descending(), request(wants_more, stops=(4,)), masks={0: mask_of(4, 9)}) == [9]
+    assert tokens(descending(), request(wants_more, stops=(4,)), masks={0: mask_of(4)}) == [4]
+
+
+def test_what_is_not_finite_stays_so_behind_a_mask() -> None:
+    for broken in (math.nan, math.inf):
+        logits = descending()
+        logits[0, 20] = broken
+        assert tokens(logits, request(greedy()), masks={0: mask_of(3)}) == [None]
+
+
+def test_what_is_said_of_a_token_is_what_the_model_has_whatever_the_mask() -> None:
+    asked = request(greedy(num_logprobs=2))
+    (token,) = sample(descending(), [asked], {0: mask_of(9)}).read()
+    (free,) = sample(descending(), [asked]).read()
+    assert token is not None and free is not None and token.logprobs is not None and free.logprobs is not None
+    assert token.id == 9 and token.logprobs.rank == 10
+    assert (token.logprobs.ids, token.logprobs.top) == (free.logprobs.ids, free.logprobs.top)
 
 
 def test_penalties_are_of_what_the_first_lane_has_seen() -> None:
@@ -210,9 +263,9 @@ def test_plain_rows_pay_nothing_for_others(monkeypatch: pytest.MonkeyPatch) -> N
     copied: list[int] = []
     edited = server.model.sampler.edited
 
-    def counting(logits: Tensor, requests: list[Request]) -> Tensor:
+    def counting(logits: Tensor, requests: list[Request], masks: list[Mask | None]) -> Tensor:
         copied.append(len(logits))
-        return edited(logits, requests)
+        return edited(logits, requests, masks)
 
     monkeypatch.setattr(server.model.sampler, "edited", counting)
     plain = [request(greedy()), request(Sampling(seed=3, min_p=0.1)), request(greedy(min_tokens=2), stops=())]
@@ -221,3 +274,5 @@ def test_plain_rows_pay_nothing_for_others(monkeypatch: pytest.MonkeyPatch) -> N
     assert copied == []
     tokens(descending(4), *plain, request(greedy(bias={1: 1.0})))
     assert copied == [1]
+    tokens(descending(4), *plain, request(greedy(), number=1), masks={1: mask_of(3)})
+    assert copied == [1, 1]

@@ -25,6 +25,7 @@ from triton.backends.driver import DriverBase
 from kernels.compiled import everywhere
 from server.assembly import assemble
 from server.config import EngineConfig
+from server.engine.fake_masks import FakeMasks
 from server.model.cuda_graphs import GraphedForward, decode_shapes
 from server.model.forward import KernelForward
 from server.model.probe import PROBE
@@ -116,7 +117,7 @@ def compile_engine(model_type: str, **sizes: Any) -> Counter[str]:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=PROBE).eval()
     settings = EngineConfig(".", kv_cache_bytes=1 << 28, adapter_bytes=1 << 28, adapter_slots=2, max_running=16,
                             tokens_per_step=1024, max_model_len=4096, self_check=False)  # fmt: skip
-    assembly = assemble(model, settings, frozenset())
+    assembly = assemble(model, settings, frozenset(), FakeMasks())
     eager = assembly.runner.forward
     assert isinstance(eager, KernelForward)
     shapes = decode_shapes(64, "experts" in str(config))

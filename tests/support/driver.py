@@ -6,8 +6,10 @@ from adapters_store.parts import AdapterPackage
 from adapters_store.ref import AdapterRef
 from server.engine.checks import Checker
 from server.engine.core import Engine
+from server.engine.fake_masks import FakeMasks
 from server.engine.fake_runner import FakeChecker
 from server.engine.kv_cache import KVCache
+from server.engine.masks import Masks
 from server.engine.messages import (
     Abort,
     AdapterChecked,
@@ -45,7 +47,7 @@ class Answer:
         self.id, self.max_tokens = message.request_id, message.max_tokens
         self.prompt, self.adapter = message.lanes[0].prompt, message.lanes[0].adapter
         self.stop_token_ids = message.stop_token_ids
-        self.sampling, self.of_prompt = message.sampling, message.of_prompt
+        self.sampling, self.of_prompt, self.grammar = message.sampling, message.of_prompt, message.grammar
         self.tokens: list[int] = []
         self.logprobs: list[Logprobs | None] = []  # of each
         self.told: ToldOfPrompt | None = None
@@ -86,10 +88,12 @@ class Driver:
         runner: Runner,
         residency: Residency,
         checker: Checker | None = None,
+        masks: Masks | None = None,
     ) -> None:
         self.kv_cache, self.residency = kv_cache, residency
         self._watched = Watched(runner)
-        self.engine = Engine(limits, kv_cache, self._watched, residency, checker or FakeChecker())
+        self.engine = Engine(limits, kv_cache, self._watched, residency, checker or FakeChecker(),
+                             masks or FakeMasks())  # fmt: skip
         self.scheduler = self.engine.scheduler
         self.now = 0.0  # what steps are told
         self.answers: dict[int, Answer] = {}
@@ -114,12 +118,14 @@ class Driver:
         priority: int = 0,
         salt: str = "",
         of_prompt: OfPrompt | None = None,
+        grammar: str | None = None,
     ) -> Answer:
         """`beside`: lanes behind the first."""
         number = len(self.answers)
         lanes = [LaneSpec(list(prompt), adapter, salt), *beside]
         group = number if group is None else group
-        message = AddRequest(number, group, lanes, max_tokens, sampling, stop_token_ids, weight, priority, of_prompt)
+        message = AddRequest(number, group, lanes, max_tokens, sampling, stop_token_ids, weight, priority, of_prompt,
+                             grammar)  # fmt: skip
         self._outbox.append(message)
         self.answers[number] = Answer(message)
         return self.answers[number]

@@ -14,6 +14,8 @@ from server.assembly import assemble
 from server.config import EngineConfig
 from server.device import CPU
 from server.engine.core import Pace
+from server.engine.fake_masks import FakeMasks
+from server.engine.masks import Masks
 from tests.support.driver import GREEDY, Answer, Driver
 from tests.support.stepped_residency import wait_until_resident
 
@@ -30,14 +32,16 @@ class Engine(Driver):
     """Small on purpose: blocks of 4 tokens and a budget of 24, so that every prompt is cut and requests mix.
     Matrices are packed, as those of real models mostly are: what is this small would not be."""
 
-    def __init__(self, model: nn.Module, device: torch.device = CPU, **settings: object) -> None:
+    def __init__(
+        self, model: nn.Module, device: torch.device = CPU, masks: Masks | None = None, **settings: object
+    ) -> None:
         defaults = dict(model_dir=".", block_size=4, tokens_per_step=24, max_running=8, kv_cache_bytes=1 << 22,
                         adapter_bytes=1 << 26, adapter_slots=4, linear_form="onednn-packed",
                         self_check=False)  # fmt: skip
         config = EngineConfig(**{**defaults, **settings})  # type: ignore[arg-type]
-        self.assembly = assemble(model, config, frozenset(), device=device)
+        self.assembly = assemble(model, config, frozenset(), masks or FakeMasks(), device=device)
         it = self.assembly
-        super().__init__(it.limits, it.kv_cache, it.runner, it.residency, it.checker)
+        super().__init__(it.limits, it.kv_cache, it.runner, it.residency, it.checker, it.masks)
         self.slots_of_steps: list[set[int]] = []  # adapter slots of each
 
     def register(self, ref: AdapterRef, package: AdapterPackage | None = None, pinned: bool = False) -> AdapterRef:

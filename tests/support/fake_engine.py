@@ -3,6 +3,7 @@
 from collections import Counter
 
 from adapters_store.ref import AdapterRef
+from server.engine.fake_masks import FakeMasks
 from server.engine.fake_runner import FakeResidency, FakeRunner
 from server.engine.kv_cache import KVCache
 from server.engine.request import Status
@@ -16,10 +17,11 @@ class FakeEngine(Driver):
     """An engine without a model; adapters are ready as soon as they are wanted."""
 
     def __init__(self, blocks: int = 50, slots: int = 2, residency: FakeResidency | None = None,
-                 runner: FakeRunner | None = None, **limits: int) -> None:  # fmt: skip
+                 runner: FakeRunner | None = None, masks: FakeMasks | None = None, **limits: int) -> None:  # fmt: skip
         defaults = {"tokens_per_step": 16, "max_running": 8, "max_waiting": 100, "max_skips": 5}
         super().__init__(SchedulerLimits(**{**defaults, **limits}), KVCache(blocks, BLOCK),
-                         runner or FakeRunner(blocks, BLOCK), residency or FakeResidency(slots))  # fmt: skip
+                         runner or FakeRunner(blocks, BLOCK), residency or FakeResidency(slots),
+                         masks=masks)  # fmt: skip
 
     def adapter(self, name: str, revision: str | None = None, pinned: bool = False) -> AdapterRef:
         return self.register(AdapterRef(name, revision or name, "lora"), pinned=pinned)

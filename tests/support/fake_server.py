@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import uvicorn
+from tokenizers import pre_tokenizers
 
 from adapters_store.catalog import Catalog
 from adapters_store.ref import AdapterRef
@@ -29,6 +30,9 @@ from server.engine.messages import EngineInfo
 from server.engine.request import Slot
 from server.engine.residency import AdapterFailed, Wait
 from server.engine.scheduler import SchedulerLimits
+from server.grammars.compiler import Compiler
+from server.grammars.mask_maker import MaskMaker
+from server.grammars.vocabulary_spec import VocabularySpec
 from server.lifecycle.inspection import Inspection
 from server.lifecycle.leases import Leases
 from server.lifecycle.lifecycle import Lifecycle
@@ -40,6 +44,7 @@ from tests.support.live_server import write_tokenizer
 from tests.support.queue_link import QueueLink
 
 BLOCKS, BLOCK, VOCAB, SLOTS = 400, 16, 256, 2
+STOP = sorted(pre_tokenizers.ByteLevel.alphabet()).index("\xff")  # the token of a byte that is in no text
 Result = TypeVar("Result")
 
 
@@ -57,10 +62,13 @@ class Residency(FakeResidency):
 
 
 class FakeServer:
-    """`in_engine` does something between two steps, `in_front` in the front's loop."""
+    """`in_engine` does something between two steps, `in_front` in the front's loop. `stops`: the model's stop tokens;
+    where answers shall follow a grammar, there must be one (STOP)."""
 
-    def __init__(self, root: Path, **settings: Any) -> None:
+    def __init__(self, root: Path, stops: frozenset[int] = frozenset(), **settings: Any) -> None:
         self.root = root
+        self._vocabulary = VocabularySpec(str(root / "model"), VOCAB, tuple(stops))
+        self._masks = MaskMaker(root / "model", VOCAB, tuple(stops), max_requests=16)
         self.residency = Residency()
         self._settings, self._todo = settings, deque[Callable[[], None]]()
         self._is_up = threading.Event()
@@ -113,7 +121,9 @@ class FakeServer:
             await serving
         client.shut_down()
         await asyncio.to_thread(engine.join, 10)
+        self._masks.stop()
         pump.cancel()
+        await self.service.grammars.close()
         await self.service.lifecycle.stop()
         await registry.close()
 
@@ -124,8 +134,8 @@ class FakeServer:
 
     def _engine(self) -> Engine:
         limits = SchedulerLimits(tokens_per_step=64, max_running=16, max_waiting=100, max_skips=20)
-        runner = FakeRunner(BLOCKS, BLOCK, VOCAB)
-        return Engine(limits, KVCache(BLOCKS, BLOCK), runner, self.residency, FakeChecker())
+        runner = FakeRunner(BLOCKS, BLOCK, VOCAB, self._masks)
+        return Engine(limits, KVCache(BLOCKS, BLOCK), runner, self.residency, FakeChecker(), self._masks)
 
     def _built(self, registry: Registry, link: QueueLink) -> Service:
         model = self.root / "model"
@@ -133,7 +143,8 @@ class FakeServer:
         write_tokenizer(model)
         config = ServerConfig(EngineConfig(str(model)), model_name="tiny", **self._settings)
         info = EngineInfo(
-            BASE, "fake", 1, "cpu", "float32", 1000, VOCAB, BLOCKS * BLOCK, 1, 1 << 20, 0, frozenset(), 8,
+            BASE, "fake", 1, "cpu", "float32", 1000, VOCAB, BLOCKS * BLOCK, 1, 1 << 20, 0,
+            frozenset(self._vocabulary.stop_token_ids), 8,
             adapter_slots=SLOTS,
         )  # fmt: skip
         client, texts = EngineClient(link, registry), AdapterTexts(Text.load(model))
@@ -147,7 +158,8 @@ class FakeServer:
         registry.load()
         uploads: Any = type("NoUploads", (), {"limits": type("Limits", (), {"max_upload_bytes": 1})})
         fetcher: Any = None
-        return Service(config, info, client, lifecycle, uploads, fetcher, texts, metrics, started=0)
+        grammars = Compiler(self._vocabulary, config.grammar_timeout_s, config.max_grammar_bytes)
+        return Service(config, info, client, lifecycle, uploads, fetcher, texts, metrics, grammars, started=0)
 
 
 async def _no_base() -> str:

@@ -19,6 +19,7 @@ from benchmarks.peers.load import Sample, Taken
 from benchmarks.peers.rounds import Plan, say
 from benchmarks.served import Heddle, OtherWork
 from server.engine.core import Engine
+from server.engine.fake_masks import FakeMasks
 from server.engine.fake_runner import FakeChecker, FakeResidency, Known
 from server.engine.kv_cache import KVCache
 from server.engine.messages import AddAdapter, AddRequest
@@ -78,7 +79,7 @@ def _engine(taken: Taken, number: int, running: int, adapters: int, steps: int) 
     tokens = _PROMPT + steps + 4
     runner = Instant()
     cache = KVCache(running * (tokens // _BLOCK + 2), _BLOCK)
-    engine = Engine(limits, cache, runner, FakeResidency(adapters), FakeChecker())
+    engine = Engine(limits, cache, runner, FakeResidency(adapters), FakeChecker(), FakeMasks())
     refs = [AdapterRef(f"a{index}", f"revision {index}", "lora") for index in range(adapters)]
     engine.step([AddAdapter(it, AdapterPackage("lora", it.revision, (), ())) for it in refs])
     engine.step([
