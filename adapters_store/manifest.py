@@ -4,7 +4,7 @@ It comes as `heddle.json` in the adapter's directory, or with the request that r
 to the weights: the same weights may be served under two names with different manifests.
 """
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -14,6 +14,11 @@ FILE = "heddle.json"
 LEAST_REPETITION = 0.01  # logits are divided by it: by next to nothing, they would be beyond float32
 _Text = Annotated[str, msgspec.Meta(max_length=2000)]
 _Stop = Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]
+# how a model writes calls of tools, and its reasoning, where its chat template does not show it
+ToolFormat = Literal["deepseek_v3", "deepseek_v31", "functionary", "glm4", "granite", "harmony", "hermes", "internlm",
+                     "kimi_k2", "lfm2", "llama3_json", "minimax_m2", "mistral", "mistral_args", "nemotron", "pythonic",
+                     "qwen3_xml", "seed", "tool_calls"]  # fmt: skip
+ReasoningFormat = Literal["cohere", "harmony", "mistral", "none", "seed", "think"]
 
 
 class SamplingDefaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -36,6 +41,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
 
     description: _Text = ""
     chat_template: Annotated[str, msgspec.Meta(min_length=1, max_length=65_536)] | None = None
+    tool_format: ToolFormat | None = None
+    reasoning_format: ReasoningFormat | None = None
     sampling: SamplingDefaults = SamplingDefaults()
     stop: Annotated[tuple[_Stop, ...], msgspec.Meta(max_length=4)] = ()
     weight: Annotated[float, msgspec.Meta(ge=0.001, le=1000)] = 1.0

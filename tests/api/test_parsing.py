@@ -19,7 +19,7 @@ from server.api.transport.bodies import INLINE_BYTES, parse, read_body
 from server.errors import ClientLeft, InvalidRequest
 
 LIMITS = BodyLimits(max_model_len=10, vocab_size=100, max_prompts=2, max_n=2, max_stop=2, max_stop_chars=3,
-                    max_messages=2, max_parts=2, max_logprobs=5)  # fmt: skip
+                    max_messages=2, max_parts=2, max_logprobs=5, max_tools=2)  # fmt: skip
 
 
 def request(raw: bytes, content_type: str | None = "application/json", leaves: bool = False) -> Request:

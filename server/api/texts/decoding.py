@@ -4,8 +4,10 @@ import codecs
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
+
+from server.token_bytes import TokenBytes
 
 _MOST_TOLD = 65_536  # texts of single tokens that are kept
 _MOST_HELD = 8  # tokens without text: more than a character has bytes
@@ -15,15 +17,26 @@ class Decoder:
     """Text of one answer, token by token; a character of several tokens comes out when it is whole.
 
     Bytes that are no UTF-8 come out as U+FFFD: at once where no character can come of them any more, else with `flush`.
+    `kept_tokens`: special ones that come out although others are skipped.
     """
 
-    def __init__(self, tokenizer: Tokenizer, texts: "TokenTexts", skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        texts: "TokenTexts",
+        skip_special_tokens: bool = True,
+        kept_tokens: frozenset[int] = frozenset(),
+    ) -> None:
         self._tokenizer, self._texts = tokenizer, texts
-        self._skips = skip_special_tokens
+        self._skips, self._kept = skip_special_tokens, kept_tokens if skip_special_tokens else frozenset()
         self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
         self._held: list[int] = []  # tokens since the last text
 
     def push(self, token: int) -> str:
+        if token in self._kept:
+            held = self.flush()
+            self._begin_anew()
+            return held + self._texts.of(token).text
         if self._skips and self._texts.is_special(token):
             return ""  # the stream would hold it, and decode all that it holds anew with each token
         text = self._stream.step(self._tokenizer, token)
@@ -48,8 +61,12 @@ class Decoder:
         while count and sum(map(len, raw[count:])) < len(open_bytes):
             count -= 1
         behind, self._held = self._held[count:], []
-        self._stream = DecodeStream(ids=self._texts.before_any_word, skip_special_tokens=self._skips)
+        self._begin_anew()
         return text + "".join(map(self.push, behind))
+
+    def _begin_anew(self) -> None:
+        """In the middle of a text."""
+        self._stream = DecodeStream(ids=self._texts.before_any_word, skip_special_tokens=self._skips)
 
 
 class StopStrings:
@@ -127,23 +144,14 @@ class TokenTexts:
     """What single tokens stand for; looked up once each."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        # the letters that byte-level vocabularies write bytes with: those that print, and from 256 on for the rest
-        plain = [byte for byte in range(256) if chr(byte) in alphabet]
-        rest = [byte for byte in range(256) if byte not in plain]
-        self._byte_of = {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(rest)}
-        self._is_byte_level = "ByteLevel" in _kinds(tokenizer)
-        self._anchor = next(iter(tokenizer.encode("a", add_special_tokens=False).ids), None)
-        self._added = tokenizer.get_added_tokens_decoder()
-        self._special = frozenset(token for token, it in self._added.items() if it.special)
+        self._bytes = TokenBytes(tokenizer)
+        self._special = frozenset(token for token, it in tokenizer.get_added_tokens_decoder().items() if it.special)
         self._known: dict[int, TokenText] = {}
 
     @property
     def before_any_word(self) -> list[int]:
-        """A token behind which others are decoded as in the middle of a text: at its beginning decoders drop the space
-        before a word."""
-        return [] if self._anchor is None else [self._anchor]
+        """A token behind which others are decoded as in the middle of a text."""
+        return self._bytes.before_any_word
 
     def is_special(self, token: int) -> bool:
         return token in self._special
@@ -151,7 +159,7 @@ class TokenTexts:
     def of(self, token: int) -> TokenText:
         known = self._known.get(token)
         if known is None:
-            raw = self._bytes(token)
+            raw = self._bytes.of(token)
             try:
                 known = TokenText(raw.decode(), raw)
             except UnicodeDecodeError:
@@ -160,25 +168,3 @@ class TokenTexts:
                 self._known.clear()
             self._known[token] = known
         return known
-
-    def _bytes(self, token: int) -> bytes:
-        if token in self._added:
-            return self._added[token].content.encode()
-        name = self._tokenizer.id_to_token(token)
-        if name is None:  # the model has rows that the tokenizer has no words for
-            return b""
-        if self._is_byte_level and all(letter in self._byte_of for letter in name):
-            return bytes(self._byte_of[letter] for letter in name)
-        if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
-            return bytes([int(name[3:5], 16)])
-        return self._inside_a_text(token).encode()
-
-    def _inside_a_text(self, token: int) -> str:
-        before = self._tokenizer.decode(self.before_any_word, skip_special_tokens=False)
-        both = self._tokenizer.decode([*self.before_any_word, token], skip_special_tokens=False)
-        return both[len(before) :]
-
-
-def _kinds(tokenizer: Tokenizer) -> str:
-    """The decoder's description."""
-    return "" if tokenizer.decoder is None else repr(tokenizer.decoder)

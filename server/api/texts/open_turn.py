@@ -2,6 +2,7 @@
 
 import secrets
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from server.errors import InvalidRequest
 
@@ -15,8 +16,14 @@ class OpenTurn:
         cut         <|user|>hi<|end|><|assistant|>Hel
     """
 
-    def __init__(self, messages: Sequence[Mapping[str, str]]) -> None:
-        self._begun = messages[-1]["content"]
+    def __init__(self, messages: Sequence[Mapping[str, Any]]) -> None:
+        if messages[-1].get("tool_calls"):
+            raise InvalidRequest(
+                "the last message calls tools, so there is no text that the model could continue; leave it out, or add "
+                "the tools' results",
+                param="messages",
+            )
+        self._begun: str = messages[-1]["content"] or ""
         self._mark = str(secrets.randbelow(9 * 10**29) + 10**29)  # digits: no filter of a template changes them
         self.messages = [*messages[:-1], {**messages[-1], "content": self._begun + self._mark}]
 

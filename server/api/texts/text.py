@@ -10,9 +10,15 @@ from jinja2 import TemplateError
 from tokenizers import Encoding, Tokenizer
 
 from adapters_store.errors import InvalidManifest
+from server.api.texts.calls.lark import Spelling
+from server.api.texts.calls.listed import CALL_FORMATS
 from server.api.texts.chat_template import ChatTemplate, Conversation
 from server.api.texts.control_tokens import Twin
 from server.api.texts.decoding import Decoder, TokenTexts
+from server.api.texts.reasoning import REASONING_FORMATS, Reasoning
+from server.api.texts.rehearsal import ToolUse
+from server.api.texts.speaking import OneSpeaker
+from server.api.texts.speech import AS_SHOWN, Formats, Speaker, ToolsWanted
 from server.api.texts.template_sandbox import Sandbox
 from server.errors import ConfigError, ContextExceeded, InvalidRequest
 
@@ -20,13 +26,21 @@ from server.errors import ConfigError, ContextExceeded, InvalidRequest
 class Text:
     """The tokenizer and chat template of the base model, or an adapter's template with the same tokenizer."""
 
-    def __init__(self, tokenizer: Tokenizer, chat_template: str | None, special_tokens: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        chat_template: str | None,
+        special_tokens: Mapping[str, str],
+        formats: Formats = AS_SHOWN,
+    ) -> None:
+        """formats: where the template does not show them."""
+        self._formats = formats
         self._tokenizer = tokenizer
         self._special_tokens = special_tokens
         self._longest_token = max(map(len, tokenizer.get_vocab()), default=1)
         self._sandbox, self._twin = Sandbox(), Twin(tokenizer)
         self._template: ChatTemplate | None = self._compiled(chat_template) if chat_template else None
-        self.token_texts = TokenTexts(tokenizer)
+        self.token_texts, self._spelling = TokenTexts(tokenizer), Spelling(tokenizer)
 
     def with_template(self, template: str) -> "Text":
         """The same with an adapter's chat template. Raises InvalidManifest for one that does not compile, and for one
@@ -35,6 +49,7 @@ class Text:
         Takes milliseconds, and on a base without a template, the first time, as long as its tokenizer does to load.
         """
         text = copy.copy(self)
+        text._formats = AS_SHOWN  # the base's are for the base's template
         try:
             text._template = self._compiled(template)
             text.render_chat(Conversation([{"role": "user", "content": "Hello."}]))
@@ -51,7 +66,7 @@ class Text:
         return ChatTemplate(self._sandbox, self._twin, template, self._special_tokens)
 
     @classmethod
-    def load(cls, model_dir: Path) -> "Text":
+    def load(cls, model_dir: Path, formats: Formats = AS_SHOWN) -> "Text":
         file = model_dir / "tokenizer.json"
         if not file.is_file():
             raise ConfigError(
@@ -74,7 +89,7 @@ class Text:
                 f"tokenizer_config.json or the chat template of {model_dir.name!r} cannot be read: {error!r}"
             ) from None
         try:
-            return cls(tokenizer, template, special)
+            return cls(tokenizer, template, special, formats)
         except (TemplateError, RecursionError, SyntaxError, InvalidRequest) as error:
             raise ConfigError(f"the chat template of {model_dir.name!r} is broken: {error}") from None
 
@@ -125,8 +140,61 @@ class Text:
         """Each token as the vocabulary spells it; nothing for one that it does not have."""
         return [self._tokenizer.id_to_token(token) or "" for token in tokens]
 
-    def decoder(self, skip_special_tokens: bool = True) -> Decoder:
-        return Decoder(self._tokenizer, self.token_texts, skip_special_tokens)
+    def decoder(self, skip_special_tokens: bool = True, kept_tokens: frozenset[int] = frozenset()) -> Decoder:
+        """kept_tokens: special ones that are not skipped."""
+        return Decoder(self._tokenizer, self.token_texts, skip_special_tokens, kept_tokens)
+
+    @property
+    def tool_use(self) -> ToolUse | None:
+        """What the chat template does with tools; None: there is no template."""
+        return None if self._template is None else self._template.tool_use
+
+    def reasoning(self, formats: Formats = AS_SHOWN) -> Reasoning | None:
+        """How answers keep it apart. None: they do not, or there is no chat template."""
+        name = formats.reasoning or self._formats.reasoning
+        if name is not None:
+            return REASONING_FORMATS.get(name)
+        return None if self._template is None else self._template.reasoning
+
+    def speaker(
+        self,
+        conversation: Conversation,
+        tail: Sequence[int],
+        wanted: ToolsWanted | None,
+        formats: Formats = AS_SHOWN,
+    ) -> Speaker:
+        """How answers to a conversation are read. `tail`: the last tokens of its prompt. `formats`: as an adapter's
+        manifest names them.
+
+        Raises InvalidRequest for tools whose calls would not be told from text.
+        """
+        template, reasoning = self._required_template(), self.reasoning(formats)
+        is_open = reasoning is not None and (
+            reasoning.is_open_in(conversation.messages[-1]["content"] or "")
+            if conversation.continues_last_turn
+            else reasoning.is_open_behind(self.decode(tail))
+        )
+        if wanted is None:
+            return OneSpeaker(self._spelling, reasoning, is_open)
+        name = formats.calls or self._formats.calls
+        format = CALL_FORMATS[name] if name else template.tool_use.format
+        if format is None:
+            raise InvalidRequest(
+                "this model's chat template writes calls of tools in no format that is known; whoever serves it may "
+                "name one, as tool_format in the adapter's manifest or with --tool-format for the base: "
+                f"{', '.join(CALL_FORMATS)}",
+                param="tools",
+                code="unsupported_parameter",
+            )
+        lax = next((it.name for it in wanted.tools if it.is_strict and not format.holds_to(it)), None)
+        if lax is not None:
+            raise InvalidRequest(
+                f"this model writes arguments without quotes ({format.name}), and cannot be held to all that the "
+                f"schema of the strict tool {lax!r} says; simplify it, or send it without strict",
+                param="tools",
+                code="unsupported_parameter",
+            )
+        return OneSpeaker(self._spelling, reasoning, is_open, format, wanted, not template.tool_use.takes_several)
 
 
 def _encoded(tokenizer: Tokenizer, texts: Sequence[str], param: str, add_special_tokens: bool) -> list[Encoding]:
