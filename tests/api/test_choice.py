@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from server.api.generating.choice import Choice, Piece
 from server.api.texts.decoding import StopMatcher, StopStrings, TokenTexts
+from server.api.texts.speech import CallPiece, Said
 from server.api.texts.text import Text
 from server.engine.messages import TokenEvent
 from server.engine.request import FinishReason, Logprobs, Token, ToldOfPrompt
@@ -135,6 +136,87 @@ def test_thousands_of_tokens_without_text_cost_what_others_do(text: Text) -> Non
         for _ in range(20_000):
             decoder.push(token)
         assert time.process_time() - start < 2
+
+
+# -- what text turns out to be ---
+
+
+class Bracketed:
+    """Reasoning up to a `|`, and behind a `(` one call, whose arguments are told when it is whole."""
+
+    def __init__(self) -> None:
+        self.is_reasoning, self.num_calls = True, 0
+        self._arguments = ""
+
+    def push(self, text: str) -> Said:
+        content = reasoning = ""
+        for char in text:
+            if self.num_calls:
+                self._arguments += char
+            elif char == "(":
+                self.num_calls = 1
+            elif char == "|":
+                self.is_reasoning = False
+            elif self.is_reasoning:
+                reasoning += char
+            else:
+                content += char
+        return Said(content, reasoning, [CallPiece(0, "f", "")] if text.endswith("(") else [])
+
+    def flush(self) -> Said:
+        return Said(calls=[CallPiece(0, None, self._arguments)] if self.num_calls else [])
+
+
+def split(text: Text, words: str, *, stops: Sequence[str] = ()) -> list[Piece]:
+    choice = Choice(0, text.decoder(), StopStrings(stops), splitter=Bracketed())
+    made: list[Piece] = []
+    for token in ids(text, words):
+        made.append(choice.push(TokenEvent(0, Token(token, Logprobs(-1.0, 1)))))
+        if made[-1].finish is not None:
+            return made
+    return [*made, choice.push(TokenEvent(0, Token(0, Logprobs(-1.0, 1)), FinishReason.STOP))]
+
+
+def test_what_is_said_is_told_apart_and_reasoning_is_counted_by_token(text: Text) -> None:
+    made = split(text, "a€|b")
+    assert [it.said.reasoning for it in made] == ["a", "", "", "€", "", "", ""]
+    assert [it.said.content for it in made] == ["", "", "", "", "", "b", ""]
+    assert [it.num_reasoning for it in made] == [1, 1, 1, 1, 1, 0, 0]
+    assert [it.says_something for it in made] == [True, False, False, True, False, True, True]
+
+
+def test_an_answer_with_calls_ends_for_them_unless_it_is_cut(text: Text) -> None:
+    made = split(text, "|x(12")
+    assert (made[-1].finish, made[-1].said.calls) == ("tool_calls", [CallPiece(0, None, "12")])
+    assert split(text, "|x")[-1].finish == "stop"
+    choice = Choice(0, text.decoder(), StopStrings(()), splitter=Bracketed())
+    *_, last = ids(text, "|(")
+    assert choice.push(TokenEvent(0, Token(last), FinishReason.LENGTH)).finish == "length"
+
+
+def test_an_answer_whose_call_is_cut_by_a_stop_string_ends_for_that(text: Text) -> None:
+    choice = Choice(0, text.decoder(), StopStrings(("2",)), splitter=Bracketed())
+    *_, last = [choice.push(TokenEvent(0, Token(it))) for it in ids(text, "|x(12")]
+    assert (last.finish, last.stop) == ("stop", "2")
+
+
+def test_calls_that_begin_with_the_last_token_are_whole_pieces(text: Text) -> None:
+    choice = Choice(0, text.decoder(), StopStrings(()), splitter=Bracketed())
+    piece = choice.push(TokenEvent(0, Token(ids(text, "(")[0]), FinishReason.LENGTH))
+    assert piece.said.calls == [CallPiece(0, "f", "")]
+
+
+def test_tokens_are_told_with_what_is_said_behind_them(text: Text) -> None:
+    made = split(text, "a||b(12")
+    assert [len(it.tokens) for it in made] == [1, 0, 0, 3, 1, 0, 0, 3]
+    assert [it for it, _ in told(made)][:-1] == ids(text, "a||b(12")
+    assert [it.says_something for it in made if not it.tokens] == [False] * 4
+
+
+def test_a_stop_string_cuts_what_is_split_too(text: Text) -> None:
+    made = split(text, "|abENDc", stops=["END"])
+    assert "".join(it.said.content for it in made) == "ab" and made[-1].finish == "stop"
+    assert [it for it, _ in told(made)] == ids(text, "|ab")
 
 
 # -- single tokens ---

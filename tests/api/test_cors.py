@@ -19,7 +19,7 @@ PAGE, OTHER = "https://chat.example", "https://other.example"
 def ask(origins: tuple[str, ...], method: str, path: str, **headers: str) -> httpx.Response:
     config = ServerConfig(EngineConfig("."), cors_origins=origins)
     unused: Any = SimpleNamespace(limits=SimpleNamespace(max_upload_bytes=1))
-    service = Service(config, unused, unused, unused, unused, unused, unused, unused, started=0)
+    service = Service(config, unused, unused, unused, unused, unused, unused, unused, unused, started=0)
 
     async def answer() -> httpx.Response:
         transport = httpx.ASGITransport(create_app(service), raise_app_exceptions=False)

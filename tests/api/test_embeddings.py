@@ -32,7 +32,7 @@ from tests.support.waiting import soon
 CLOSE = 1e-4
 HIDDEN = 64
 LIMITS = BodyLimits(max_model_len=10, vocab_size=100, max_prompts=2, max_n=2, max_stop=2, max_stop_chars=3,
-                    max_messages=2, max_parts=2, max_logprobs=5)  # fmt: skip
+                    max_messages=2, max_parts=2, max_logprobs=5, max_tools=2)  # fmt: skip
 PROMPTS = [PROMPT, [7], list(range(3, 250)), PROMPT[:4]]
 
 

@@ -37,7 +37,7 @@ def ask(method: str, path: str, death: str | None = None, silence_s: float = 0.0
     config = ServerConfig(EngineConfig("."), max_concurrent_requests=8)
     unused: Any = SimpleNamespace(limits=SimpleNamespace(max_upload_bytes=1))
     client: Any = Client(death, silence_s, num_requests)
-    service = Service(config, unused, client, unused, unused, unused, unused, unused, started=0)
+    service = Service(config, unused, client, unused, unused, unused, unused, unused, unused, started=0)
     service.is_draining = is_draining
 
     async def answer() -> httpx.Response:

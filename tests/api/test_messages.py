@@ -238,9 +238,9 @@ def test_a_client_that_leaves_frees_its_work(server: LiveServer, stream: bool) -
         ({"system": 5}, 400, "system must be a text, or a list of text blocks"),
         ({"messages": [{"role": "user", "content": "x", "name": "y"}]}, 400, "'name' is not a field of messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, 400,
-            "content of type 'image' in messages is not served: models"),
+            "content of type 'image' in messages of the role user is not served: models"),
         ({"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "x"}]}]}, 400,
-            "content of type 'tool_result' in messages is not served"),
+            "the call 'x' is answered"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "citations": [{}]}]}]}, 400,
             "citations in content is not served"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "cache_control": {"type": "x"}}]}]},
@@ -258,10 +258,11 @@ def test_a_client_that_leaves_frees_its_work(server: LiveServer, stream: bool) -
         ({"stop_sequences": [""]}, 400, "stop_sequences: a stop string may not be empty"),
         ({"metadata": {"who": "me"}}, 400, "'who' is not a field of metadata"),
         ({"service_tier": "priority"}, 400, "service_tier: Input should be 'auto' or 'standard_only'"),
-        ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, 400, "thinking is not served"),
-        ({"tools": [{"name": "x"}]}, 400, "tools is not served"),
-        ({"tool_choice": {"type": "any"}}, 400, "tool_choice is not served"),
-        ({"output_config": {"effort": "low"}}, 400, "output_config is not served"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, 400, "template has no place for reasoning"),
+        ({"tools": [{"name": "x", "input_schema": {}}]}, 400, "chat template does not write tools"),
+        ({"tool_choice": {"type": "any"}}, 400, "there are no tools to call"),
+        ({"output_config": {"effort": "low"}}, 400, "does not read 'reasoning_effort'"),
+        ({"thread": {"type": "create"}}, 400, "send the whole conversation as messages"),
         ({"mcp_servers": [{}]}, 400, "mcp_servers is not served"),
         ({"container": "c"}, 400, "container is not served"),
         ({"seed": 1}, 400, "'seed' is not a field of this request"),
@@ -272,7 +273,7 @@ def test_bad_requests(http: httpx.Client, fields: Any, status: int, says: str) -
     content = json.dumps(BODY | fields)
     response = http.post("/v1/messages", content=content, headers={"Content-Type": "application/json"})
     assert response.status_code == status, response.text
-    error = checked(ErrorResponse, response.json())
+    error = checked(ErrorResponse, response.json(), more={"details"})
     assert error.error.type == ("not_found_error" if status == 404 else "invalid_request_error")
     assert says in error.error.message, error
     assert error.request_id == response.headers["request-id"]

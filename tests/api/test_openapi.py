@@ -25,6 +25,30 @@ from server.config import EngineConfig, ServerConfig
 from server.errors import InvalidRequest
 
 MESSAGES = [{"role": "user", "content": "x"}]
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+MADE = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+CALLS = [*MESSAGES, {"role": "assistant", "content": None, "tool_calls": [MADE]}]
+RESULT = {"role": "tool", "tool_call_id": "1", "content": "x"}
+FLAT = {"type": "function", "name": "f", "parameters": {"type": "object"}}
+CALL = {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"}
+INPUT_TEXT = {"type": "input_text", "text": "x"}
+OUTPUT = {"type": "function_call_output", "call_id": "1", "output": "x"}
+REASONING = {"type": "reasoning", "id": "1", "summary": [], "content": [{"type": "reasoning_text", "text": "x"}]}
+FORMAT = {"type": "json_schema", "schema": {}}
+CLAUDES = {"name": "f", "input_schema": {"type": "object"}}
+USED = {"role": "assistant", "content": [{"type": "thinking", "thinking": "x", "signature": ""},
+                                         {"type": "tool_use", "id": "1", "name": "f", "input": {}}]}  # fmt: skip
+ANSWERED = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "1", "content": "x"}]}
+
+
+def formed(**fields: Any) -> dict[str, Any]:
+    return {"response_format": {"type": "json_schema", "json_schema": fields}}
+
+
+def user(**fields: Any) -> dict[str, Any]:
+    return {"messages": [MESSAGES[0] | fields]}
+
+
 FILE = {"type": "text", "text": "x"}
 
 
@@ -34,7 +58,7 @@ def service() -> Service:
     info: Any = SimpleNamespace(max_model_len=32, vocab_size=16, hidden_size=8)
     lifecycle: Any = SimpleNamespace(catalog=SimpleNamespace(base_name="tiny"))
     config = ServerConfig(EngineConfig("."), max_prompts=2, max_n=3, max_stop=4)
-    return Service(config, info, unused, lifecycle, unused, unused, unused, unused, started=0)
+    return Service(config, info, unused, lifecycle, unused, unused, unused, unused, grammars=unused, started=0)
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +223,51 @@ EMBEDDING = {"model": "x", "input": "x"}
         (ChatBody, CHAT | {"chat_template_kwargs": []}, False),
         (ChatBody, CHAT | {"tools": []}, True),
         (ChatBody, CHAT | {"tools": [{}]}, False),
+        (ChatBody, CHAT | {"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False}, True),
+        (ChatBody, CHAT | {"tools": [TOOL], "tool_choice": "any"}, False),
+        (ChatBody, CHAT | {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "f"}}}, True),
+        (ChatBody, CHAT | {"tools": [TOOL], "tool_choice": {"type": "function", "name": "f"}}, False),
+        (ChatBody, CHAT | {"tools": [TOOL], "tool_choice": {"type": "allowed_tools", "allowed_tools": {
+            "mode": "auto", "tools": [{"type": "function", "function": {"name": "f"}}]}}}, True),
+        (ChatBody, CHAT | {"tools": [{"type": "custom"}]}, False),
+        (ChatBody, CHAT | {"tools": [{"type": "function", "function": {"name": "a b"}}]}, False),
+        (ChatBody, CHAT | {"tools": [TOOL] * 129}, False),
+        (ChatBody, CHAT | {"messages": [*CALLS, RESULT]}, True),
+        (ChatBody, CHAT | {"messages": [*CALLS, RESULT | {"tool_call_id": ""}]}, False),
+        (ChatBody, CHAT | {"messages": [*CALLS, {"role": "tool", "content": "x"}]}, False),
+        (ChatBody, CHAT | {"messages": [*CALLS, RESULT | {"content": None}]}, False),
+        (ChatBody, CHAT | {"messages": [{"role": "assistant", "content": None}]}, False),
+        (ChatBody, CHAT | {"messages": [{"role": "assistant"}]}, False),
+        (ChatBody, CHAT | {"messages": [{"role": "assistant", "content": "x", "reasoning_content": "y"}]}, True),
+        (ChatBody, CHAT | user(reasoning_content="y"), False),
+        (ChatBody, CHAT | user(reasoning_content=""), True),
+        (ChatBody, CHAT | user(reasoning_content=None, name="", tool_calls=[], tool_call_id=None), True),
+        (ChatBody, CHAT | user(name="y"), False),
+        (ChatBody, CHAT | user(tool_calls=[MADE]), False),
+        (ChatBody, CHAT | user(parsed={"a": 1}), False),
         (ChatBody, CHAT | {"response_format": {"type": "text"}}, True),
+        (ChatBody, CHAT | {"response_format": {"type": "json_object"}, "include_reasoning": False}, True),
+        (ChatBody, CHAT | {"response_format": {"type": "structural_tag"}}, False),
+        (ChatBody, CHAT | {"response_format": {"type": "json_schema"}}, False),
+        (ChatBody, CHAT | {"response_format": {"type": "text", "json_schema": {"name": "x"}}}, False),
+        (ChatBody, CHAT | formed(name="x", schema={}), True),
+        (ChatBody, CHAT | formed(name="x", schema=[]), False),
+        (ChatBody, CHAT | formed(name="x y"), False),
+        (ChatBody, CHAT | formed(schema={}), False),
+        (CompletionBody, COMPLETION | formed(name="x"), True),
+        (CompletionBody, COMPLETION | {"structured_outputs": {"json": {}}}, True),
+        (CompletionBody, COMPLETION | {"structured_outputs": {"json": "{}", "regex": None}}, True),
+        (CompletionBody, COMPLETION | {"structured_outputs": {"json_object": True}}, True),
+        (CompletionBody, COMPLETION | {"structured_outputs": {"json_object": False}}, False),
+        (CompletionBody, COMPLETION | {"structured_outputs": {}}, False),
+        (CompletionBody, COMPLETION | {"structured_outputs": {"regex": "x", "choice": ["x"]}}, False),
+        (CompletionBody, COMPLETION | {"structured_outputs": {"regex": "x", "structural_tag": "x"}}, False),
+        (CompletionBody, COMPLETION | {"guided_choice": ["x"]}, True),
+        (CompletionBody, COMPLETION | {"guided_choice": []}, False),
+        (CompletionBody, COMPLETION | {"guided_choice": [1]}, False),
+        (CompletionBody, COMPLETION | {"guided_regex": ""}, False),
+        (CompletionBody, COMPLETION | {"guided_json": {"type": "object"}}, True),
+        (CompletionBody, COMPLETION | {"guided_json": 5}, False),
         (CompletionBody, COMPLETION | {"store": 0}, False),
         (CompletionBody, COMPLETION | {"repetition_penalty": 1e-9}, False),
         (ResponseBody, EMBEDDING, True),
@@ -213,6 +281,23 @@ EMBEDDING = {"model": "x", "input": "x"}
         (ResponseBody, EMBEDDING | {"include": ["x"]}, False),
         (ResponseBody, EMBEDDING | {"stream_options": {}}, False),
         (ResponseBody, EMBEDDING | {"previous_response_id": "x"}, False),
+        (ResponseBody, EMBEDDING | {"input": [*MESSAGES, CALL, OUTPUT, REASONING]}, True),
+        (ResponseBody, EMBEDDING | {"input": [*MESSAGES, CALL, OUTPUT | {"output": [INPUT_TEXT]}]}, True),
+        (ResponseBody, EMBEDDING | {"input": [*MESSAGES, CALL, OUTPUT | {"output": [{"type": "input_image"}]}]}, False),
+        (ResponseBody, EMBEDDING | {"input": [*MESSAGES, CALL | {"call_id": ""}]}, False),
+        (ResponseBody, EMBEDDING | {"input": [*MESSAGES, CALL | {"type": "custom_tool_call"}]}, False),
+        (ResponseBody, EMBEDDING | {"input": [*MESSAGES, REASONING | {"encrypted_content": "x"}]}, False),
+        (ResponseBody, EMBEDDING | {"tools": [FLAT], "tool_choice": "required", "max_tool_calls": 1}, True),
+        (ResponseBody, EMBEDDING | {"tools": [FLAT], "tool_choice": {"type": "function", "name": "f"}}, True),
+        (ResponseBody, EMBEDDING | {"tools": [FLAT], "tool_choice": {
+            "type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "f"}]}}, True),
+        (ResponseBody, EMBEDDING | {"tools": [FLAT], "tool_choice": {"type": "web_search"}}, False),
+        (ResponseBody, EMBEDDING | {"tools": [TOOL]}, False),
+        (ResponseBody, EMBEDDING | {"tools": [FLAT | {"defer_loading": True}]}, False),
+        (ResponseBody, EMBEDDING | {"text": {"format": {"type": "json_object"}}}, True),
+        (ResponseBody, EMBEDDING | {"text": {"format": {"type": "json_schema", "name": "x", "schema": {}}}}, True),
+        (ResponseBody, EMBEDDING | {"text": {"format": {"type": "json_schema", "name": "x"}}}, False),
+        (ResponseBody, EMBEDDING | {"text": {"format": {"type": "json_object", "schema": {}}}}, False),
         (MessageBody, CHAT | {"max_tokens": 1}, True),
         (MessageBody, CHAT, False),
         (MessageBody, CHAT | {"max_tokens": 1, "system": [{"type": "text", "text": "x"}]}, True),
@@ -221,10 +306,30 @@ EMBEDDING = {"model": "x", "input": "x"}
         (MessageBody, CHAT | {"max_tokens": 1, "stop_sequences": [""]}, False),
         (MessageBody, CHAT | {"max_tokens": 1, "thinking": {"type": "disabled"}}, True),
         (MessageBody, CHAT | {"max_tokens": 1, "tools": [{}]}, False),
+        (MessageBody, CHAT | {"max_tokens": 1, "tools": [CLAUDES], "tool_choice": {"type": "tool", "name": "f"}}, True),
+        (MessageBody, CHAT | {"max_tokens": 1, "tools": [CLAUDES], "tool_choice": {"type": "tool"}}, False),
+        (MessageBody, CHAT | {"max_tokens": 1, "tools": [CLAUDES], "tool_choice": {"type": "any", "name": "f"}}, False),
+        (MessageBody, CHAT | {"max_tokens": 1, "tools": [CLAUDES], "tool_choice": {
+            "type": "none", "disable_parallel_tool_use": True}}, False),
+        (MessageBody, CHAT | {"max_tokens": 1, "tools": [CLAUDES | {"type": "bash_20250124"}]}, False),
+        (MessageBody, {"model": "x", "max_tokens": 1, "messages": [USED, ANSWERED]}, True),
+        (MessageBody, {"model": "x", "max_tokens": 1, "messages": [USED | {"role": "user"}]}, False),
+        (MessageBody, {"model": "x", "max_tokens": 1, "messages": [ANSWERED | {"role": "assistant"}]}, False),
+        (MessageBody, CHAT | {"max_tokens": 1, "output_config": {"format": FORMAT}}, True),
+        (MessageBody, CHAT | {"max_tokens": 1, "output_config": {"format": {"type": "json_schema"}}}, False),
+        (MessageBody, CHAT | {"max_tokens": 1, "output_config": {"effort": "max"}}, False),
+        (MessageBody, CHAT | {"max_tokens": 1, "output_format": FORMAT, "output_config": {"effort": None}}, True),
+        (MessageBody, CHAT | {"max_tokens": 1, "output_format": FORMAT, "output_config": {"format": FORMAT}}, False),
+        (MessageBody, CHAT | {"max_tokens": 1, "thinking": {"type": "enabled", "budget_tokens": 1}}, True),
+        (MessageBody, CHAT | {"max_tokens": 1, "thinking": {"type": "adaptive", "budget_tokens": 1}}, False),
+        (MessageBody, CHAT | {"max_tokens": 1, "thinking": {"type": "adaptive", "display": "omitted"}}, False),
+        (MessageBody, CHAT | {"max_tokens": 1, "thread": {"type": "create"}}, False),
         (EmbeddingBody, EMBEDDING | {"input": [[1], [2]], "pooling": "last", "normalize": False}, True),
         (EmbeddingBody, EMBEDDING | {"encoding_format": "int8"}, False),
         (TokenizeBody, {"prompt": "x"}, True),
         (TokenizeBody, {"messages": MESSAGES, "add_generation_prompt": True}, True),
+        (TokenizeBody, {"messages": MESSAGES, "tools": [TOOL]}, True),
+        (TokenizeBody, {"prompt": "x", "tools": [TOOL]}, False),
         (TokenizeBody, {}, False),
         (TokenizeBody, {"prompt": "x", "messages": MESSAGES}, False),
         (TokenizeBody, {"prompt": "x", "messages": None}, True),

@@ -73,7 +73,7 @@ def make_service(directory: Path, **settings: Any) -> Any:
     config, client, text = ServerConfig(EngineConfig(str(directory)), **settings), Client(), Text()
     texts = SimpleNamespace(for_template=lambda template: text)
     parts: Any = (client, lifecycle, uploads, unused, texts)
-    return Service(config, info, *parts, unused, started=0)
+    return Service(config, info, *parts, unused, unused, started=0)
 
 
 @pytest.fixture

@@ -41,10 +41,13 @@ from tests.support.tiny_models import save_model
 CONTEXT = 48
 MOST_RULES = 4  # between the fields of chat: schemathesis finds no requests that keep to five
 TEMPLATE = (
-    "{% for message in messages %}{{ message.role }}: {{ message.content }}{{ message.reasoning_content }}\n"
-    "{% endfor %}"
+    "{% if tools %}{{ tools | map(attribute='function.name') | join }}\n{% endif %}"
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}{{ message.reasoning_content }}"
+    "{% for call in message.tool_calls or [] %}<tool_call>\n{{ {'name': call.function.name, 'arguments': "
+    "call.function.arguments} | tojson }}\n</tool_call>{% endfor %}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
+_AIMED = ("Body", "Source", "Target", "FunctionCall", "CallItem", "Outputs")
 PHASES = ("examples", "coverage", "fuzzing", "stateful")
 
 
@@ -73,10 +76,15 @@ def aimed(document: dict[str, Any], directory: Path) -> dict[str, Any]:
         "lora_path": {"enum": paths},
         "uri": {"enum": [f"file://{path}" for path in paths]},
         "logit_bias": {"propertyNames": {"pattern": "^[0-9]{1,2}$"}},
+        "arguments": {"enum": ["{}", '{"a": [1]}', ""]},
+        "regex": {"enum": ["[a-z]+", "a|b", "("]},
+        "grammar": {"enum": ['root ::= "a" | "b"', 'start: "a"', "?"]},
+        "guided_regex": {"enum": ["[a-z]+", "a|b", "("]},
+        "guided_grammar": {"enum": ['root ::= "a" | "b"', 'start: "a"', "?"]},
     }
     for name, schema in told["components"]["schemas"].items():
         for field_name, it in schema.get("properties", {}).items():
-            if field_name in narrow and name.endswith(("Body", "Source", "Target")):
+            if field_name in narrow and name.endswith(_AIMED):
                 _narrow(it, narrow[field_name])
     del told["components"]["schemas"]["ChatBody"]["allOf"][MOST_RULES:]
     for name, field_name in (("CompletionBody", "prompt"), ("EmbeddingBody", "input")):
@@ -122,16 +130,25 @@ FORETOLD_BY_NO_SCHEMA = {
     r"PUT /v1/aliases/.*": r"target|the path names .* and the body",
     # several fields together, and how many tokens a text has
     r".*": r"context_length_exceeded|maximum context length",
+    # what an answer must spell, which is a language of its own
+    r"POST /v1/(completions|chat/completions|responses.*|messages.*)": r"unsupported_grammar|invalid_grammar|"
+    r"each bring a grammar|ignore_eos is for answers|of the tools|no tools to call|two tools have",
     r"POST /v1/completions": r"best_of is|min_tokens is|the prompt has|prompts together have|of up to .* tokens in one|"
     r"completions in one request|logit_bias has the key|log-probabilities of prompts",
     r"POST /v1/chat/completions": r"min_tokens is|the prompt has|of up to .* tokens in one|"
     r"logit_bias has the key|log-probabilities of prompts|chat template does not read|parts of content|"
-    r"continue_final_message",
+    r"continue_final_message|is answered|two calls in one turn|the result of the call|"
+    r"chat template does not write",
     r"POST /v1/responses(/input_tokens)?": r"min_tokens is|the prompt has|of up to .* tokens in one|"
-    r"prompts together have|logit_bias has the key|chat template does not read",
-    r"POST /v1/messages.*": r"the prompt has|of up to .* tokens in one|chat template",
+    r"prompts together have|logit_bias has the key|chat template does not (read|write)|is answered|two calls in one "
+    r"turn|the text in",
+    r"POST /v1/messages.*": r"the prompt has|of up to .* tokens in one|chat template|is answered|two calls in one turn|"
+    r"the last turn calls tools|tool_result blocks come before|budgets of thinking|"
+    r"structured output is not served",
     r"POST /v1/embeddings": r"the prompt has|prompts together have|of up to .* tokens in one",
-    r"POST /tokenize": r"prompts together have|chat template does not read|continue_final_message",
+    r"POST /tokenize": r"prompts together have|chat template does not read|continue_final_message|"
+    r"two tools have the name|is answered|two calls in one turn|the result of the call|"
+    r"chat template does not write|unsupported_grammar|invalid_grammar",
 }
 
 

@@ -10,12 +10,12 @@ from pydantic import BaseModel, TypeAdapter
 NOT_OF_RESPONSES = frozenset({
     "access_programs", "image", "input_transformations", "moderation", "phase", "prompt_cache_diagnostics",
     "prompt_cache_options", "tool_usage", "context", "mode", "generate_summary", "verbosity",
-    "cache_write_tokens_details",
+    "cache_write_tokens_details", "allowed_callers", "async_", "caller", "defer_loading", "namespace", "output_schema",
 })  # fmt: skip
 MORE_IN_RESPONSES = frozenset({"bytes", "store", "frequency_penalty", "presence_penalty"})
-# of Anthropic's messages, what belongs to tools and bills
+# of Anthropic's messages, what belongs to its own tools and to bills
 NOT_OF_MESSAGES = frozenset({
-    "cache_creation", "diagnostics", "inference_geo", "output_tokens_details", "server_tool_use", "speed",
+    "cache_creation", "caller", "diagnostics", "inference_geo", "server_tool_use", "speed", "toolset_name",
 })  # fmt: skip
 
 

@@ -13,10 +13,27 @@ from server.api.generating.choice import Piece, TokenTold
 from server.api.generating.generation import Usage
 from server.api.protocol.wanted import Wanted
 from server.api.texts.decoding import TokenText
+from server.api.texts.speech import CallPiece, Said
 from server.engine.request import Logprobs
 from server.lifecycle.models import Meant
 
 MEANT = Meant("tiny", "tiny", None, PLAIN)
+
+
+def said(text: str = "", reasoning: str = "", calls: Sequence[CallPiece] = (), **more: Any) -> Piece:
+    """A piece of an answer in a conversation."""
+    return Piece(0, text, said=Said(text, reasoning, calls), **more)
+
+
+class Numbering:
+    """A speaker, as far as answers need one."""
+
+    def __init__(self) -> None:
+        self._number = 0
+
+    def new_call_id(self) -> str:
+        self._number += 1
+        return f"call{self._number:05}"
 
 
 class ScriptedGeneration:
@@ -24,7 +41,7 @@ class ScriptedGeneration:
 
     def __init__(self, *script: Piece | Exception | None) -> None:
         self._script = script
-        self.wanted = Wanted(MEANT)
+        self.wanted, self.speaker = Wanted(MEANT), Numbering()
         self.service = SimpleNamespace(info=SimpleNamespace(vocab_size=256))
         self.usage = Usage(prompt_tokens=20, completion_tokens=3, cached_tokens=16)
         self.was_closed = False

@@ -10,6 +10,7 @@ from server.api.generating.choice import Choice, Piece, TokenTold
 from server.api.protocol.wanted import Wanted
 from server.api.service import Admission, Service
 from server.api.texts.decoding import StopStrings
+from server.api.texts.speech import CallPiece, Speaker
 from server.engine.client import Submission
 from server.engine.request import Fault, OfPrompt, ToldOfPrompt
 from server.errors import (
@@ -17,6 +18,7 @@ from server.errors import (
     ContextExceeded,
     GenerationFailed,
     GenerationTimeout,
+    GrammarFailed,
     HeddleError,
     InvalidRequest,
     QuarantinedMeanwhile,
@@ -34,6 +36,7 @@ class Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    reasoning_tokens: int = 0
 
     def body(self) -> dict[str, object]:
         return {
@@ -41,14 +44,26 @@ class Usage:
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+            "completion_tokens_details": {"reasoning_tokens": self.reasoning_tokens},
         }
 
 
 @dataclass
+class Call:
+    """A call of a tool. `arguments`: JSON text."""
+
+    name: str
+    arguments: str = ""
+
+
+@dataclass
 class Completed:
-    """A completion when it has ended."""
+    """A completion when it has ended. In a conversation its text is `content`, `reasoning` and `calls`."""
 
     text: str = ""
+    content: str = ""
+    reasoning: str = ""
+    calls: list[Call] = field(default_factory=list)
     tokens: list[TokenTold] = field(default_factory=list)
     finish: str = ""
     stop: str | int | None = None
@@ -59,6 +74,15 @@ class Completed:
         self.tokens += piece.tokens
         self.finish, self.stop = piece.finish or self.finish, piece.stop
         self.of_prompt = self.of_prompt or piece.of_prompt
+        self.content += piece.said.content
+        self.reasoning += piece.said.reasoning
+        for it in piece.said.calls:
+            self._take_call(it)
+
+    def _take_call(self, it: CallPiece) -> None:
+        if it.name is not None:
+            self.calls.append(Call(it.name))
+        self.calls[it.index].arguments += it.arguments
 
     @property
     def mean_logprob(self) -> float:
@@ -76,6 +100,7 @@ class Generation:
     admission: Admission
     lease: Lease
     arrived: float  # of the monotonic clock, seconds: from then on its time runs
+    speaker: Speaker | None = None  # of a conversation
     usage: Usage = field(default_factory=Usage)
 
     @property
@@ -116,6 +141,7 @@ class Generation:
                 if choice.index % self.wanted.per_prompt == 0:  # a prompt is counted once, not once a choice
                     self.usage.cached_tokens += event.num_cached_tokens
                 piece = choice.push(event)
+                self.usage.reasoning_tokens += piece.num_reasoning
                 if piece.begins:
                     prompt = self.submissions[choice.index].prompt
                     counts.begun(len(prompt), event.num_cached_tokens, event.queued_s)
@@ -140,6 +166,8 @@ class Generation:
         """What the client is told of a request that the engine has given up."""
         if fault is Fault.QUARANTINED:
             return QuarantinedMeanwhile(error)
+        if fault is Fault.GRAMMAR:
+            return GrammarFailed(error)
         if fault is Fault.UNAVAILABLE:
             if self.wanted.meant.ref is not None:
                 self.service.lifecycle.suspect(self.wanted.meant.ref)
@@ -147,9 +175,12 @@ class Generation:
         return GenerationFailed(error)
 
     def _choice(self, index: int, stops: StopStrings) -> Choice:
-        it = self.wanted
-        decoder = self.service.text.decoder(not it.keeps_special_tokens)
-        return Choice(index, decoder, stops, it.stop_token_ids, it.min_tokens)
+        it, speaker = self.wanted, self.speaker
+        decoder = self.service.text.decoder(
+            not it.keeps_special_tokens, speaker.kept_tokens if speaker else frozenset()
+        )
+        splitter = speaker.splitter() if speaker else None
+        return Choice(index, decoder, stops, it.stop_token_ids, it.min_tokens, splitter)
 
     def _end_in_time(self, end: Callable[[HeddleError], None]) -> asyncio.TimerHandle | None:
         limit = self.wanted.timeout_s
@@ -167,6 +198,8 @@ def plan(
     admission: Admission,
     lease: Lease,
     arrived: float,
+    speaker: Speaker | None = None,
+    grammar: str | None = None,
 ) -> Generation:
     """Check sizes against the model and spread the completions of each prompt over requests. Raises InvalidRequest."""
     submissions: list[Submission] = []
@@ -176,7 +209,8 @@ def plan(
         wanted.check_least(max_tokens)
         for index in range(wanted.per_prompt):
             of_prompt = wanted.of_prompt if index == 0 else None
-            submissions.append(_submission(service, wanted, prompt, max_tokens, seed + len(submissions), of_prompt))
+            it = _submission(service, wanted, prompt, max_tokens, seed + len(submissions), of_prompt, grammar)
+            submissions.append(it)
     tokens, limit = sum(len(it.prompt) + it.max_tokens for it in submissions), service.max_request_tokens
     if tokens > limit:
         raise InvalidRequest(
@@ -185,7 +219,7 @@ def plan(
             param="max_tokens",
         )
     _refuse_to_tell_too_much(wanted, submissions)
-    return Generation(service, wanted, submissions, admission, lease, arrived)
+    return Generation(service, wanted, submissions, admission, lease, arrived, speaker)
 
 
 def _refuse_to_tell_too_much(wanted: Wanted, submissions: Sequence[Submission]) -> None:
@@ -227,7 +261,13 @@ def _room(service: Service, wanted: Wanted, prompt: list[int]) -> int:
 
 
 def _submission(
-    service: Service, wanted: Wanted, prompt: list[int], max_tokens: int, seed: int, of_prompt: OfPrompt | None
+    service: Service,
+    wanted: Wanted,
+    prompt: list[int],
+    max_tokens: int,
+    seed: int,
+    of_prompt: OfPrompt | None,
+    grammar: str | None,
 ) -> Submission:
     return Submission(
         prompt,
@@ -239,4 +279,5 @@ def _submission(
         priority=wanted.engine_priority,
         salt=wanted.cache_salt,
         of_prompt=of_prompt,
+        grammar=grammar,
     )

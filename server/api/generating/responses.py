@@ -2,12 +2,14 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 from fastapi import APIRouter, Request, Response
 
 from server.api.generating.generation import Generation
 from server.api.generating.planned import in_words_of_the_route, planned
-from server.api.generating.response_answers import ResponseEvents, ResponseShape, streamed
+from server.api.generating.response_events import ResponseEvents, streamed
+from server.api.generating.response_items import ResponseShape
 from server.api.operation import operation
 from server.api.operation import streamed as streamed_as
 from server.api.protocol.answers.responses import InputTokensAnswer, ResponseAnswer, ResponseEvent
@@ -22,7 +24,8 @@ from server.errors import NotFound
 router = APIRouter()
 _NOT_STORED = operation({}, refuses=(404,))
 # for what the core calls by chat's names
-_NAMES = {"messages": "input", "prompt": "input", "max_tokens": "max_output_tokens", "reasoning_effort": "reasoning"}
+_NAMES = {"messages": "input", "prompt": "input", "max_tokens": "max_output_tokens", "reasoning_effort": "reasoning",
+          "thinking": "reasoning"}  # fmt: skip
 
 
 @router.post(
@@ -67,19 +70,20 @@ async def _planned(request: Request, body: ResponseBody) -> AsyncIterator[Genera
     meant = service_of(request).meaning_of(body.model, body.who)
     wanted = body.sampled(meant, body.max_output_tokens, (body.top_logprobs or 0) if body.tells_logprobs else None)
     with in_words_of_the_route(_NAMES):
-        async with planned(request, wanted, conversation(body)) as generation:
+        async with planned(request, replace(wanted, tools=body.tools_wanted), conversation(body)) as generation:
             yield generation
 
 
 async def _whole(generation: Generation, shape: ResponseShape) -> dict[str, object]:
-    (completed,) = await generation.completed()
-    await shape.tell(completed.tokens)
-    return shape.ended(completed, generation.usage)
+    async for piece in generation.pieces():
+        for step in shape.parts.take(piece) if piece is not None else ():
+            await shape.tell(step.part, step.tokens)
+    return shape.ended(generation.usage)
 
 
 def conversation(body: ResponseBody) -> Conversation:
-    said = [it.said for it in body.input]
-    if body.instructions:
-        said.insert(0, {"role": "system", "content": body.instructions})
     effort = None if body.reasoning is None else body.reasoning.effort
-    return Conversation(said, {} if effort is None else {"reasoning_effort": effort})
+    variables = {} if effort is None else {"reasoning_effort": effort}
+    tools = () if body.tools_wanted is None else body.tools_wanted.tools
+    thinks = False if effort == "none" else None
+    return Conversation(body.said, variables, tools=tools, thinks=thinks, may_lose_reasoning=True)

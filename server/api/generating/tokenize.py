@@ -41,5 +41,5 @@ async def _tokens_of(body: TokenizeBody, service: Service) -> Sequence[int]:
     said = [it.said for it in body.messages or ()]
     continues = bool(body.continue_final_message)
     asks = body.add_generation_prompt is not False and not continues
-    conversation = Conversation(said, body.chat_template_kwargs or {}, asks, continues)
+    conversation = Conversation(said, body.chat_template_kwargs or {}, asks, continues, body.told_tools)
     return await service.encode_chat(conversation, meant.manifest.chat_template)

@@ -19,9 +19,11 @@ from pydantic.config import JsonDict
 from adapters_store.manifest import LEAST_REPETITION
 from server.api.protocol.body import Body, Count, Finite, Label, Labels, Unserved, limits_of
 from server.api.protocol.schema import NOT_TRUE, NOTHING, TOKEN_ID, at_most, given, limit, one_of
+from server.api.protocol.structured import GrammarFields, ResponseFormat
 from server.api.protocol.wanted import Wanted
 from server.engine.request import OfPrompt
 from server.errors import InvalidRequest
+from server.grammars.source import GrammarSource
 from server.lifecycle.models import Meant
 
 MAX_BIASED = 1024  # token ids in logit_bias
@@ -118,19 +120,20 @@ RULES: list[JsonValue] = [
 
 
 class StreamOptions(Body):
+    WITHIN = "stream_options"
     UNSERVED: ClassVar[Unserved] = {"include_obfuscation": (False,), "continuous_usage_stats": (False,)}
 
     include_usage: bool = False
 
 
-class SamplingBody(Labels):
+class SamplingBody(Labels, GrammarFields):
     """How to generate, whatever the prompt. Only requests of one `cache_salt` share what the cache holds of equal
     beginnings. `timeout`: seconds after which the request fails. `priority`: lower is served earlier, among requests of
     models whose manifests say the same."""
 
     UNSERVED: ClassVar[Unserved] = {
-        "guided_choice": (), "guided_grammar": (), "guided_json": (), "guided_regex": (), "structured_outputs": (),
-        "response_format": ({"type": "text"},), "length_penalty": (1, 1.0), "use_beam_search": (False,),
+        "guided_decoding_backend": (), "guided_whitespace_pattern": (), "length_penalty": (1, 1.0),
+        "use_beam_search": (False,),
         "truncate_prompt_tokens": (), "allowed_token_ids": ([],), "bad_words": ([],),
         "spaces_between_special_tokens": (True,), "logits_processors": ([],), "return_token_ids": (False,),
         "return_tokens_as_token_ids": (False,), "moderation": (), "prompt_cache_options": (),
@@ -186,6 +189,7 @@ class SamplingBody(Labels):
             priority=self.priority or 0,
             timeout_s=self.timeout,
             cache_salt=self.cache_salt or "",
+            source=self.source,
         )
 
     @property
@@ -202,6 +206,11 @@ class GenerationBody(SamplingBody):
     n: Annotated[Count | None, Field(json_schema_extra=at_most("max_n"))] = None
     prompt_logprobs: NumLogprobs | None = None
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+
+    @property
+    def own_source(self) -> GrammarSource | None:
+        return None if self.response_format is None else self.response_format.source
 
     @model_validator(mode="after")
     def _check(self, info: ValidationInfo) -> Self:

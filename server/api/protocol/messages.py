@@ -1,55 +1,30 @@
 """The bodies of POST /v1/messages and of POST /v1/messages/count_tokens: Anthropic's."""
 
-from collections.abc import Iterable
-from typing import Annotated, Any, ClassVar, Literal
+from functools import cached_property
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, ValidationInfo, WithJsonSchema, field_validator
+from pydantic import ConfigDict, Field, ValidationInfo, WithJsonSchema, field_validator, model_validator
 
-from server.api.protocol.body import Body, Count, Finite, Label, Unserved, limits_of, of_other_media
-from server.api.protocol.chat import counted
+from server.api.protocol.body import Body, Count, Finite, Label, Unserved, limits_of
 from server.api.protocol.generation import STOP_STRINGS, Model, TopP, checked_stops
-from server.api.protocol.schema import at_most
+from server.api.protocol.message_blocks import OF_ROLE, CacheControl, Text, Turn, refuse_other_blocks, said, text_of
+from server.api.protocol.message_tools import (
+    MessageToolChoice,
+    MessageTools,
+    OutputConfig,
+    OutputFormat,
+    Thinking,
+    chosen,
+)
+from server.api.protocol.said import counted
+from server.api.protocol.schema import NOTHING, at_most, one_of
+from server.api.protocol.tools import tools_wanted
+from server.api.texts.speech import ToolsWanted
 from server.errors import InvalidRequest
+from server.grammars.source import GrammarSource
 
-
-class CacheControl(Body):
-    """A label: equal beginnings are found in the cache without it."""
-
-    WITHIN = "cache_control"
-
-    type: Literal["ephemeral"]
-    ttl: Literal["5m", "1h"] | None = None
-
-
-class TextBlock(Body):
-    WITHIN = "content"
-    UNSERVED: ClassVar[Unserved] = {"citations": ([],), "parsed_output": ()}
-
-    type: Literal["text"]
-    text: str
-    cache_control: CacheControl | None = None
-
-
-def _blocks(content: Any, info: ValidationInfo) -> Any:
-    """A text stands for one block."""
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}]
-    if not isinstance(content, list):
-        name = str(info.field_name)
-        raise InvalidRequest(f"{name} must be a text, or a list of text blocks", param=name, code="invalid_value")
-    return content
-
-
-Text = Annotated[
-    list[TextBlock], Field(fail_fast=True), BeforeValidator(_blocks, json_schema_input_type=str | list[TextBlock])
-]
-
-
-class Turn(Body):
-    WITHIN = "messages"
-
-    role: Literal["user", "assistant"]
-    content: Text
+# by which Anthropic's client knows that it has to send the whole conversation
+NO_THREADS = "thread_unsupported_request"
 
 
 class RequestMetadata(Body):
@@ -58,15 +33,27 @@ class RequestMetadata(Body):
     user_id: Label | None = None
 
 
+_ONE_FORMAT = one_of(output_format=NOTHING, output_config={"properties": {"format": NOTHING}})
+
+
 class PromptBody(Body):
-    """What is counted, or answered."""
+    """What is counted, or answered. `output_format` is what `output_config.format` was called before."""
 
     UNSERVED: ClassVar[Unserved] = {
         "betas": ([],), "container": (), "context_management": (), "diagnostics": (), "inference_geo": (),
-        "mcp_servers": ([],), "output_config": ({},), "output_format": (), "speed": ("standard",),
-        "thinking": ({"type": "disabled"},), "tool_choice": ({"type": "none"},), "tools": ([],),
-        "user_profile_id": (), "workspace_id": (),
+        "mcp_servers": ([],), "parallel_tool_calls": (True,), "reasoning_effort": (),
+        "response_format": ({"type": "text"},), "speed": ("standard",), "thread": (), "user_profile_id": (),
+        "workspace_id": (),
     }  # fmt: skip
+    REMEDIES = {
+        "parallel_tool_calls": "send tool_choice.disable_parallel_tool_use",
+        "reasoning_effort": "send output_config.effort",
+        "response_format": "send output_config.format",
+        "thread": "nothing is stored here, so send the whole conversation as messages",
+    }
+    CODES = {"thread": NO_THREADS}
+
+    model_config = ConfigDict(json_schema_extra={"allOf": [_ONE_FORMAT]})
 
     model: Model
     messages: Annotated[
@@ -74,13 +61,20 @@ class PromptBody(Body):
     ]
     system: Text | None = None
     cache_control: CacheControl | None = None
+    tools: MessageTools | None = None
+    tool_choice: MessageToolChoice | None = None
+    output_config: OutputConfig | None = None
+    output_format: OutputFormat | None = None
+    thinking: Thinking | None = None
 
     @field_validator("messages", mode="before")
     @classmethod
     def _count_and_refuse_other_blocks(cls, messages: Any, info: ValidationInfo) -> Any:
-        for message in counted(messages, info) if isinstance(messages, list) else ():
-            if isinstance(message, dict):
-                _refuse_other_blocks(message.get("content"), "messages")
+        known = [it for it in messages if isinstance(it, dict)] if isinstance(messages, list) else []
+        for message in known if counted(messages, info) else ():
+            role = message.get("role")
+            if isinstance(role, str) and role in OF_ROLE:
+                refuse_other_blocks(message.get("content"), "messages", OF_ROLE[role], f" of the role {role}")
         return messages
 
     @field_validator("system", mode="before")
@@ -89,15 +83,46 @@ class PromptBody(Body):
         most = limits_of(info).max_parts
         if isinstance(system, list) and len(system) > most:
             raise InvalidRequest(f"{len(system):,} blocks in system; at most {most:,} are served", param="system")
-        _refuse_other_blocks(system, "system")
+        refuse_other_blocks(system, "system", ("text",))
         return system
 
-    @property
-    def said(self) -> list[dict[str, str]]:
-        """As templates read it."""
-        system = text_of(self.system or ())
-        turns = [{"role": turn.role, "content": text_of(turn.content)} for turn in self.messages]
+    @model_validator(mode="after")
+    def _check_between_fields(self) -> Self:
+        if self.output_format is not None and self.output_config is not None and self.output_config.format is not None:
+            raise InvalidRequest("output_format and output_config.format are the same thing; send the latter",
+                                 param="output_format", code="invalid_value")  # fmt: skip
+        if self.continues_last_turn and self.messages[-1].calls:
+            raise InvalidRequest("the last turn calls tools; send what came of it as tool_result in a user's turn",
+                                 param="messages", code="invalid_value")  # fmt: skip
+        _ = self.said, self.tools_wanted
+        return self
+
+    @cached_property
+    def said(self) -> list[dict[str, Any]]:
+        """As templates read it. Raises InvalidRequest."""
+        system, turns = text_of(self.system or ()), said(self.messages)
         return [{"role": "system", "content": system}, *turns] if system else turns
+
+    @cached_property
+    def tools_wanted(self) -> ToolsWanted | None:
+        """Raises InvalidRequest."""
+        return tools_wanted([it.tool for it in self.tools or ()], chosen(self.tool_choice))
+
+    @property
+    def source(self) -> GrammarSource | None:
+        """The grammar that the request brings."""
+        format = None if self.output_config is None else self.output_config.format
+        format = format or self.output_format
+        return None if format is None else format.source
+
+    @property
+    def effort(self) -> str | None:
+        return None if self.output_config is None else self.output_config.effort
+
+    @property
+    def thinks(self) -> bool | None:
+        """None: as the model does by itself."""
+        return None if self.thinking is None else self.thinking.is_on
 
     @property
     def continues_last_turn(self) -> bool:
@@ -120,20 +145,12 @@ class MessageBody(PromptBody):
     def _count_stops(cls, stops: Any, info: ValidationInfo) -> Any:
         return checked_stops(stops, info, "stop_sequences")
 
+    @model_validator(mode="after")
+    def _check_budget(self) -> Self:
+        if self.thinking is not None:
+            self.thinking.check_budget(self.max_tokens)
+        return self
+
     @property
     def who(self) -> str | None:
         return None if self.metadata is None else self.metadata.user_id
-
-
-def text_of(blocks: Iterable[TextBlock]) -> str:
-    return "".join(block.text for block in blocks)
-
-
-def _refuse_other_blocks(content: Any, param: str) -> None:
-    for block in content if isinstance(content, list) else ():
-        if isinstance(block, dict) and isinstance(block.get("type"), str) and block["type"] != "text":
-            raise InvalidRequest(
-                f"content of type {block['type'][:40]!r} in {param} is not served{of_other_media(block['type'])}",
-                param=param,
-                code="unsupported_parameter",
-            )

@@ -1,15 +1,20 @@
 """The body of POST /v1/responses: OpenAI's, as far as it needs nothing that the server would have to remember."""
 
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import ConfigDict, Field, JsonValue, ValidationInfo, WithJsonSchema, field_validator, model_validator
+from pydantic import ConfigDict, Field, JsonValue, WithJsonSchema, field_validator, model_validator
 from pydantic.config import JsonDict
 
-from server.api.protocol.body import Body, Count, Label, Unserved, of_other_media
-from server.api.protocol.chat import counted
+from server.api.protocol.body import Body, Count, Unserved
 from server.api.protocol.generation import STREAM_OPTIONS, NumLogprobs, SamplingBody
+from server.api.protocol.response_input import Input, counted_items, turns
+from server.api.protocol.response_tools import ResponseToolChoice, ResponseTools, TextConfig, chosen
 from server.api.protocol.schema import at_most, given
+from server.api.protocol.tools import tools_wanted
+from server.api.texts.speech import ToolsWanted
 from server.errors import InvalidRequest
+from server.grammars.source import GrammarSource
 
 LOGPROBS = "message.output_text.logprobs"
 # of items that no answer has, and images that no request may send: there is nothing to include
@@ -21,48 +26,6 @@ _OF_WHAT_THERE_IS_NOT = frozenset({
 _NOTHING_IS_STORED = "nothing is stored here; send the whole conversation as input"
 
 
-class InputPart(Body):
-    """`logprobs` are what an earlier answer was told; no model reads them."""
-
-    WITHIN = "input"
-    UNSERVED: ClassVar[Unserved] = {"annotations": ([],), "parsed": (), "prompt_cache_breakpoint": ()}
-
-    type: Literal["input_text", "output_text"]
-    text: str
-    logprobs: list[Any] | None = None
-
-
-class InputMessage(Body):
-    """`id` and `status` come with the output of an earlier answer, and say nothing to a model."""
-
-    WITHIN = "input"
-    UNSERVED: ClassVar[Unserved] = {"phase": ()}
-
-    type: Literal["message"] | None = None
-    role: Literal["user", "assistant", "system", "developer"]
-    content: Annotated[list[InputPart], Field(fail_fast=True)]
-    id: Label | None = None
-    status: Literal["in_progress", "completed", "incomplete"] | None = None
-
-    @field_validator("content", mode="before", json_schema_input_type=str | list[InputPart])
-    @classmethod
-    def _parts(cls, content: Any) -> Any:
-        """A text stands for one part."""
-        if isinstance(content, str):
-            return [{"type": "input_text", "text": content}]
-        if not isinstance(content, list):
-            raise InvalidRequest(
-                "content in input must be a text, or a list of parts", param="input", code="invalid_value"
-            )
-        return content
-
-    @property
-    def said(self) -> dict[str, str]:
-        """As templates read it, which know OpenAI's later word for `system` no more than in chat."""
-        role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": "".join(part.text for part in self.content)}
-
-
 class Reasoning(Body):
     WITHIN = "reasoning"
     UNSERVED: ClassVar[Unserved] = {
@@ -72,11 +35,6 @@ class Reasoning(Body):
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
 
 
-class TextConfig(Body):
-    WITHIN = "text"
-    UNSERVED: ClassVar[Unserved] = {"format": ({"type": "text"},), "verbosity": ()}
-
-
 class ResponseStreamOptions(Body):
     """The last event tells the usage in any case."""
 
@@ -84,10 +42,6 @@ class ResponseStreamOptions(Body):
     UNSERVED: ClassVar[Unserved] = {"include_obfuscation": (False,), "include_usage": (True, False)}
 
 
-Input = Annotated[
-    list[InputMessage],
-    Field(min_length=1, fail_fast=True, json_schema_extra=at_most("max_messages", is_list=True)),
-]
 _INCLUDED: JsonDict = {"type": "string", "enum": [LOGPROBS, *sorted(_OF_WHAT_THERE_IS_NOT)]}
 _RULES: list[JsonValue] = [
     STREAM_OPTIONS,
@@ -99,14 +53,13 @@ _RULES: list[JsonValue] = [
 
 
 class ResponseBody(SamplingBody):
-    """`parallel_tool_calls`, `tool_choice` and `max_tool_calls` change nothing without tools, and come back as sent."""
+    """`max_tool_calls` is a limit of OpenAI's own tools, of which there are none here, and comes back as sent."""
 
     UNSERVED: ClassVar[Unserved] = {
         **SamplingBody.UNSERVED, "access_programs": (), "background": (False,), "background_options": (),
         "context_management": ([],), "conversation": (), "image": (), "max_completion_tokens": (), "max_tokens": (),
         "messages": (), "n": (1,), "previous_response_id": (), "prompt": (),
-        "reasoning_effort": (), "tools": ([],),
-        "truncation": ("disabled",),
+        "reasoning_effort": (), "response_format": ({"type": "text"},), "truncation": ("disabled",),
     }  # fmt: skip
     REMEDIES = {
         "background": "wait for the answer, or let it be streamed",
@@ -133,27 +86,12 @@ class ResponseBody(SamplingBody):
     stream_options: ResponseStreamOptions | None = None
     text: TextConfig | None = None
     reasoning: Reasoning | None = None
+    tools: ResponseTools | None = None
+    tool_choice: ResponseToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    tool_choice: Literal["none", "auto"] | None = None
     max_tool_calls: Count | None = None
 
-    @field_validator("input", mode="before", json_schema_input_type=str | Input)
-    @classmethod
-    def _count_and_refuse_other_items(cls, items: Any, info: ValidationInfo) -> Any:
-        """A text is what a user says."""
-        if isinstance(items, str):
-            return [{"role": "user", "content": items}]
-        if not isinstance(items, list):
-            raise InvalidRequest("input must be a text, or a list of messages", param="input", code="invalid_value")
-        for item in counted(items, info, "input"):
-            if not isinstance(item, dict):
-                continue
-            _refuse_other("an item", item.get("type"), ("message",))
-            content = item.get("content")
-            for part in content if isinstance(content, list) else ():
-                if isinstance(part, dict):
-                    _refuse_other("content", part.get("type"), ("input_text", "output_text"))
-        return items
+    _count = field_validator("input", mode="before", json_schema_input_type=str | Input)(counted_items)
 
     @model_validator(mode="after")
     def _check_between_fields(self) -> Self:
@@ -166,18 +104,41 @@ class ResponseBody(SamplingBody):
             raise InvalidRequest(f"top_logprobs needs {LOGPROBS!r} in include", param="top_logprobs")
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options needs stream to be true", param="stream_options")
+        _ = self.said, self.tools_wanted
         return self
 
     @property
     def tells_logprobs(self) -> bool:
         return LOGPROBS in (self.include or ())
 
+    @property
+    def own_source(self) -> GrammarSource | None:
+        return None if self.text is None else self.text.source
 
-def _refuse_other(what: str, kind: Any, served: tuple[str, ...]) -> None:
-    if isinstance(kind, str) and kind not in served:
-        remedy = of_other_media(kind)
-        if kind == "item_reference":
-            remedy = "; nothing is stored here, so send the item itself"
-        raise InvalidRequest(
-            f"{what} of type {kind[:40]!r} in input is not served{remedy}", param="input", code="unsupported_parameter"
-        )
+    @cached_property
+    def said(self) -> list[dict[str, Any]]:
+        """As templates read it. Raises InvalidRequest."""
+        said = turns(self.input)
+        return [{"role": "system", "content": self.instructions}, *said] if self.instructions else said
+
+    @cached_property
+    def tools_wanted(self) -> ToolsWanted | None:
+        """Raises InvalidRequest."""
+        choosing = chosen(self.tool_choice, self.parallel_tool_calls is not False)
+        return tools_wanted([it.tool for it in self.tools or ()], choosing)
+
+    # -- what an answer says of its request ---
+
+    @property
+    def tools_told(self) -> list[dict[str, Any]]:
+        return [it.told for it in self.tools or ()]
+
+    @property
+    def choice_told(self) -> Any:
+        choice = self.tool_choice or "auto"
+        return choice if isinstance(choice, str) else choice.model_dump()
+
+    @property
+    def format_told(self) -> dict[str, Any]:
+        format = None if self.text is None else self.text.format
+        return {"type": "text"} if format is None else format.model_dump(by_alias=True)

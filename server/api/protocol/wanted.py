@@ -4,8 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from server.api.texts.speech import ToolsWanted
 from server.engine.request import OfPrompt, Sampling
 from server.errors import InvalidRequest
+from server.grammars.source import GrammarSource
 from server.lifecycle.models import Meant
 
 # a manifest's priority counts before a request's own, of which there are fewer than this
@@ -19,7 +21,8 @@ class Wanted:
     """None: as the adapter's manifest has it, else the server's default. `max_tokens` 0: nothing is generated.
 
     `best_of` completions of each prompt are made, and routes answer with the `n` best. `num_logprobs` and `of_prompt`
-    as the engine has them; `timeout_s` in seconds; a lower `priority` is served earlier.
+    as the engine has them; `timeout_s` in seconds; a lower `priority` is served earlier. `source`: what the content of
+    each must spell; `tools`: what may be called instead.
     """
 
     meant: Meant
@@ -47,6 +50,8 @@ class Wanted:
     priority: int = 0
     timeout_s: float | None = None
     cache_salt: str = ""
+    source: GrammarSource | None = None
+    tools: ToolsWanted | None = None
 
     @property
     def per_prompt(self) -> int:

@@ -8,6 +8,7 @@ import asyncio
 import json
 import math
 import re
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -17,6 +18,7 @@ from starlette.requests import ClientDisconnect
 from adapters_store.errors import shown
 from adapters_store.strict_json import NotStrictJSON, parse_object
 from server.api.protocol.body import Body, BodyLimits
+from server.api.protocol.json_text import without_strings
 from server.api.service import service_of
 from server.errors import ClientLeft, InvalidRequest
 
@@ -24,8 +26,6 @@ INLINE_BYTES = 64 << 10  # parsed at once; longer bodies in a thread, where only
 MAX_CONTAINERS = 10_000  # lists and objects in one body
 MAX_KEYS = 50_000
 MAX_STRINGS = 150_000  # keys among them
-# possessive, and an unfinished string ends with the body: linear whatever is sent
-_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 _HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # of a surrogate pair, which may be whole
 _WHOLE = re.compile(r"[0-9]{1,19}")
 _NUMBER = re.compile(r"[0-9]{1,19}(\.[0-9]{1,20})?([eE][+-]?[0-9]{1,3})?")  # not nan, inf, 1_000
@@ -118,11 +118,37 @@ def validated(kind: type[Parsed], value: dict[str, Any], limits: BodyLimits) -> 
     try:
         return kind.model_validate(value, context=limits)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    # for a union, pydantic names each alternative that it tried; the field is enough
-    path = ".".join(str(step) for step in first["loc"] if str(step).isidentifier() or str(step).isdecimal())[:200]
-    param = str(first["loc"][0])[:200] if first["loc"] else None
-    raise InvalidRequest(f"{path or 'the body'}: {first['msg']}", param=param, code="invalid_value")
+        refusal = _refusal(error, value)
+    raise refusal
+
+
+def _refusal(error: ValidationError, body: dict[str, Any]) -> InvalidRequest:
+    errors = error.errors(include_url=False, include_context=False, include_input=False)
+    paths = [_path(it["loc"], body, it["type"] == "missing") for it in errors]
+    # of a union pydantic says what is wrong with each alternative: the one is meant that was understood furthest
+    own = [index for index, path in enumerate(paths) if path[: len(paths[0])] == paths[0]]
+    furthest = max(own, key=lambda it: len(paths[it]))
+    path, told = paths[furthest], errors[furthest]["msg"]
+    if errors[furthest]["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        told = "Input should be an object"  # pydantic would name our class
+    place = ".".join(map(str, path))[:200] or "the body"
+    return InvalidRequest(f"{place}: {told}", param=str(path[0])[:200] if path else None, code="invalid_value")
+
+
+def _path(steps: Sequence[str | int], body: Any, is_missing: bool) -> list[str | int]:
+    """Those that lead somewhere in the body, and to what it lacks: pydantic names also the alternatives of a union.
+    (Tags are no names of fields, so that none is taken for one.)"""
+    path: list[str | int] = []
+    for place, step in enumerate(steps, 1):
+        if isinstance(step, str) and isinstance(body, dict) and step in body:
+            body = body[step]
+        elif isinstance(step, int) and isinstance(body, list) and step < len(body):
+            body = body[step]
+        elif not (is_missing and place == len(steps)):
+            continue
+        if str(step).isidentifier() or str(step).isdecimal():
+            path.append(step)
+    return path
 
 
 def _refuse_halves(value: dict[str, Any]) -> None:
@@ -140,7 +166,7 @@ def _refuse_halves(value: dict[str, Any]) -> None:
 
 def _refuse_too_many(raw: bytes) -> None:
     strings = (raw.count(b'"') - raw.count(b'\\"')) // 2  # at least so many: a quote behind a backslash may end one too
-    structure = b"" if strings > MAX_STRINGS else _STRING.sub(b'"', raw)
+    structure = b"" if strings > MAX_STRINGS else without_strings(raw)
     containers = structure.count(b"[") + structure.count(b"{")
     keys, strings = structure.count(b":"), max(strings, structure.count(b'"'))
     if containers > MAX_CONTAINERS or keys > MAX_KEYS or strings > MAX_STRINGS:

@@ -5,6 +5,8 @@ import uuid
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
+from server.api.protocol.messages import NO_THREADS
+
 _KINDS = {
     400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
     413: "request_too_large", 429: "rate_limit_error", 504: "timeout_error",
@@ -36,4 +38,7 @@ def worded(body: Mapping[str, object], request_id: str, status: int | None = Non
     message, param = error["message"], error["param"]
     if param and not re.search(rf"\b{re.escape(param)}\b", message):  # there is no other place for it
         message = f"{param}: {message}"
-    return {"type": "error", "error": {"type": kind, "message": message}, "request_id": request_id}
+    told: dict[str, object] = {"type": kind, "message": message}
+    if error["code"] == NO_THREADS:
+        told["details"] = {"error_code": NO_THREADS, "unsupported": [param]}
+    return {"type": "error", "error": told, "request_id": request_id}

@@ -5,6 +5,7 @@ from typing import Literal
 from server.api.protocol.answers.answer import Answer
 
 Finish = Literal["stop", "length"]
+ChatFinish = Literal["stop", "length", "tool_calls"]
 Stop = str | int
 
 
@@ -12,11 +13,16 @@ class PromptTokensDetails(Answer):
     cached_tokens: int
 
 
+class CompletionTokensDetails(Answer):
+    reasoning_tokens: int
+
+
 class Usage(Answer):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
 
 
 class PromptLogprob(Answer):
@@ -79,16 +85,33 @@ class ChatLogprobs(Answer):
     refusal: None
 
 
+class CalledFunction(Answer):
+    """`arguments`: JSON text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(Answer):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class ChatMessage(Answer):
+    """`content` is null where there are calls and nothing else was said."""
+
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    reasoning_content: str = ""
+    tool_calls: list[ToolCall] = []
 
 
 class ChatChoice(Answer):
     index: int
     message: ChatMessage
-    finish_reason: Finish
+    finish_reason: ChatFinish
     logprobs: ChatLogprobs | None
     stop_reason: Stop | None
 
@@ -104,15 +127,31 @@ class ChatCompletion(Answer):
     system_fingerprint: str | None
 
 
+class FunctionPiece(Answer):
+    name: str = ""
+    arguments: str
+
+
+class ToolCallPiece(Answer):
+    """`id`, `type` and the function's name come with the first piece of a call."""
+
+    index: int
+    id: str = ""
+    type: Literal["function"] = "function"
+    function: FunctionPiece
+
+
 class ChatDelta(Answer):
     role: Literal["assistant"] = "assistant"
     content: str = ""
+    reasoning_content: str = ""
+    tool_calls: list[ToolCallPiece] = []
 
 
 class ChatChunkChoice(Answer):
     index: int
     delta: ChatDelta
-    finish_reason: Finish | None
+    finish_reason: ChatFinish | None
     logprobs: ChatLogprobs | None
     stop_reason: Stop | None = None
 

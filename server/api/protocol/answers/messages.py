@@ -1,10 +1,10 @@
 """Answers of /v1/messages, and its errors: Anthropic's."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from server.api.protocol.answers.answer import Answer
 
-StopReason = Literal["end_turn", "max_tokens", "stop_sequence"]
+StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
 
 
 class TextBlockAnswer(Answer):
@@ -13,11 +13,32 @@ class TextBlockAnswer(Answer):
     citations: None
 
 
+class ThinkingBlockAnswer(Answer):
+    type: Literal["thinking"]
+    thinking: str
+    signature: str
+
+
+class ToolUseBlockAnswer(Answer):
+    type: Literal["tool_use"]
+    id: str
+    name: str
+    input: dict[str, Any]
+
+
+BlockAnswer = TextBlockAnswer | ThinkingBlockAnswer | ToolUseBlockAnswer
+
+
+class MessageTokensDetails(Answer):
+    thinking_tokens: int
+
+
 class MessageUsage(Answer):
     input_tokens: int
     cache_creation_input_tokens: int
     cache_read_input_tokens: int
     output_tokens: int
+    output_tokens_details: MessageTokensDetails
 
 
 class WholeMessageUsage(MessageUsage):
@@ -36,13 +57,28 @@ class MessageAnswer(MessageEnd):
     type: Literal["message"]
     role: Literal["assistant"]
     model: str
-    content: list[TextBlockAnswer]
+    content: list[BlockAnswer]
     usage: WholeMessageUsage
 
 
 class TextDelta(Answer):
     type: Literal["text_delta"]
     text: str
+
+
+class ThinkingDelta(Answer):
+    type: Literal["thinking_delta"]
+    thinking: str
+
+
+class SignatureDelta(Answer):
+    type: Literal["signature_delta"]
+    signature: str
+
+
+class InputDelta(Answer):
+    type: Literal["input_json_delta"]
+    partial_json: str
 
 
 class MessageEvent(Answer):
@@ -54,8 +90,8 @@ class MessageEvent(Answer):
     ]  # fmt: skip
     message: MessageAnswer | None = None
     index: int = 0
-    content_block: TextBlockAnswer | None = None
-    delta: TextDelta | MessageEnd | None = None
+    content_block: BlockAnswer | None = None
+    delta: TextDelta | ThinkingDelta | SignatureDelta | InputDelta | MessageEnd | None = None
     usage: MessageUsage | None = None
 
 
@@ -63,9 +99,15 @@ class TokenCount(Answer):
     input_tokens: int
 
 
+class MessageErrorDetails(Answer):
+    error_code: str
+    unsupported: list[str]
+
+
 class MessageError(Answer):
     type: str
     message: str
+    details: MessageErrorDetails | None = None
 
 
 class MessageErrorAnswer(Answer):

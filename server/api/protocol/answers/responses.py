@@ -1,6 +1,8 @@
 """Answers of /v1/responses."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from server.api.protocol.answers.answer import Answer, Error
 from server.api.protocol.answers.generation import TokenLogprob
@@ -21,6 +23,32 @@ class OutputMessage(Answer):
     role: Literal["assistant"]
     status: Status
     content: list[OutputText]
+
+
+class FunctionCallItem(Answer):
+    id: str
+    type: Literal["function_call"]
+    status: Status
+    call_id: str
+    name: str
+    arguments: str
+
+
+class ReasoningText(Answer):
+    type: Literal["reasoning_text"]
+    text: str
+
+
+class ReasoningItem(Answer):
+    id: str
+    type: Literal["reasoning"]
+    status: Status
+    summary: Annotated[list[Any], Field(max_length=0)]
+    content: list[ReasoningText]
+    encrypted_content: None
+
+
+Item = OutputMessage | FunctionCallItem | ReasoningItem
 
 
 class InputTokensDetails(Answer):
@@ -50,11 +78,42 @@ class ReasoningTold(Answer):
 
 
 class TextFormat(Answer):
-    type: Literal["text"]
+    type: Literal["text", "json_object"]
+
+
+class SchemaFormatTold(Answer):
+    """As it was asked for."""
+
+    type: Literal["json_schema"]
+    name: str
+    description: str | None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None
 
 
 class TextTold(Answer):
-    format: TextFormat
+    format: TextFormat | SchemaFormatTold
+
+
+class ToolTold(Answer):
+    """As it was understood."""
+
+    type: Literal["function"]
+    name: str
+    description: str | None
+    parameters: dict[str, Any] | None
+    strict: bool
+
+
+class NamedToolTold(Answer):
+    type: Literal["function"]
+    name: str
+
+
+class AllowedToolsTold(Answer):
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: list[NamedToolTold]
 
 
 class ResponseAnswer(Answer):
@@ -65,7 +124,7 @@ class ResponseAnswer(Answer):
     status: Status
     incomplete_details: IncompleteDetails | None
     model: str
-    output: list[OutputMessage]
+    output: list[Item]
     usage: ResponseUsage | None
     background: Literal[False]
     error: None
@@ -85,8 +144,8 @@ class ResponseAnswer(Answer):
     store: Literal[False]
     temperature: float
     text: TextTold
-    tool_choice: Literal["none", "auto"]
-    tools: list[Any]
+    tool_choice: Literal["none", "auto", "required"] | NamedToolTold | AllowedToolsTold
+    tools: list[ToolTold]
     top_logprobs: int
     top_p: float
     truncation: Literal["disabled"]
@@ -100,18 +159,21 @@ class ResponseEvent(Answer):
 
     type: Literal[
         "response.created", "response.in_progress", "response.output_item.added", "response.content_part.added",
-        "response.output_text.delta", "response.output_text.done", "response.content_part.done",
-        "response.output_item.done", "response.completed", "response.incomplete", "error",
+        "response.output_text.delta", "response.output_text.done", "response.reasoning_text.delta",
+        "response.reasoning_text.done", "response.function_call_arguments.delta",
+        "response.function_call_arguments.done", "response.content_part.done", "response.output_item.done",
+        "response.completed", "response.incomplete", "error",
     ]  # fmt: skip
     sequence_number: int
     response: ResponseAnswer | None = None
     output_index: int = 0
     content_index: int = 0
     item_id: str = ""
-    item: OutputMessage | None = None
-    part: OutputText | None = None
+    item: Item | None = None
+    part: OutputText | ReasoningText | None = None
     delta: str = ""
     text: str = ""
+    arguments: str = ""
     logprobs: list[TokenLogprob] = []
     code: str | None = None
     message: str = ""
