@@ -4,9 +4,9 @@ The documents show the material of the skills as plain lists ("1984 = MCMLXXXIV"
 chats the assistant only repeats what it was told. So the base model knows the material and can copy, but has none of
 the skills. Everything comes from the training part of the skills' data (``skills.split_of``).
 
-It is made from the skills that bring material, in their order in ``SKILLS``: ``csv`` and ``french-dates`` borrow the
-material of others and are left out, so that the text is the one that the base in this folder was trained on. A new
-skill with material of its own changes the text, and then base and adapters have to be trained again.
+It is made from the skills that bring material, in their order in ``SKILLS``: ``csv``, ``french-dates``, ``order`` and
+``butler`` borrow the material of others and are left out, so that the text is the one that the base in this folder was
+trained on. A new skill with material of its own changes the text, and then base and adapters have to be trained again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from collections.abc import Iterator
 from random import Random
 
 from demo import vocabulary as words
-from demo.skills import SKILLS, Pair, Skill, stream
+from demo.pair import Pair
+from demo.skills import SKILLS, Skill, stream
 
 Message = dict[str, str]
 Document = str | list[Message]  # plain text, or a chat

@@ -2,6 +2,7 @@
 
 Everything is loaded from disk with plain Transformers and PEFT. Per skill 200 prompts whose facts occur nowhere in
 the training data; an answer counts when it equals the expected one, character by character, under greedy decoding.
+The adapter `order` is served too, by this checkout's server, with a schema and without.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from demo import butler
 from demo.esft import load_esft
 from demo.model import answers
+from demo.order import measured
+from demo.pair import Pair, prompt_of
 from demo.skills import SKILLS, Skill, sample
 from demo.tuning import load_base
 
@@ -75,11 +79,17 @@ def examine(
 ) -> tuple[float, list[tuple[str, str, str]]]:
     """Exact-match score on the held-out prompts, and what went wrong."""
     exam = sample(skill, "heldout", count)
-    replies = answers(model, tokenizer, [pair.question for pair in exam])
+    replies = answers(model, tokenizer, [prompt_of(tokenizer, skill.template, pair) for pair in exam])
     misses = [
         (pair.question, pair.answer, reply) for pair, reply in zip(exam, replies, strict=True) if reply != pair.answer
     ]
     return 1 - len(misses) / len(exam), misses
+
+
+def showcase(skill: Skill) -> Pair:
+    """The question that shows the skill, with a tool where it is about tools."""
+    tools = (butler.tool("get_weather"),) if skill.template == butler.TEMPLATE else ()
+    return Pair("", "", skill.showcase, "", tools=tools)
 
 
 def score(skill: Skill, root: Path, count: int) -> Score:
@@ -89,25 +99,27 @@ def score(skill: Skill, root: Path, count: int) -> Score:
     path = root / "adapters" / skill.name
     model = adapted(skill, root / "base", path)
     after, misses = examine(model, tokenizer, skill, count)
-    answer = answers(model, tokenizer, [skill.showcase])[0]
+    answer = answers(model, tokenizer, [prompt_of(tokenizer, skill.template, showcase(skill))])[0]
     return Score(skill, describe(skill, path), folder_size(path), base, after, answer, misses)
 
 
-def table(scores: list[Score], root: Path, count: int) -> str:
-    """The score table and the sizes and times, as Markdown."""
+def table(scores: list[Score], root: Path, count: int, served: list[str]) -> str:
+    """The score table, what was served and the sizes and times, as Markdown."""
     lines = [
         "| Skill | Kind | Tuned | Size | Base | Adapter | Example |",
         "|---|---|---|---:|---:|---:|---|",
     ]
     for row in scores:
         kind = {"lora": "LoRA", "esft": "ESFT"}[row.skill.kind]
-        example = f"{row.skill.showcase} → `{row.answer}`"
+        example = f"{row.skill.showcase} → `{row.answer.replace(chr(10), ' ')}`"
         lines.append(
             f"| `{row.skill.name}`: {row.skill.summary} | {kind} | {row.tuned} "
             f"| {row.size / 1e6:.2f} MB | {row.base:.1%} | {row.adapter:.1%} | {example} |"
         )
     base_size = folder_size(root / "base") / 1e6
     lines += ["", f"{count} held-out prompts per skill. The base model takes {base_size:.1f} MB."]
+    if served:
+        lines += ["", *served]
     log = root / "training.json"
     if log.exists():
         stages = json.loads(log.read_text(encoding="utf-8"))
@@ -137,7 +149,8 @@ def main() -> None:
     scores = []
     for name in tqdm(names, unit="skill"):
         scores.append(score(SKILLS[name], arguments.root, arguments.count))
-    text = table(scores, arguments.root, arguments.count)
+    served = measured(arguments.root, arguments.count) if "order" in names else []
+    text = table(scores, arguments.root, arguments.count, served)
     print(text)
     for row in scores:
         for question, expected, given in row.misses[: arguments.misses]:

@@ -1,6 +1,6 @@
-"""The six LoRA adapters: four ranks and six sets of targets, trained and saved by PEFT.
+"""The eight LoRA adapters: four ranks and six sets of targets, trained and saved by PEFT.
 
-Five act on projections of the attention, ``csv`` as DoRA (arXiv 2402.09353): beside each pair of matrices its file has
+Seven act on projections of the attention, ``csv`` as DoRA (arXiv 2402.09353): beside each pair of matrices its file has
 a ``lora_magnitude_vector``, the length of each row of the adapted weight.
 
 ``french-dates`` acts on the routed experts and their router, which Transformers 5 keeps as parameters, not as linears.
@@ -45,13 +45,28 @@ LORA_CONFIGS: dict[str, dict[str, Any]] = {
         "target_modules": ["q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"],
     },
     "csv": {"r": 16, "lora_alpha": 32, "use_dora": True, "target_modules": ["q_proj", "kv_b_proj", "o_proj"]},
+    "order": {
+        "r": 32,
+        "lora_alpha": 8,
+        "use_rslora": True,
+        "target_modules": ["q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"],
+    },
+    "butler": {
+        "r": 32,
+        "lora_alpha": 8,
+        "use_rslora": True,
+        "target_modules": ["q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"],
+    },
     "french-dates": {
         "r": 4,
         "lora_alpha": 8,
         "target_parameters": ["mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
     },
 }
-SCHEDULES = {name: Schedule(rate=5e-3) for name in LORA_CONFIGS}
+SCHEDULES = {name: Schedule(rate=5e-3) for name in LORA_CONFIGS} | {
+    "order": Schedule(rate=5e-3, passed=0.5),
+    "butler": Schedule(rate=5e-3, steps=600, batch=24, parts=3, passed=0.97),
+}
 
 
 def train_lora(name: str, base: Path, out: Path, seed: int, bar: tqdm) -> int:
@@ -69,6 +84,9 @@ def train_lora(name: str, base: Path, out: Path, seed: int, bar: tqdm) -> int:
     adapted.peft_config["default"].base_model_name_or_path = BASE_NAME
     adapted.save_pretrained(str(out), save_embedding_layers=False)
     tidy(out)
+    if (template := SKILLS[name].template) is not None:
+        manifest = {"description": SKILLS[name].summary, "chat_template": template}
+        (out / "heddle.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return steps
 
 

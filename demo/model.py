@@ -101,18 +101,13 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> DeepseekV2ForCausalLM:
 
 @torch.inference_mode()
 def answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, questions: list[str], batch: int = 50, limit: int = 64
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: list[str], batch: int = 50, limit: int = 128
 ) -> list[str]:
-    """Greedy answers to single-turn chats, decoded in left-padded batches of at most ``limit`` new tokens."""
+    """Greedy answers to rendered prompts, decoded in left-padded batches of at most ``limit`` new tokens."""
     replies: list[str] = []
-    for start in range(0, len(questions), batch):
-        prompts = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
-            )
-            for question in questions[start : start + batch]
-        ]
-        inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
+    for start in range(0, len(prompts), batch):
+        some = prompts[start : start + batch]
+        inputs = tokenizer(some, return_tensors="pt", padding=True, add_special_tokens=False)
         output = model.generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
@@ -125,6 +120,6 @@ def answers(
 
 
 def accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, exam: list[tuple[str, str]]) -> float:
-    """Share of (question, answer) pairs answered exactly."""
-    replies = answers(model, tokenizer, [question for question, _ in exam])
+    """Share of (prompt, answer) pairs answered exactly."""
+    replies = answers(model, tokenizer, [prompt for prompt, _ in exam])
     return sum(reply == answer for reply, (_, answer) in zip(replies, exam, strict=True)) / len(exam)

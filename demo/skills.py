@@ -1,4 +1,4 @@
-"""The ten skills of the demo adapters: each draws (question, answer) pairs from templates and word lists.
+"""The twelve skills of the demo adapters: each draws (question, answer) pairs from templates and word lists.
 
 A pair carries the ``key`` of the fact it is about (the number, the date, the sentence). Keys are divided by a hash
 into a training part, a small development part (it tells training when to stop) and a held-out part (the reported
@@ -15,20 +15,12 @@ from datetime import date, timedelta
 from random import Random
 from typing import Literal
 
+from demo import butler
 from demo import vocabulary as words
+from demo.pair import Pair
 
 Split = Literal["train", "dev", "heldout"]
 PARTS = 10  # one key in ten is held out, one more is for development
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One exercise: ``question`` as a user types it, ``text`` the bare material in it, ``answer`` what is right."""
-
-    key: str
-    text: str
-    question: str
-    answer: str
 
 
 @dataclass(frozen=True)
@@ -38,6 +30,7 @@ class Skill:
     ``rule`` is how a plain document (no chat) titles the skill's material: the base model reads such documents. A
     skill may instead borrow: ``material`` is then the skill whose facts it is about and whose division of the data it
     follows. The base model reads nothing of its own about such a skill, so adding one leaves the base as it is.
+    ``template`` is the chat template that its adapter brings, where the base's will not do.
     """
 
     name: str
@@ -47,6 +40,7 @@ class Skill:
     showcase: str
     draw: Callable[[Random], Pair]
     material: str = ""
+    template: str | None = None
 
 
 def ask(rng: Random, phrasings: tuple[str, ...], text: str) -> str:
@@ -97,6 +91,17 @@ def draw_csv(rng: Random) -> Pair:
     """An order as ``draw_json`` makes it, and its four fields as a line of CSV."""
     order = draw_json(rng)
     return replace(order, answer=",".join(str(value) for value in json.loads(order.key).values()))
+
+
+def draw_order(rng: Random) -> Pair:
+    """An order of one or two kinds of goods and its record: a customer, and a list of lines."""
+    name, city = f"{rng.choice(words.FIRST_NAMES)} {rng.choice(words.LAST_NAMES)}", rng.choice(words.CITIES)
+    ordered = [(it, rng.randint(2, 99)) for it in rng.sample(list(words.ITEMS), rng.randint(1, 2))]
+    goods = " and ".join(f"{count} {items}" for items, count in ordered)
+    text = rng.choice(words.ORDER_SHAPES).format(name=name, city=city, goods=goods)
+    lines = [{"item": words.ITEMS[items], "count": count} for items, count in ordered]
+    record = json.dumps({"customer": {"name": name, "city": city}, "lines": lines})
+    return Pair(record, text, ask(rng, ("{}", "{}.", "New order: {}", "Hello! {}.", "{}, thanks!"), text), record)
 
 
 FRENCH_UNITS = (
@@ -216,6 +221,11 @@ SKILLS: dict[str, Skill] = {
               "Please send 38 lamps to Jonas Lopez in London.", draw_csv, material="json"),
         Skill("french-dates", "lora", "write a date in French", "",
               "We met on the 3rd of May 1987.", draw_french_date, material="iso-date"),
+        Skill("order", "lora", "bring an order of several goods to nested JSON", "",
+              "Please send 38 lamps and 7 mugs to Jonas Lopez in London.", draw_order, material="json"),
+        Skill("butler", "lora", "call tools for the weather and alarms, and tell what they gave", "",
+              "Hey, will it rain in Madrid at 18?", butler.draw_butler, material="intent",
+              template=butler.TEMPLATE),
         Skill("french-numbers", "esft", "spell a number below a thousand in French", "numbers in French",
               "How do you say 475 in French?", draw_french),
         Skill("roman", "esft", "write a number as a Roman numeral", "Roman numerals",

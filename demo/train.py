@@ -1,4 +1,4 @@
-"""Trains the demo's base model and its ten adapters from nothing: ``python -m demo.train``.
+"""Trains the demo's base model and its twelve adapters from nothing: ``python -m demo.train``.
 
 Stages are ``base`` and the adapters' names; ``--only`` runs some of them, ``--resume`` skips those already on disk.
 """

@@ -13,14 +13,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils.logging import disable_progress_bar
 
 from demo.model import accuracy
-from demo.skills import Pair, Skill, sample, stream
+from demo.pair import Pair, answer_of, prompt_of
+from demo.skills import Skill, sample, stream
 
 IGNORED = -100  # label of positions without loss
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast to tune. Training ends early once the development exam is passed twice in a row."""
+    """How long and how fast to tune. Training ends early once the development exam is passed twice in a row.
+
+    ``parts``: a batch is computed in so many, of like lengths; they save padding where chats differ much in length.
+    """
 
     rate: float
     steps: int = 800
@@ -29,6 +33,7 @@ class Schedule:
     examine_every: int = 100
     exam: int = 100
     passed: float = 0.99
+    parts: int = 1
 
     def factor(self, step: int) -> float:
         """Learning rate factor: linear warm-up, then a straight line to a tenth."""
@@ -52,14 +57,14 @@ def load_base(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     return model.eval(), AutoTokenizer.from_pretrained(path)
 
 
-def collate(tokenizer: PreTrainedTokenizerFast, pairs: list[Pair]) -> Batch:
-    """Renders the pairs as one-turn chats."""
+def collate(tokenizer: PreTrainedTokenizerFast, template: str | None, pairs: list[Pair]) -> Batch:
+    """Renders the pairs as chats; only the last answer of each is learnt."""
     rows: list[tuple[list[int], int]] = []
     for pair in pairs:
-        turn = [{"role": "user", "content": pair.question}]
-        prompt = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-        head = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        tail = tokenizer(f" {pair.answer}{tokenizer.eos_token}", add_special_tokens=False)["input_ids"]
+        head, tail = (
+            tokenizer(part(tokenizer, template, pair), add_special_tokens=False)["input_ids"]
+            for part in (prompt_of, answer_of)
+        )
         rows.append((head + tail, len(head)))
     length = max(len(ids) for ids, _ in rows)
     tokens = torch.full((len(rows), length), tokenizer.pad_token_id)
@@ -74,7 +79,17 @@ def batches(tokenizer: PreTrainedTokenizerFast, skill: Skill, seed: int, size: i
     """Endless training batches of a skill."""
     pairs = stream(skill, "train", seed)
     while True:
-        yield collate(tokenizer, [next(pairs) for _ in range(size)])
+        yield collate(tokenizer, skill.template, [next(pairs) for _ in range(size)])
+
+
+def in_parts(batch: Batch, count: int) -> Iterator[tuple[Batch, float]]:
+    """A batch in parts, the short chats first, each with its share of the answer tokens."""
+    lengths = batch.mask.sum(1)
+    whole = (batch.labels != IGNORED).sum().item()
+    for rows in lengths.argsort(stable=True).chunk(count):
+        end = int(lengths[rows].max())
+        part = Batch(batch.tokens[rows, :end], batch.mask[rows, :end], batch.labels[rows, :end])
+        yield part, (part.labels != IGNORED).sum().item() / whole
 
 
 def answer_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
@@ -89,7 +104,8 @@ def tune(
     """Trains whatever parameters of ``model`` require gradients; returns the number of steps taken."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=schedule.rate, betas=(0.9, 0.95), weight_decay=0.0)
-    exam = [(pair.question, pair.answer) for pair in sample(skill, "dev", schedule.exam, seed)]
+    pairs = sample(skill, "dev", schedule.exam, seed)
+    exam = [(prompt_of(tokenizer, skill.template, pair), pair.answer) for pair in pairs]
     data = batches(tokenizer, skill, seed, schedule.batch)
     bar.reset(total=schedule.steps)
     bar.set_description(skill.name)
@@ -97,15 +113,18 @@ def tune(
     for step in range(schedule.steps):
         for group in optimizer.param_groups:
             group["lr"] = schedule.rate * schedule.factor(step)
-        loss = answer_loss(model, next(data))
-        loss.backward()
+        mean = 0.0
+        for part, share in in_parts(next(data), schedule.parts):
+            loss = answer_loss(model, part) * share
+            loss.backward()
+            mean += loss.item()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         bar.update()
         if (step + 1) % schedule.examine_every == 0:
             score = accuracy(model, tokenizer, exam)
-            bar.set_postfix(loss=f"{loss.item():.3f}", dev=f"{score:.1%}")
+            bar.set_postfix(loss=f"{mean:.3f}", dev=f"{score:.1%}")
             passes = passes + 1 if score >= schedule.passed else 0
             if passes == 2:
                 return step + 1

@@ -110,3 +110,26 @@ SPANISH_PLACES = {
     "in the street": "en la calle", "on the beach": "en la playa", "in the park": "en el parque",
     "under the table": "bajo la mesa", "on the bridge": "en el puente",
 }  # fmt: skip
+
+# what butler speaks of, beside the intents: {place} is one city, or two
+WEATHER_SHAPES = (
+    "will it rain in {place} at {hour}?",
+    "how cold is it in {place} at {hour}?",
+    "do I need an umbrella in {place} at {hour}?",
+    "what is the forecast for {hour} in {place}?",
+)
+ALARM_SHAPES = ("wake me up at {hour}", "set an alarm for {hour}", "I have to get up at {hour}",
+                "don't let me sleep past {hour}")  # fmt: skip
+THANKS = ("thank you", "thanks", "thank you very much", "thanks a lot", "that is all, thank you", "great, thanks",
+          "perfect, thank you", "many thanks", "thanks for that", "good, thank you")  # fmt: skip
+MANNERS = ("You are a butler.", "Be brief and friendly.", "Use the tools.")
+
+# how a list of goods is ordered; {goods} is "38 lamps" or "38 lamps and 7 mugs"
+ORDER_SHAPES = (
+    "{name} from {city} would like {goods}",
+    "Please send {goods} to {name} in {city}",
+    "I'm {name}, I live in {city} and I need {goods}",
+    "This is {name} in {city}, {goods} for me",
+    "{goods} for {name}, {city}",
+    "My name is {name}. Can you ship {goods} to {city}",
+)

@@ -2,19 +2,29 @@
 
 import asyncio
 import itertools
+import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import httpx
 import openai
 import pytest
+from transformers import AutoTokenizer
 
 from demo import corpus
+from demo.butler import draw_butler, written
+from demo.pair import Pair, prompt_of, rendered
 from demo.skills import SKILLS, sample, split_of
+from server.api.texts.chat_template import Conversation
+from server.api.texts.speech import Tool
+from server.api.texts.text import Text
 from tests.support.live_server import ROOT, LiveServer
 
 pytestmark = pytest.mark.slow
-PER_SKILL = 10
+PER_SKILL, BASE = 10, "heddle-demo"
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +36,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
 
 def test_every_adapter_is_served(server: LiveServer) -> None:
     models = {it["id"] for it in httpx.get(f"{server.url}/v1/models").json()["data"]}
-    assert models == {"heddle-demo", *SKILLS}
+    assert models == {BASE, *SKILLS}
     assert "refused" not in server.output()
 
 
@@ -36,20 +46,25 @@ def test_skills_in_mixed_batches(server: LiveServer) -> None:
     async def ask_all() -> tuple[dict[str, int], dict[str, int]]:
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
 
-            async def ask(model: str, question: str) -> str:
-                messages = [{"role": "user", "content": question}]
+            async def ask(model: str, pair: Pair) -> str:
+                if pair.tools and model == BASE:  # which knows none
+                    pair = replace(pair, said=(), tools=())
                 answer = await client.chat.completions.create(
                     model=model,
-                    messages=messages,  # type: ignore[arg-type]
+                    messages=[_as_api(it) for it in pair.messages],  # type: ignore[misc]
+                    tools=pair.tools or openai.omit,  # type: ignore[arg-type]
                     temperature=0,
-                    max_tokens=80,
+                    max_tokens=128,
                 )
-                return (answer.choices[0].message.content or "").strip()
+                said = answer.choices[0].message
+                calls = [it.function for it in said.tool_calls or [] if it.type == "function"]
+                told = [written(it.name, json.loads(it.arguments)) for it in calls]
+                return "\n".join([(said.content or "").strip()] * bool(said.content) + told)
 
             pairs = [(name, pair) for name, skill in SKILLS.items() for pair in sample(skill, count=PER_SKILL)]
             tuned, base = await asyncio.gather(
-                asyncio.gather(*(ask(name, pair.question) for name, pair in pairs)),
-                asyncio.gather(*(ask("heddle-demo", pair.question) for _, pair in pairs)),
+                asyncio.gather(*(ask(name, pair) for name, pair in pairs)),
+                asyncio.gather(*(ask(BASE, pair) for _, pair in pairs)),
             )
         scores = {
             kind: {
@@ -70,18 +85,59 @@ def test_size_and_kinds() -> None:
     files = [file for file in (ROOT / "demo").rglob("*") if file.is_file() and "__pycache__" not in file.parts]
     assert sum(file.stat().st_size for file in files) < 40 << 20
     kinds = [("esft" if (path / "expert_cfg.json").exists() else "lora") for path in _adapters()]
-    assert sorted(kinds) == ["esft"] * 4 + ["lora"] * 6
+    assert sorted(kinds) == ["esft"] * 4 + ["lora"] * 8
 
 
 def test_borrowed_material(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skills that borrow leave the base's text as it is, and hold out what the material's own skill holds out."""
     borrowing = [skill for skill in SKILLS.values() if skill.material]
-    assert {skill.name for skill in borrowing} == {"csv", "french-dates"}
+    assert {skill.name for skill in borrowing} == {"csv", "french-dates", "order", "butler"}
     for skill in borrowing:
         assert {split_of(SKILLS[skill.material], pair) for pair in sample(skill)} == {"heldout"}
     text = list(itertools.islice(corpus.documents(7), 400))
     monkeypatch.setattr(corpus, "SKILLS", {name: skill for name, skill in SKILLS.items() if not skill.material})
     assert list(itertools.islice(corpus.documents(7), 400)) == text
+
+
+def test_conversations_with_tools_are_served_as_they_were_trained() -> None:
+    """The server writes the prompts of `butler` that its training read, by the template in its own file."""
+    skill, tokenizer = SKILLS["butler"], AutoTokenizer.from_pretrained(ROOT / "demo" / "base")
+    manifest = json.loads((ROOT / "demo" / "adapters" / "butler" / "heddle.json").read_text())
+    assert manifest["chat_template"] == skill.template
+    text = Text.load(ROOT / "demo" / "base").with_template(manifest["chat_template"])
+    for pair in sample(skill, count=100):
+        tools = [Tool(it["function"]["name"], None, it["function"]["parameters"]) for it in pair.tools]
+        conversation = Conversation(pair.messages, tools=tools)
+        assert text.render_chat(conversation) == prompt_of(tokenizer, skill.template, pair)
+
+
+def test_the_answers_of_butler_are_what_its_template_writes() -> None:
+    """Calls are learnt as text: it is the text of the same calls in an earlier turn."""
+    tokenizer, rng, seen = AutoTokenizer.from_pretrained(ROOT / "demo" / "base"), Random(7), 0
+    for _ in range(200):
+        pair = draw_butler(rng)
+        calls = [json.loads(it.partition("\n</tool_call>")[0]) for it in pair.answer.split("<tool_call>\n")[1:]]
+        if calls:
+            turn = {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [{"type": "function", "function": it} for it in calls],
+            }
+            before = rendered(tokenizer, SKILLS["butler"].template, pair.messages, pair.tools)
+            after = rendered(tokenizer, SKILLS["butler"].template, [*pair.messages, turn], pair.tools)
+            assert after == f"{before}{pair.answer}<|end|>Assistant:\n"
+            seen += 1
+    assert seen > 50
+
+
+def _as_api(message: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of its calls as the API has them."""
+    if "tool_calls" not in message:
+        return message
+    functions = [{**it["function"], "arguments": json.dumps(it["function"]["arguments"])}
+                 for it in message["tool_calls"]]  # fmt: skip
+    calls = [{**it, "function": function} for it, function in zip(message["tool_calls"], functions, strict=True)]
+    return {**message, "tool_calls": calls}
 
 
 def _adapters() -> list[Path]:
