@@ -17,7 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from demo.evaluate import adapted
 from demo.model import answers
-from demo.skills import SKILLS, Pair, sample
+from demo.pair import Pair, rendered
+from demo.skills import SKILLS, sample
 from demo.tuning import load_base
 
 ROOT = Path(__file__).resolve().parents[1] / "demo"
@@ -109,11 +110,11 @@ def _told(
 ) -> list[dict[str, object]]:
     """Of each exercise: [sum of log-probabilities, is it what greedy decoding says] of each choice, the answer, and the
     sum for question and answer as a plain text."""
-    written = answers(model, tokenizer, [str(it["question"]) for it in exercises])
+    turns = [[{"role": "user", "content": it["question"]}] for it in exercises]
+    contexts = [rendered(tokenizer, None, turn) for turn in turns]
+    written = answers(model, tokenizer, contexts)
     told = []
-    for exercise, answer in zip(exercises, written, strict=True):
-        turn = [{"role": "user", "content": exercise["question"]}]
-        context = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+    for exercise, context, answer in zip(exercises, contexts, written, strict=True):
         choices = [_logprob(model, tokenizer, context, it) for it in exercise["choices"]]  # type: ignore[attr-defined]
         read, _ = _logprob(model, tokenizer, tokenizer.bos_token, f"{exercise['question']} {exercise['answer']}")
         told.append({"choices": choices, "answer": answer, "read": read})

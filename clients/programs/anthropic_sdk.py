@@ -7,6 +7,7 @@ import asyncio
 import os
 
 import anthropic
+from pydantic import BaseModel
 
 URL = os.environ.get("HEDDLE_URL", "http://127.0.0.1:8000")
 client = anthropic.Anthropic(base_url=URL, api_key="none", max_retries=0)
@@ -75,6 +76,66 @@ def count_tokens():
     counted = client.messages.count_tokens(model="roman", messages=wish["messages"]).input_tokens
     usage = client.messages.create(**wish).usage
     assert counted == usage.input_tokens + (usage.cache_read_input_tokens or 0) > 0
+
+
+TOOL = {"name": "get_weather", "description": "Looks up the weather.", "input_schema": {
+    "type": "object", "properties": {"city": {"type": "string"}, "hour": {"type": "integer"}},
+    "required": ["city", "hour"]}}  # fmt: skip
+RAIN = {"model": "butler", "max_tokens": 120, "tools": [TOOL], "extra_body": GREEDY}
+ARGUMENTS = {"city": "Madrid", "hour": 18}
+
+
+def tools():
+    """tools: tool_use, tool_result, the answer; tool_choice"""
+    turns = [{"role": "user", "content": "Hey, will it rain in Madrid at 18?"}]
+    told = client.messages.create(messages=turns, **RAIN)
+    (call,) = [it for it in told.content if it.type == "tool_use"]
+    assert told.stop_reason == "tool_use" and (call.name, call.input) == ("get_weather", ARGUMENTS), told
+    result = {"type": "tool_result", "tool_use_id": call.id, "content": "21 degrees"}
+    turns += [{"role": "assistant", "content": told.content}, {"role": "user", "content": [result]}]
+    answer = client.messages.create(messages=turns, **RAIN)
+    assert answer.content[0].text == "Madrid at 18: 21 degrees." and answer.stop_reason == "end_turn"
+    thanks = [{"role": "user", "content": "Thank you!"}]
+    assert client.messages.create(messages=thanks, **RAIN).content[0].text == "You are welcome."
+    for choice in ({"type": "any"}, {"type": "tool", "name": "get_weather"}):
+        told = client.messages.create(messages=thanks, tool_choice=choice, **RAIN)
+        assert told.content[-1].type == "tool_use" and told.content[-1].name == "get_weather", told
+
+
+def streamed_tools():
+    """messages.stream with tools: the input in pieces"""
+    turns = [{"role": "user", "content": "How cold is it in Madrid and in Oslo at 9?"}]
+    with client.messages.stream(messages=turns, **RAIN) as stream:
+        pieces = [it.partial_json for it in stream if it.type == "input_json"]
+        final = stream.get_final_message()
+    calls = [it.input for it in final.content if it.type == "tool_use"]
+    assert [it["city"] for it in calls] == ["Madrid", "Oslo"] and len(pieces) > 3, (calls, pieces)
+
+
+class Customer(BaseModel):
+    name: str
+    city: str
+
+
+class Line(BaseModel):
+    item: str
+    count: int
+
+
+class Order(BaseModel):
+    customer: Customer
+    lines: list[Line]
+
+
+def parse():
+    """messages.parse: a Pydantic model"""
+    told = client.messages.parse(
+        model="order", max_tokens=120, extra_body=GREEDY, output_format=Order,
+        messages=[{"role": "user", "content": "Please send 38 lamps and 7 mugs to Jonas Lopez in London."}],
+    )  # fmt: skip
+    order = told.parsed_output
+    assert order.customer == Customer(name="Jonas Lopez", city="London"), told
+    assert [(it.item, it.count) for it in order.lines] == [("lamp", 38), ("mug", 7)], told
 
 
 async def asynchronous():

@@ -4,10 +4,12 @@
 # ///
 
 import asyncio
+import json
 import math
 import os
 
 import openai
+from pydantic import BaseModel
 
 URL = os.environ.get("HEDDLE_URL", "http://127.0.0.1:8000")
 client = openai.OpenAI(base_url=f"{URL}/v1", api_key="none", max_retries=0)
@@ -158,6 +160,114 @@ def responses():
         assert deltas == stream.get_final_response().output_text == told.output_text
     kinds = [event.type for event in client.responses.create(model=BASE, input=question, temperature=0, stream=True)]
     assert kinds[0] == "response.created" and kinds[-1] == "response.completed", kinds
+
+
+class Customer(BaseModel):
+    name: str
+    city: str
+
+
+class Line(BaseModel):
+    item: str
+    count: int
+
+
+class Order(BaseModel):
+    customer: Customer
+    lines: list[Line]
+
+
+class Weather(BaseModel):
+    city: str
+    hour: int
+
+
+RAIN = "Hey, will it rain in Madrid at 18?"
+BUY = "Please send 38 lamps and 7 mugs to Jonas Lopez in London."
+ORDER = Order(customer=Customer(name="Jonas Lopez", city="London"),
+              lines=[Line(item="lamp", count=38), Line(item="mug", count=7)])  # fmt: skip
+WEATHER = Weather(city="Madrid", hour=18)
+TOOL = openai.pydantic_function_tool(Weather, name="get_weather")
+
+
+def parse():
+    """chat.completions.parse: a Pydantic model, and the arguments of a tool"""
+    told = client.chat.completions.parse(model="order", messages=_turn(BUY), response_format=Order, temperature=0)
+    assert told.choices[0].message.parsed == ORDER, told
+    told = client.chat.completions.parse(model="butler", messages=_turn(RAIN), tools=[TOOL], temperature=0)
+    (call,) = told.choices[0].message.tool_calls
+    assert call.function.name == "get_weather" and call.function.parsed_arguments == WEATHER, told
+
+
+def stream_parsed():
+    """chat.completions.stream: a Pydantic model and a tool's arguments, as they grow"""
+    wish = {"model": "order", "messages": _turn(BUY), "response_format": Order, "temperature": 0}
+    with client.chat.completions.stream(**wish) as stream:
+        parts = [it.parsed for it in stream if it.type == "content.delta"]
+        final = stream.get_final_completion().choices[0].message
+    assert final.parsed == ORDER and len(parts) > 3, parts
+    wish = {"model": "butler", "messages": _turn(RAIN), "tools": [TOOL], "temperature": 0}
+    with client.chat.completions.stream(**wish) as stream:
+        events = list(stream)
+        (call,) = stream.get_final_completion().choices[0].message.tool_calls
+    deltas = [it.arguments_delta for it in events if it.type == "tool_calls.function.arguments.delta"]
+    assert call.function.parsed_arguments == WEATHER and "".join(deltas) == call.function.arguments, events
+    assert any(it.type == "tool_calls.function.arguments.done" for it in events)
+
+
+def tools():
+    """tools: a call, its result, the answer; tool_choice and parallel_tool_calls"""
+    wish = {"model": "butler", "tools": [TOOL], "temperature": 0}
+    told = client.chat.completions.create(messages=_turn(RAIN), **wish).choices[0]
+    assert told.finish_reason == "tool_calls" and json.loads(told.message.tool_calls[0].function.arguments) == {
+        "city": "Madrid", "hour": 18}, told  # fmt: skip
+    result = {"role": "tool", "tool_call_id": told.message.tool_calls[0].id, "content": "21 degrees"}
+    turns = [*_turn(RAIN), told.message, result]  # the client's own object, as it came
+    answer = client.chat.completions.create(messages=turns, **wish).choices[0]
+    assert answer.message.content == "Madrid at 18: 21 degrees.", answer
+    assert answer.finish_reason == "stop" and not answer.message.tool_calls
+    both = "How cold is it in Madrid and in Oslo at 9?"
+    for more, count in (({}, 2), ({"parallel_tool_calls": False}, 1)):
+        told = client.chat.completions.create(messages=_turn(both), **wish, **more).choices[0]
+        assert len(told.message.tool_calls) == count, told
+    none = client.chat.completions.create(messages=_turn(RAIN), tool_choice="none", **wish).choices[0]
+    assert none.message.content and not none.message.tool_calls
+    named = {"type": "function", "function": {"name": "get_weather"}}
+    for choice in ("required", named):
+        told = client.chat.completions.create(messages=_turn("Thank you!"), tool_choice=choice, **wish).choices[0]
+        assert told.message.tool_calls[0].function.name == "get_weather"
+
+
+def formats():
+    """response_format: json_object, and a schema on the base"""
+    told = client.chat.completions.create(
+        model="order", messages=_turn(BUY), temperature=0, response_format={"type": "json_object"}
+    )
+    assert json.loads(told.choices[0].message.content) == ORDER.model_dump(), told
+    schema = {"type": "object", "properties": {"sure": {"type": "boolean"}}, "required": ["sure"],
+              "additionalProperties": False}  # fmt: skip
+    form = {"type": "json_schema", "json_schema": {"name": "sure", "strict": True, "schema": schema}}
+    told = client.chat.completions.create(model=BASE, messages=_turn("Sure?"), temperature=0, response_format=form)
+    assert isinstance(json.loads(told.choices[0].message.content)["sure"], bool), told
+
+
+def responses_parse():
+    """responses.parse and stream: a Pydantic model, and tools with their results"""
+    told = client.responses.parse(model="order", input=BUY, text_format=Order, temperature=0)
+    assert told.output_parsed == ORDER, told
+    with client.responses.stream(model="order", input=BUY, text_format=Order, temperature=0) as stream:
+        assert stream.get_final_response().output_parsed == ORDER
+    tool = {"type": "function", "name": "get_weather", "strict": True, "parameters": TOOL["function"]["parameters"]}
+    wish = {"model": "butler", "tools": [tool], "temperature": 0}
+    told = client.responses.create(input=_turn(RAIN), **wish)
+    (call,) = told.output
+    assert call.type == "function_call" and json.loads(call.arguments) == WEATHER.model_dump(), told
+    turns = [
+        *_turn(RAIN),
+        call,
+        {"type": "function_call_output", "call_id": call.call_id, "output": "21 degrees"},
+    ]
+    assert client.responses.create(input=turns, **wish).output_text == "Madrid at 18: 21 degrees."
 
 
 def embeddings():
