@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 
 export HF_HUB_OFFLINE = 1
 
-.PHONY: serve test unit thorough lint simulate schemathesis census families catalogue clients bench bench-front bench-against bench-peers bench-adapters wheel clean
+.PHONY: serve test unit thorough lint simulate schemathesis census families json-schema-suite catalogue clients bench bench-front bench-against bench-peers bench-adapters structured wheel clean
 
 serve: $(INSTALLED)  ## serve the demo, or: make serve ARGS="MODEL_DIR --adapters DIR"
 	$(BIN)/heddle serve $(ARGS)
@@ -39,6 +39,9 @@ census: $(INSTALLED)  ## which adapters are served exactly, refused or served wr
 families: $(INSTALLED)  ## every family with adapters on all that takes them, against Transformers; rewrites docs/models.md
 	$(BIN)/python -m tests.families $(ARGS)
 
+json-schema-suite: $(INSTALLED)  ## which schemas are followed exactly, and which are refused; rewrites docs/structured-output.md
+	$(BIN)/python -m tests.schema_suite $(ARGS)
+
 catalogue: $(INSTALLED)  ## ten thousand adapters, hundreds of kill -9; rewrites benchmarks/results/catalogue.md
 	$(BIN)/python -m benchmarks.catalogue --write
 
@@ -59,6 +62,9 @@ bench-peers: $(INSTALLED)  ## beside vLLM, OpenVINO, llama.cpp, Transformers, wh
 
 bench-adapters: $(INSTALLED)  ## adapters that come and go: neighbours, bytes, time to first token; a page in benchmarks/results/
 	$(BIN)/python -m benchmarks.adapters $(ARGS)
+
+structured: $(INSTALLED)  ## are all answers under random schemas valid, and what do masks cost? rewrites benchmarks/results/structured.md
+	$(BIN)/python -m benchmarks.structured --write
 
 wheel: $(INSTALLED)  ## dist/*.whl with compiled kernels, for machines of this kind that have no compiler
 	rm -rf build
