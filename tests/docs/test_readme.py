@@ -85,6 +85,15 @@ def test_the_example_of_the_openai_client(demo: LiveServer, tmp_path: Path) -> N
         assert re.fullmatch(".*".join(map(re.escape, expected.split("…"))).replace(r"\ .*", ".*"), answer), answer
 
 
+def test_the_example_of_schemas_and_tools(demo: LiveServer, tmp_path: Path) -> None:
+    text = block("Schemas and tools", "python")
+    answers = run([sys.executable, "-"], text, demo, tmp_path).splitlines()
+    shown = re.findall(r"^print\(.*\)  # (.*)$", text, re.MULTILINE)
+    assert len(shown) == len(answers) == 2
+    for expected, answer in zip(shown, answers, strict=True):
+        assert re.fullmatch(".*".join(map(re.escape, expected.split("…"))), answer), answer
+
+
 @needs_curl
 def test_adapters_are_added_and_deleted_as_shown(demo: LiveServer, tmp_path: Path) -> None:
     curl(block("Add, replace and delete adapters", "sh"), demo, tmp_path)
