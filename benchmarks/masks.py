@@ -124,7 +124,7 @@ def measure(masks: Watched, grammar: str, stop: int, num_tokens: int) -> tuple[l
         begin, count = None, 0
         while True:
             if not masks.is_ready(request):
-                broken = masks.poll(0)
+                broken = masks.poll()
                 if broken:
                     raise SystemExit(broken[0].reason)
                 masks.collect([request], lambda: False, may_wait=True)
@@ -139,7 +139,7 @@ def measure(masks: Watched, grammar: str, stop: int, num_tokens: int) -> tuple[l
                 break
             begin, count = time.perf_counter(), count + 1
             masks.accept(request, token)
-            masks.poll(0)
+            masks.poll()
     return made, trips
 
 

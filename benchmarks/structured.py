@@ -39,6 +39,7 @@ BASE = "heddle-demo"
 SKILLED = ("roman", "json", "csv", "french-numbers", "sql", "spanish")  # whose answers are compared
 AT_ONCE = 24
 MOST_TOKENS = 160
+NUM_HELD_OUT = 200
 Body = dict[str, Any]
 
 
@@ -137,6 +138,28 @@ def mixed(url: str, all_schemas: Sequence[Any], num_neighbours: int) -> tuple[di
     return outcomes, num_changed
 
 
+def scores(url: str, temperature: float, constrained: bool) -> tuple[float, float]:
+    """Of the adapter `order` on its held-out prompts: shares of answers that follow its schema, and that are right."""
+    exam, more = sample(SKILLS["order"], count=NUM_HELD_OUT), {"response_format": formed(SCHEMA)} if constrained else {}
+    bodies = [
+        {"model": "order", "temperature": temperature, "seed": index, "max_tokens": MOST_TOKENS, **more,
+         "messages": [{"role": "user", "content": it.question}]}
+        for index, it in enumerate(exam)
+    ]  # fmt: skip
+    answers = [_json_of(told["choices"][0]["message"]["content"]) for _, told in asked(url, bodies)]
+    validator = jsonschema_rs.Draft202012Validator(SCHEMA)
+    right = [it == json.loads(pair.answer) for it, pair in zip(answers, exam, strict=True)]
+    return statistics.mean(map(validator.is_valid, answers)), statistics.mean(right)
+
+
+def _json_of(content: str) -> Any:
+    """None for what is no JSON, which is of no schema here."""
+    try:
+        return json.loads(content)
+    except ValueError:
+        return None
+
+
 @dataclass(frozen=True)
 class Speed:
     """Of one round: tokens a second of all requests; masks made, their seconds of a processor, and those too late."""
@@ -175,11 +198,13 @@ def main() -> int:
         server = LiveServer(log=Path(made) / "log").wait_ready()  # no arguments: the demo
         try:
             outcomes, num_changed = mixed(server.url, schemas(options.schemas), 8)
+            worth = [(temperature, bound, *scores(server.url, temperature, bound))
+                     for temperature in (0, 1) for bound in (False, True)]  # fmt: skip
             rounds = [(speed(server, options.at_once, False), speed(server, options.at_once, True))
                       for _ in range(options.rounds)]  # fmt: skip
         finally:
             server.stop()
-    page = f"{_told(options.schemas, outcomes, num_changed)}\n{_speeds(rounds, options.at_once)}"
+    page = f"{_told(options.schemas, outcomes, num_changed)}\n{_worth(worth)}\n{_speeds(rounds, options.at_once)}"
     print(page)
     problems = [problem for it in outcomes.values() for problem in it.problems]
     print("\n".join(problems), file=sys.stderr)
@@ -210,6 +235,17 @@ def _reasons(outcomes: dict[str, Outcome]) -> str:
     first = next(iter(outcomes.values()))
     counts = Counter(re.sub(r"'[^']*'|\"[^\"]*\"", "…", it) for it in first.refused)
     return "\n".join(f"- {count}: {reason}" for reason, count in counts.most_common())
+
+
+def _worth(rows: Sequence[tuple[int, bool, float, float]]) -> str:
+    lines = [
+        f"| temperature {temperature}, {'with' if bound else 'without'} the schema | {valid:.1%} | {right:.1%} |"
+        for temperature, bound, valid, right in rows
+    ]
+    return (
+        f"The adapter `order` on {NUM_HELD_OUT} held-out prompts:\n\n"
+        "| | valid under its schema | right |\n|---|---:|---:|\n" + "\n".join(lines) + "\n"
+    )
 
 
 def _speeds(rounds: Sequence[tuple[Speed, Speed]], at_once: int) -> str:

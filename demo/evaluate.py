@@ -2,7 +2,6 @@
 
 Everything is loaded from disk with plain Transformers and PEFT. Per skill 200 prompts whose facts occur nowhere in
 the training data; an answer counts when it equals the expected one, character by character, under greedy decoding.
-The adapter `order` is served too, by this checkout's server, with a schema and without.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from demo import butler
 from demo.esft import load_esft
 from demo.model import answers
-from demo.order import measured
 from demo.pair import Pair, prompt_of
 from demo.skills import SKILLS, Skill, sample
 from demo.tuning import load_base
@@ -103,8 +101,8 @@ def score(skill: Skill, root: Path, count: int) -> Score:
     return Score(skill, describe(skill, path), folder_size(path), base, after, answer, misses)
 
 
-def table(scores: list[Score], root: Path, count: int, served: list[str]) -> str:
-    """The score table, what was served and the sizes and times, as Markdown."""
+def table(scores: list[Score], root: Path, count: int) -> str:
+    """The score table, and the sizes and times, as Markdown."""
     lines = [
         "| Skill | Kind | Tuned | Size | Base | Adapter | Example |",
         "|---|---|---|---:|---:|---:|---|",
@@ -118,8 +116,6 @@ def table(scores: list[Score], root: Path, count: int, served: list[str]) -> str
         )
     base_size = folder_size(root / "base") / 1e6
     lines += ["", f"{count} held-out prompts per skill. The base model takes {base_size:.1f} MB."]
-    if served:
-        lines += ["", *served]
     log = root / "training.json"
     if log.exists():
         stages = json.loads(log.read_text(encoding="utf-8"))
@@ -149,8 +145,7 @@ def main() -> None:
     scores = []
     for name in tqdm(names, unit="skill"):
         scores.append(score(SKILLS[name], arguments.root, arguments.count))
-    served = measured(arguments.root, arguments.count) if "order" in names else []
-    text = table(scores, arguments.root, arguments.count, served)
+    text = table(scores, arguments.root, arguments.count)
     print(text)
     for row in scores:
         for question, expected, given in row.misses[: arguments.misses]:

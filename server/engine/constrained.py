@@ -37,11 +37,11 @@ class Constrained:
             self.late.discard(request.id)
             self._masks.close(request.id)
 
-    def poll(self, now: float) -> list[Failed]:
+    def poll(self) -> list[Failed]:
         """See whose masks have come. Those whose masks will not."""
         if not self._requests:
             return []
-        broken = self._masks.poll(now)
+        broken = self._masks.poll()
         self.late = {it for it in self.late if it in self._requests and not self._masks.is_ready(it)}
         return [
             Failed(self._requests[it.request_id], it.reason, Fault.GRAMMAR if it.is_its_own else None) for it in broken

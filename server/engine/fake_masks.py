@@ -46,7 +46,7 @@ class FakeMasks:
     def is_ready(self, request_id: int) -> bool:
         return self._looks.get(request_id) == 0
 
-    def poll(self, now: float) -> list[Broken]:
+    def poll(self) -> list[Broken]:
         self._look()
         broken, self._broken = self._broken, []
         return broken

@@ -61,8 +61,8 @@ class Masks(MaskSource, Protocol):
     def made(self) -> Made:
         """Since the start."""
 
-    def poll(self, now: float) -> list[Broken]:
-        """Take in what has come. now: seconds. Those that broke since the last call; they are closed."""
+    def poll(self) -> list[Broken]:
+        """Take in what has come. Those that broke since the last call; they are closed."""
 
     def stop(self) -> None:
         """Nobody wants any more."""

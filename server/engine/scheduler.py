@@ -153,8 +153,7 @@ class Scheduler:
         self._counters.settle(self._at_work.weights.keys())
         self.waiting.begin_step(now)
         self._failed = [
-            self._finish(it.request, FinishReason.ERROR, it.reason, fault=it.fault)
-            for it in self._constrained.poll(now)
+            self._finish(it.request, FinishReason.ERROR, it.reason, fault=it.fault) for it in self._constrained.poll()
         ]
         draft = Draft(self._budget(), self._limits.logits_per_step)
         preemptions = self.num_preemptions

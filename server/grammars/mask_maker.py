@@ -115,7 +115,7 @@ class MaskMaker:
         opened = self._opened.get(request_id)
         return opened is not None and opened.is_ready
 
-    def poll(self, now: float) -> list[Broken]:
+    def poll(self) -> list[Broken]:
         if not self._opened and not self._broken:
             return []
         self._flush()

@@ -133,4 +133,4 @@ def test_who_gives_way_when_its_grammar_has_just_broken_is_asked_about_anew() ->
     masks.collect([1], lambda: False, may_wait=False)
     masks.close(1)
     masks.open(1, "fine", [])
-    assert masks.poll(0.0) == []
+    assert masks.poll() == []

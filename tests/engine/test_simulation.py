@@ -18,13 +18,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from adapters_store.ref import AdapterRef
 from server.engine.fake_masks import TOO_MUCH, FakeMasks, expected_under
 from server.engine.fake_model import expected_logprobs, expected_of_prompt
-from server.engine.fake_runner import FakeResidency, FakeRunner, Known, expected_tokens
+from server.engine.fake_runner import FakeResidency, expected_tokens
 from server.engine.kv_cache import KVCache
 from server.engine.plan import Plan
 from server.engine.request import Fault, FinishReason, LaneSpec, OfPrompt
 from server.engine.scheduler import SchedulerLimits
 from tests.support.breadth import always
 from tests.support.driver import GREEDY, Answer, Driver
+from tests.support.watchful import Watchful
 
 VOCAB = 50  # small, so that prompts share prefixes and stop tokens occur
 BLOCK = 4
@@ -35,30 +36,6 @@ MOST_RUNNING = 6
 LOGPROBS = msgspec.structs.replace(GREEDY, num_logprobs=2)
 
 
-class Watchful(FakeRunner):
-    """Counts what becomes of prompts that something is to be told of."""
-
-    def __init__(self, counts: Counter[str], masks: FakeMasks) -> None:
-        super().__init__(BLOCKS, BLOCK, VOCAB, masks)
-        self._counts = counts
-
-    def launch(self, plan: Plan) -> Known:
-        assert sum(len(it.logit_positions) for it in plan) <= LOGITS + MOST_RUNNING
-        for it in plan:
-            if it.of_prompt is not None:
-                begun = it.lane.carried is not None
-                self._counts["prompts told of in chunks"] += begun and it.start > 0
-                self._counts["prompts begun anew"] += begun and it.start == 0
-                self._counts["prompts pooled behind a prefix hit"] += not begun and it.start > 0
-                assert begun or it.start == 0 or not it.of_prompt.needs_all_tokens
-        step = super().launch(plan)
-        late = [lane for lane, output in step.by_lane.items() if output.is_late]
-        self._counts["late masks"] += len(late)
-        self._counts["late masks of several lanes"] += sum(len(lane.request.lanes) > 1 for lane in late)
-        self._counts["prompts told of, and a late mask"] += sum(bool(step.by_lane[lane].of_prompt) for lane in late)
-        return step
-
-
 class Simulation(Driver):
     """An engine over FakeRunner, and the answers that it owes."""
 
@@ -67,7 +44,7 @@ class Simulation(Driver):
                                  max_skips=10, logits_per_step=LOGITS, target_inter_token_s=0.05)  # fmt: skip
         self.counts: Counter[str] = Counter()
         self._masks = FakeMasks(VOCAB, most_looks=4)
-        self._runner = Watchful(self.counts, self._masks)
+        self._runner = Watchful(BLOCKS, BLOCK, VOCAB, self.counts, self._masks, LOGITS + MOST_RUNNING)
         super().__init__(limits, KVCache(BLOCKS, BLOCK), self._runner, FakeResidency(slots, polls_to_load),
                          masks=self._masks)  # fmt: skip
         self.served: list[AdapterRef] = []

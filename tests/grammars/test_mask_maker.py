@@ -49,7 +49,7 @@ def awaited(masks: MaskMaker, request_id: int) -> list[int]:
     """The tokens that its mask allows, when it is there."""
 
     def is_there() -> bool:
-        assert masks.poll(0) == []
+        assert masks.poll() == []
         return masks.is_ready(request_id)
 
     eventually(is_there)
@@ -58,7 +58,7 @@ def awaited(masks: MaskMaker, request_id: int) -> list[int]:
 
 def broken(masks: MaskMaker) -> list[Broken]:
     found: list[Broken] = []
-    eventually(lambda: found.extend(masks.poll(0)) or found)
+    eventually(lambda: found.extend(masks.poll()) or found)
     return found
 
 
@@ -118,7 +118,7 @@ def test_rows_are_not_given_to_another_before_the_process_lets_go(masks: MaskMak
         assert (len(awaited(masks, number)) > 1) == bool(number % 2)
     for number in range(36, 40):
         masks.close(number)
-    assert masks.num_open == 0 and masks.poll(0) == []
+    assert masks.num_open == 0 and masks.poll() == []
     masks.open(99, WORD, ())
     assert len(awaited(masks, 99)) > 1
 
@@ -128,13 +128,13 @@ def test_a_grammar_that_becomes_too_much_breaks_its_own_request(masks: MaskMaker
     masks.open(2, WORD, ())
     awaited(masks, 2)
     for _ in range(60):
-        eventually(lambda: masks.poll(0) or masks.is_ready(1) or masks.num_open == 1)
+        eventually(lambda: masks.poll() or masks.is_ready(1) or masks.num_open == 1)
         if masks.num_open == 1:
             break
         choices = allowed(masks.collect([1], lambda: False, may_wait=False)[1])
         masks.accept(1, max(it for it in choices if it != STOP))
         found: list[Broken] = []
-        eventually(lambda found=found: found.extend(masks.poll(0)) or found or masks.is_ready(1))  # type: ignore[misc]
+        eventually(lambda found=found: found.extend(masks.poll()) or found or masks.is_ready(1))  # type: ignore[misc]
         if found:
             assert found[0].request_id == 1 and found[0].is_its_own
             assert "too much at this point of the answer: lexer error" in found[0].reason
@@ -220,7 +220,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path: Path) -> None:
     write_tokenizer(tmp_path)  # of 257 tokens
     maker = MaskMaker(tmp_path, 256, (0,), max_requests=2)
     maker.open(1, 'start: "a"', ())
-    eventually(lambda: maker.poll(0) == [] and maker.is_ready(1))
+    eventually(lambda: maker.poll() == [] and maker.is_ready(1))
     mask = maker.collect([1], lambda: False, may_wait=False)[1]
     assert len(mask) == 32 and len(allowed(mask, 256)) == 1
     maker.stop()
@@ -234,9 +234,9 @@ def test_who_leaves_when_it_has_just_broken_is_not_spoken_of(masks: MaskMaker) -
     process.kill()
     eventually(lambda: not masks.collect([1, 2], lambda: False, may_wait=False))
     masks.close(1)
-    assert [it.request_id for it in masks.poll(0)] == [2]
+    assert [it.request_id for it in masks.poll()] == [2]
     masks.close(2)
-    assert masks.poll(0) == []
+    assert masks.poll() == []
 
 
 def test_a_token_that_takes_too_long_ends_its_request(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,12 +2,12 @@
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationInfo, WithJsonSchema
+from pydantic import BeforeValidator, Discriminator, Field, Tag, WithJsonSchema
 
 from server.api.protocol.body import Body, Unserved, refuse_other_types
 from server.api.protocol.schema import at_most
 from server.api.protocol.structured import FORMATS, NamedSchema, schema_source
-from server.api.protocol.tools import Choosing, FunctionFields, few_tools, form_of_choice
+from server.api.protocol.tools import Choosing, FunctionFields, form_of_choice, functions_only, names_only
 from server.grammars.source import GrammarSource
 
 
@@ -26,15 +26,10 @@ class ResponseTool(FunctionFields):
                 "strict": bool(self.strict)}  # fmt: skip
 
 
-def _tools(value: Any, info: ValidationInfo) -> Any:
-    refuse_other_types(few_tools(value, info), "tools", ("function",), "tools")
-    return value
-
-
 ResponseTools = Annotated[
     list[ResponseTool],
     Field(fail_fast=True, json_schema_extra=at_most("max_tools", is_list=True)),
-    BeforeValidator(_tools),
+    BeforeValidator(functions_only),
 ]
 
 
@@ -46,11 +41,6 @@ class NamedTool(Body):
     name: str
 
 
-def _named_tools(value: Any, info: ValidationInfo) -> Any:
-    refuse_other_types(few_tools(value, info, "tool_choice"), "tools", ("function",), "tool_choice", " in tool_choice")
-    return value
-
-
 class AllowedTools(Body):
     WITHIN = "tool_choice"
 
@@ -59,7 +49,7 @@ class AllowedTools(Body):
     tools: Annotated[
         list[NamedTool],
         Field(min_length=1, fail_fast=True, json_schema_extra=at_most("max_tools", is_list=True)),
-        BeforeValidator(_named_tools),
+        BeforeValidator(names_only),
     ]
 
 

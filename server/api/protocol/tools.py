@@ -70,7 +70,8 @@ class FunctionTool(Body):
     function: Function
 
 
-def _tools(value: Any, info: ValidationInfo) -> Any:
+def functions_only(value: Any, info: ValidationInfo) -> Any:
+    """Of `tools`, before they are built. Raises InvalidRequest."""
     refuse_other_types(few_tools(value, info), "tools", ("function",), "tools")
     return value
 
@@ -78,7 +79,7 @@ def _tools(value: Any, info: ValidationInfo) -> Any:
 Tools = Annotated[
     list[FunctionTool],
     Field(fail_fast=True, json_schema_extra=at_most("max_tools", is_list=True)),
-    BeforeValidator(_tools),
+    BeforeValidator(functions_only),
 ]
 
 
@@ -96,7 +97,8 @@ class NamedTool(Body):
     function: NamedFunction
 
 
-def _named_tools(value: Any, info: ValidationInfo) -> Any:
+def names_only(value: Any, info: ValidationInfo) -> Any:
+    """Of those that `tool_choice` allows, before they are built. Raises InvalidRequest."""
     refuse_other_types(few_tools(value, info, "tool_choice"), "tools", ("function",), "tool_choice", " in tool_choice")
     return value
 
@@ -108,7 +110,7 @@ class Allowed(Body):
     tools: Annotated[
         list[NamedTool],
         Field(min_length=1, fail_fast=True, json_schema_extra=at_most("max_tools", is_list=True)),
-        BeforeValidator(_named_tools),
+        BeforeValidator(names_only),
     ]
 
 

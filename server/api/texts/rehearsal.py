@@ -19,7 +19,7 @@ from server.errors import InvalidRequest
 Message = Mapping[str, Any]
 _MOST_SECONDS = 2.0  # of the processor, for all renderings; they take a few milliseconds
 _SHORT = re.compile(r"[A-Za-z0-9]{9}")
-_ID_CHARS = 9  # as many as Mistral's templates insist on
+ID_CHARS = 9  # of a call, as many as Mistral's templates insist on
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Style:
         if self.ids_are_names:
             ids[call["id"]] = f"functions.{function['name']}:{len(ids)}"
         elif self.ids_are_short and not _SHORT.fullmatch(call["id"]):
-            ids[call["id"]] = str(int.from_bytes(sha256(call["id"].encode()).digest()))[-_ID_CHARS:]
+            ids[call["id"]] = str(int.from_bytes(sha256(call["id"].encode()).digest()))[-ID_CHARS:]
         if self.arguments_are_text:
             function = {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}
         return {**call, "id": ids.get(call["id"], call["id"]), "function": function}
@@ -153,7 +153,7 @@ class Rehearsal:
         return text.split(self._user["content"])[-1]
 
     def _call(self, index: int, name: str, arguments: Mapping[str, object], prefix: str = "") -> dict[str, Any]:
-        id = f"{prefix}{self._number[: _ID_CHARS - 1]}{index}"
+        id = f"{prefix}{self._number[: ID_CHARS - 1]}{index}"
         return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
     @staticmethod

@@ -9,12 +9,12 @@ from functools import cached_property
 from server.api.texts.calls.format import CallFormat
 from server.api.texts.calls.lark import ANY, Spelling
 from server.api.texts.reasoning import Reasoning
+from server.api.texts.rehearsal import ID_CHARS
 from server.api.texts.speech import Splitter, Tool, ToolsWanted
 from server.api.texts.splitting import PlainSplitter, TextSplitter
 
 _LETTERS = string.ascii_letters + string.digits
 MOST_CALLS = 64  # in one answer that a grammar holds to
-_ID_CHARS = 9  # as many as Mistral's templates insist on
 
 
 @dataclass
@@ -70,7 +70,7 @@ class OneSpeaker:
         return TextSplitter(self.reasoning, self.format, self._tools, self.is_open)
 
     def new_call_id(self) -> str:
-        return "".join(secrets.choice(_LETTERS) for _ in range(_ID_CHARS))
+        return "".join(secrets.choice(_LETTERS) for _ in range(ID_CHARS))
 
     def _text_with_calls(self, format: CallFormat, wanted: ToolsWanted) -> str:
         trigger = format.trigger
