@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from server.api.texts import template_budget
 from server.api.texts.calls.listed import CALL_FORMATS
 from server.api.texts.chat_template import Conversation
 from server.api.texts.reasoning import REASONING_FORMATS
@@ -93,6 +95,15 @@ values = st.recursive(
 objects = st.dictionaries(keys, values, max_size=4)
 KINDS = {str: "string", int: "integer", bool: "boolean", list: "array", dict: "object", type(None): "null"}
 _loaded: dict[str, Text] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def with_time() -> Iterator[None]:
+    """Thousands of renderings: a collection of all that other tests have left may fall into one, and takes as long as
+    a template may (tests/api/test_template_sandbox.py holds to that)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(template_budget, "MAX_SECONDS", 60.0)
+        yield
 
 
 @pytest.fixture(scope="module")
