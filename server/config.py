@@ -16,6 +16,7 @@ Device = Literal["auto", "cpu", "cuda"]
 # forms that kernels/linear knows
 LinearForm = Literal["auto", "torch", "onednn", "onednn-packed", "mkl-packed"]
 Dtype = Literal["auto", "float32", "bfloat16"]
+Overlap = Literal["auto", "on", "off"]
 # as browsers write an origin: in lower case, without a path, and without the port that its scheme has anyway
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(?P<port>:[1-9][0-9]{0,4})?")
 _IMPLIED = {"http": ":80", "https": ":443"}
@@ -48,6 +49,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     # of a step in which some decode and prompts are computed; 0: none; -1: 50 on a CPU, none on a GPU
     target_inter_token_ms: int = -1
     max_running: int = 128  # requests decoded together
+    overlap: Overlap = "auto"  # launch a step before the tokens of the one before are known; auto: on a GPU
     max_waiting: int = 2048
     adapter_slots: int = 0  # adapters on the device at once; 0: as many as there are bytes for, up to 1,024
     max_rank: int = 64  # the highest LoRA rank that a GPU's decodes are captured for; higher ones run without

@@ -64,9 +64,17 @@ def choose_tokens_per_step(config: EngineConfig, device: torch.device) -> int:
 
 
 def choose_target_s(config: EngineConfig, device: torch.device) -> float:
-    """As configured, else a calm one on a CPU; none on a GPU, where what it costs was not measured."""
+    """As configured, else a calm one on a CPU; none on a GPU, where what it costs was not measured, nor on a CPU where
+    steps overlap: there a step is over when it is launched, and its time would be taken for that of the one before."""
     wanted = config.target_inter_token_ms
+    if device.type == "cpu" and chooses_overlap(config, device):
+        return 0.0
     return (DEFAULT_TARGET_MS[device.type] if wanted < 0 else wanted) / 1000
+
+
+def chooses_overlap(config: EngineConfig, device: torch.device) -> bool:
+    """As configured, else on a GPU: on a CPU whoever plans the next step takes the time from this one."""
+    return config.overlap == "on" or (config.overlap == "auto" and device.type == "cuda")
 
 
 def host_cache_bytes(config: EngineConfig, device: torch.device) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import get_args
 
 from adapters_store.manifest import ReasoningFormat, ToolFormat
-from server.config import EngineConfig, LinearForm, ServerConfig
+from server.config import EngineConfig, LinearForm, Overlap, ServerConfig
 from server.errors import ConfigError
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"
@@ -87,6 +87,8 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     engine.add_argument("--linear-form", choices=get_args(LinearForm), default="auto",
                         help="that matrices are kept in on a CPU; auto: the fastest, measured once on each "
                         "machine (heddle doctor shows it)")  # fmt: skip
+    engine.add_argument("--overlap", choices=get_args(Overlap), default="auto",
+                        help="launch a step before the tokens of the one before are known; auto: on a GPU")  # fmt: skip
     engine.add_argument("--no-self-check", action="store_true",
                         help="serve without having compared some tokens with Transformers' own forward, or whatever "
                         "came of it")  # fmt: skip
@@ -146,6 +148,7 @@ def config_of(options: argparse.Namespace) -> ServerConfig:
         device=options.device,
         dtype=options.dtype,
         linear_form=options.linear_form,
+        overlap=options.overlap,
         self_check=not options.no_self_check,
         trace_steps=os.environ.get("HEDDLE_TRACE_STEPS") or None,
         **numbers,

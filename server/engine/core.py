@@ -5,6 +5,7 @@ It does no I/O and knows no clock: messages in, events out. Served (loop.py), si
 
 import enum
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from server.engine.adapter_users import AdapterUsers
 from server.engine.admission import problem_of
@@ -23,7 +24,7 @@ from server.engine.messages import (
     ToEngine,
     TokenEvent,
 )
-from server.engine.plan import Plan, Runner
+from server.engine.plan import Pending, Plan, Runner
 from server.engine.request import FinishReason, Request
 from server.engine.residency import Residency
 from server.engine.scheduler import CannotServe, Scheduler, SchedulerLimits
@@ -39,7 +40,17 @@ class Pace(enum.Enum):
     IDLE = enum.auto()  # when a message comes
 
 
+class Launched(NamedTuple):
+    """A step whose outputs are not known."""
+
+    plan: Plan
+    pending: Pending
+
+
 class Engine:
+    """With `limits.overlaps`, one step is in flight: while the device computes it, the outputs of the one before are
+    read, and the next one is planned with tokens that only the device knows."""
+
     def __init__(
         self, limits: SchedulerLimits, kv_cache: KVCache, runner: Runner, residency: Residency, checker: Checker,
         masks: Masks,
@@ -49,7 +60,9 @@ class Engine:
         self._step_budget = StepBudget(limits.tokens_per_step, limits.target_inter_token_s)
         self.scheduler = Scheduler(limits, kv_cache, residency, self._adapters, self._step_budget, masks)
         self._checks = Checks(checker, residency, self._adapters, kv_cache)
-        self._work: Work | None = None  # of the last step, if it did nothing else
+        self._overlaps = limits.overlaps
+        self._in_flight: Launched | None = None
+        self._work: Work | None = None  # of the last step whose outputs were read, if it did nothing else
         self.pace = Pace.BUSY
         self.now = 0.0  # of the step that is being made
         self.is_shut_down = False
@@ -63,14 +76,22 @@ class Engine:
         events: list[Event] = [*self._apply(messages)]
         plan, failed = self.scheduler.schedule(now)
         events += failed
-        if plan:
-            pending = self._runner.launch(plan)
-            self.scheduler.advance(plan)
-            events += self.scheduler.record(plan, pending.outputs())
+        over = launched = self._launch(plan)
+        if self._overlaps:
+            over, self._in_flight = self._in_flight, launched
+        if over is not None:
+            events += self.scheduler.record(over.plan, over.pending.outputs())
         checked = self._checks.step(gives_way=self.scheduler.lacks_adapters)
         events += [*checked, *self._adapters.take_gone(), *self._residency.take_moved()]
-        self._account(plan, is_alone=not (checked or self._checks))
+        self._account(plan, over.plan if over else (), is_alone=not (checked or self._checks))
         return events
+
+    def _launch(self, plan: Plan) -> Launched | None:
+        if not plan:
+            return None
+        launched = Launched(plan, self._runner.launch(plan))
+        self.scheduler.advance(plan)
+        return launched
 
     def took(self, seconds: float) -> None:
         """The last step was so long: those to come are cut accordingly."""
@@ -111,13 +132,15 @@ class Engine:
             return [TokenEvent(it.request_id, None, FinishReason.ERROR, str(refusal))]
         return []
 
-    def _account(self, plan: Plan, is_alone: bool) -> None:
-        """is_alone: the step computed no more than that. Where the logits of whole prompts are made, it took longer."""
-        is_usual = is_alone and not any(it.lane.request.of_prompt is not None for it in plan)
-        self._work = work_of(plan) if plan and is_usual else None
+    def _account(self, plan: Plan, over: Plan, is_alone: bool) -> None:
+        """over: what was waited for. is_alone: nothing else was computed. Where the logits of whole prompts are made,
+        it took longer."""
+        is_learnt = self._step_budget.has_target and is_alone and over
+        is_usual = is_learnt and not any(it.lane.request.of_prompt is not None for it in over)
+        self._work = work_of(over) if is_usual else None
         self._num_steps += bool(plan)
-        self._num_computed_tokens += sum(scheduled.num_tokens for scheduled in plan)
-        if plan:
+        self._num_computed_tokens += sum([it.num_tokens for it in plan])
+        if plan or over:
             self.pace = Pace.BUSY
         elif self.scheduler.awaits_masks:
             self.pace = Pace.AWAITING_MASKS

@@ -18,7 +18,7 @@ from server.engine.fake_model import Seen, State, expected_tokens, following, lo
 from server.engine.masks import Mask, MaskSource
 from server.engine.messages import AdapterMoved, Memory
 from server.engine.plan import Output, Plan, Scheduled
-from server.engine.request import Fault, Lane, Slot, Tier, Token, ToldOfPrompt
+from server.engine.request import Fault, Lane, Request, Slot, Tier, Token, ToldOfPrompt
 from server.engine.residency import AdapterFailed, AdapterOnDevice, Wait
 
 __all__ = ["FakeChecker", "FakeResidency", "FakeRunner", "Known", "expected_tokens"]
@@ -40,6 +40,7 @@ class FakeRunner:
     ) -> None:
         self._block_size = block_size
         self._vocab_size, self._masks = vocab_size, masks
+        self._chosen: dict[Request, int] = {}  # by the last step
         self.not_finite: set[str] = set()  # revisions of adapters with which nothing comes out that is a number
         # by KV slot: the salt and the prefix that ends there. A salt changes no token, only who may read them
         self._written: list[tuple[str, bytes]] = [("", b"")] * (num_blocks * block_size)
@@ -48,9 +49,11 @@ class FakeRunner:
         states = {it.lane: self._compute(it) for it in plan}
         told = {it.lane: self._tell(it, states[it.lane]) for it in plan if it.of_prompt is not None}
         masks = self._collected(plan)
-        return Known(
-            {it.lane: self._output(it.lane, states[it.lane][-1], told.get(it.lane), masks) for it in plan if it.samples}
-        )
+        outputs = {
+            it.lane: self._output(it.lane, states[it.lane][-1], told.get(it.lane), masks) for it in plan if it.samples
+        }
+        self._chosen = {lane.request: it.tokens[-1].id if it.tokens else 0 for lane, it in outputs.items()}
+        return Known(outputs)
 
     def _collected(self, plan: Plan) -> Mapping[int, Mask]:
         ids = [it.lane.request.id for it in plan if it.chooses and it.lane.request.is_constrained]
@@ -79,7 +82,8 @@ class FakeRunner:
         state = start(lane.adapter)
         states: list[State] = []
         for position in range(scheduled.start + scheduled.num_tokens):
-            state = following(state, lane.tokens[position])
+            is_known = position < len(lane.tokens)
+            state = following(state, lane.tokens[position] if is_known else self._chosen[lane.request])
             block, offset = lane.block_table[position // self._block_size], position % self._block_size
             kv_slot = block * self._block_size + offset
             if position >= scheduled.start:

@@ -69,7 +69,7 @@ class KVCache:
         """Blocks that it needs for all its tokens and does not hold yet."""
         missing = 0
         for lane in request.lanes:  # loops: asked of every request that runs, in every step in which others wait
-            missing += max(0, -(-len(lane.tokens) // self.block_size) - len(lane.block_table))
+            missing += max(0, -(-(len(lane.tokens) + request.num_awaited) // self.block_size) - len(lane.block_table))
         return missing
 
     def attach_prefix(self, request: Request) -> None:

@@ -6,6 +6,7 @@ A plan is a list of scheduled lanes. `launch` starts the work and need not wait 
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import NamedTuple, Protocol
 
 from server.engine.request import Lane, OfPrompt, Request, Token, ToldOfPrompt
@@ -14,13 +15,19 @@ from server.engine.request import Lane, OfPrompt, Request, Token, ToldOfPrompt
 class Scheduled(NamedTuple):
     """In this step, compute `num_tokens` tokens of `lane`, from `start` on.
 
-    `samples`: it comes to its end with them, and an output is wanted of what the model makes of the last one.
+    `samples`: it comes to its end with them, and an output is wanted of what the model makes of the last one. Where
+    steps overlap, the last token may not be known: it is what the step before chose for the lane's request.
     """
 
     lane: Lane
     start: int
     num_tokens: int
     samples: bool
+
+    @property
+    def is_fed_back(self) -> bool:
+        """Whether its last token is what the step before chooses."""
+        return self.start + self.num_tokens > len(self.lane.tokens)
 
     @property
     def of_prompt(self) -> OfPrompt | None:
@@ -98,8 +105,8 @@ class Draft:
         self.budget, self._logits = budget, logits
         self.num_lanes = 0  # of the requests in it
         self.cut: list[Request] = []  # those that could compute more
-        self._scheduled: dict[int, list[Scheduled]] = {}  # by request
-        self._num_tokens: dict[int, int] = {}
+        self._decodes: list[Scheduled] = []  # those that were added together, until somebody looks for one
+        self._scheduled: dict[int, Sequence[Scheduled]] = {}  # by request
 
     def divide(self, request: Request, count: int) -> list[tuple[Lane, int]]:
         """At most `count` tokens among its lanes (Request.divide), fewer where the logits of all are wanted. One for
@@ -118,7 +125,6 @@ class Draft:
             Scheduled(lane, lane.num_computed_tokens, count, is_whole and lane is request.first)
             for lane, count in chunks
         ]
-        self._num_tokens[request.id] = num_tokens
         self.budget -= num_tokens
         if request.of_prompt is not None and wants_all_logits(request):
             self._logits -= num_tokens
@@ -126,24 +132,40 @@ class Draft:
         if not is_whole:
             self.cut.append(request)
 
+    def add_decodes(self, scheduled: Sequence[Scheduled]) -> None:
+        """Requests of one lane, each with its last token, of whose prompts nothing is asked. Into an empty plan: mostly
+        they are all of it."""
+        assert not self._scheduled
+        self._decodes = list(scheduled)
+        self.budget -= len(scheduled)
+        self.num_lanes += len(scheduled)
+
     def drop(self, request: Request) -> None:
         if request in self:
-            num_tokens = self._num_tokens.pop(request.id)
+            num_tokens = self.num_tokens(request)
             self.budget += num_tokens
             if request.of_prompt is not None and wants_all_logits(request):
                 self._logits += num_tokens
             self.num_lanes -= len(request.lanes)
-            del self._scheduled[request.id]
+            del self._by_request()[request.id]
 
     def num_tokens(self, request: Request) -> int:
-        return self._num_tokens.get(request.id, 0)
+        return sum(it.num_tokens for it in self._by_request().get(request.id, ()))
 
     def __contains__(self, request: Request) -> bool:
-        return request.id in self._scheduled
+        return request.id in self._by_request()
 
     @property
     def plan(self) -> list[Scheduled]:
-        return [scheduled for chunks in self._scheduled.values() for scheduled in chunks]
+        if not self._scheduled:
+            return self._decodes
+        return list(chain.from_iterable(self._by_request().values()))
+
+    def _by_request(self) -> dict[int, Sequence[Scheduled]]:
+        if self._decodes:
+            decodes, self._decodes = self._decodes, []
+            self._scheduled = {it.lane.request.id: (it,) for it in decodes} | self._scheduled
+        return self._scheduled
 
 
 def wants_all_logits(request: Request) -> bool:

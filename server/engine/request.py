@@ -131,7 +131,7 @@ class Lane:
     """A sequence of tokens through one adapter, and how far the model has come with it.
 
     There is no prefill state and no decode state: `num_computed_tokens` chases `len(tokens)`, and a token is sampled
-    whenever it catches up.
+    whenever it catches up. Where steps overlap it may be one ahead: the last token is still only on the device.
 
         tokens        [ prompt ............ | generated ... ]
         in KV cache   [ num_computed_tokens ......... |     ]     <- blocks in block_table
@@ -157,7 +157,7 @@ class Lane:
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        return len(self.tokens) - self.num_computed_tokens
+        return len(self.tokens) + self.request.num_awaited - self.num_computed_tokens
 
     @property
     def history(self) -> "array[int]":
@@ -213,6 +213,8 @@ class Request:
         self.was_admitted = False  # has run before, if only to be preempted
         self.arrived, self.queued_s = arrived, 0.0  # when it came, and how long it waited until it first ran
         self.num_passes = 0  # times that others were let pass while it waited for KV blocks
+        self.num_outstanding = 0  # launched steps that come to its end and whose outputs are not known
+        self.goes_ahead = False  # steps overlap: it goes on with what a launched one chooses, before that is known
 
     @property
     def adapters(self) -> list[AdapterRef]:
@@ -224,6 +226,14 @@ class Request:
         return len(self.first.tokens) - self.first.prompt_len
 
     @property
+    def num_awaited(self) -> int:
+        """Tokens that follow those of each lane and are known to the device only. None beyond its last; and none of one
+        that is constrained, whose next mask follows from what it is."""
+        if not self.num_outstanding or not self.goes_ahead or self.grammar is not None:
+            return 0
+        return max(0, min(self.num_outstanding, self.max_tokens - 1 - self.num_generated))
+
+    @property
     def is_constrained(self) -> bool:
         """A grammar says which tokens may come."""
         return self.grammar is not None and self.max_tokens > 0
@@ -231,7 +241,7 @@ class Request:
     @property
     def untold(self) -> OfPrompt | None:
         """What it asked of its prompt, until that is told: with the first token, or with the end."""
-        if self.of_prompt is None or self.told_early is not None or self.num_generated:
+        if self.of_prompt is None or self.told_early is not None or self.num_generated or self.num_outstanding:
             return None
         return self.of_prompt
 
@@ -240,7 +250,7 @@ class Request:
         count = 0
         for lane in self.lanes:  # a loop: this is asked several times a request in every step
             count += len(lane.tokens) - lane.num_computed_tokens
-        return count
+        return count + len(self.lanes) * self.num_awaited if self.num_outstanding else count
 
     @property
     def is_in_prompt(self) -> bool:
@@ -255,7 +265,7 @@ class Request:
         if len(self.lanes) == 1:
             return [(self.first, min(count, self.num_uncomputed_tokens))]
         if count >= self.num_uncomputed_tokens:
-            return [(lane, len(lane.tokens) - lane.num_computed_tokens) for lane in self.lanes]
+            return [(lane, lane.num_uncomputed_tokens) for lane in self.lanes]
         chunks: list[tuple[Lane, int]] = []
         for lane in self.lanes:
             own = min(count, lane.num_uncomputed_tokens - 1)
@@ -270,4 +280,4 @@ class Request:
             lane.tokens.append(token)
         if token in self.stop_token_ids:
             return FinishReason.STOP
-        return FinishReason.LENGTH if self.num_generated >= self.max_tokens else None
+        return FinishReason.LENGTH if len(lane.tokens) - lane.prompt_len >= self.max_tokens else None

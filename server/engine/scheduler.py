@@ -47,6 +47,7 @@ class SchedulerLimits:
     logits_per_step: int = LOGITS_PER_STEP  # see Draft
     vocab_size: int = 1 << 31  # what prompts are made of
     target_inter_token_s: float = 0.0  # see StepBudget
+    overlaps: bool = False  # a step is launched before the outputs of the one before are known (core.py)
     patience_s: float = 30.0  # see WaitingQueue
 
 
@@ -180,6 +181,8 @@ class Scheduler:
 
     def _serve_running(self, draft: Draft) -> None:
         """At least one token for each lane that runs."""
+        if self._serve_decodes(draft):
+            return
         running = prompts.in_turn(self.running, self._counters.of)
         for index, request in enumerate(running):
             if request.status is not Status.RUNNING or not request.num_uncomputed_tokens:
@@ -191,6 +194,32 @@ class Scheduler:
             chunks = draft.divide(request, count)
             if self._make_room(request, chunks, draft):
                 draft.add(request, chunks)
+
+    def _serve_decodes(self, draft: Draft) -> bool:
+        """All at once where nobody has more than one token to compute and there are blocks for all, which is so in most
+        steps. False: it is not, and nothing was done."""
+        if self._constrained.late or self._batch.num_lanes > min(draft.budget, len(self.running)):
+            return False
+        scheduled: list[Scheduled] = []
+        growing: list[tuple[Lane, int]] = []
+        block_size, overlaps = self._kv_cache.block_size, self._limits.overlaps
+        for request in self.running:
+            lane = request.first
+            start, known = lane.num_computed_tokens, len(lane.tokens)
+            left = known - start
+            if overlaps and request.num_outstanding and request.grammar is None:  # what num_awaited says
+                certain = request.max_tokens - 1 - known + lane.prompt_len
+                left += min(request.num_outstanding, certain) if certain > 0 else 0
+            if left == 1 and request.of_prompt is None:
+                if not start % block_size and start == len(lane.block_table) * block_size:
+                    growing.append((lane, 1))
+                scheduled.append(Scheduled(lane, start, 1, True))
+            elif left:  # else it waits for what a launched step says
+                return False
+        if not self._kv_cache.grow(growing):
+            return False
+        draft.add_decodes(scheduled)
+        return True
 
     def _make_room(self, request: Request, chunks: list[tuple[Lane, int]], draft: Draft) -> bool:
         """Blocks for these tokens, if need be by preempting others. False if `request` itself went."""
@@ -218,10 +247,14 @@ class Scheduler:
 
     def advance(self, plan: Plan) -> None:
         """The plan was launched: what follows may count on its tokens."""
-        for lane, start, num_tokens, _ in plan:
+        overlaps = self._limits.overlaps
+        for lane, start, num_tokens, samples in plan:
             if start < lane.prompt_len:
                 self._counters.charge_prompt(lane, num_tokens)
             lane.num_computed_tokens += num_tokens
+            if samples:
+                lane.request.num_outstanding += 1
+                lane.request.goes_ahead = overlaps
 
     def record(self, plan: Plan, outputs: Mapping[Lane, Output]) -> list[TokenEvent]:
         """What came of a plan that was advanced. `outputs` has every lane that samples.
@@ -229,15 +262,22 @@ class Scheduler:
         Requests may have ended meanwhile; nothing is said of those.
         """
         events: list[TokenEvent] = []
-        late = self._constrained.late_among(outputs)
+        late, block_size = self._constrained.late_among(outputs), self._kv_cache.block_size
         for lane, start, num_tokens, _ in plan:
+            end = start + num_tokens
             # one that gave way meanwhile and runs again has not come so far yet, or has computed it anew
-            if lane.request.status is Status.RUNNING and lane.num_computed_tokens >= start + num_tokens:
+            if (
+                end // block_size > lane.num_committed_blocks  # looked at for every lane: mostly no block is full
+                and lane.request.status is Status.RUNNING
+                and lane.num_computed_tokens >= end
+            ):
                 # what will be computed again is nobody else's to read yet
-                self._kv_cache.commit(lane, start + num_tokens - (lane.request in late))
+                self._kv_cache.commit(lane, end - (lane.request in late))
         for lane, _, _, samples in plan:
-            if samples and lane.request.status is not Status.FINISHED:
-                self._take(lane.request, outputs[lane], events)
+            request = lane.request
+            if samples and request.status is not Status.FINISHED:
+                request.num_outstanding -= 1
+                self._take(request, outputs[lane], events)
         return events
 
     def _take(self, request: Request, output: Output, events: list[TokenEvent]) -> None:
@@ -256,13 +296,15 @@ class Scheduler:
         told = output.of_prompt or request.told_early
         self._counters.charge_generated(request, len(output.tokens))
         for token in output.tokens:
+            is_first = len(request.first.tokens) == request.first.prompt_len
             reason = request.append(token.id)
             if reason is not None:
                 events.append(self._finish(request, reason, token=token, told=told))
                 return
-            events.append(_event(request, token, told=told))
+            events.append(_event(request, token, told=told) if is_first else TokenEvent(request.id, token))
             told = request.told_early = None
-            self._constrained.took(request, token.id)
+            if request.grammar is not None:
+                self._constrained.took(request, token.id)
 
     # -- ends -----------------------------------------------------------
 
@@ -306,7 +348,8 @@ class Scheduler:
         self._at_work.check(self._requests.values())
         self._counters.check(self._at_work.weights.keys())
         self.waiting.check()
-        assert all(request.num_uncomputed_tokens > 0 for request in self._requests.values())
+        assert all(it.num_uncomputed_tokens > 0 or it.num_outstanding for it in self._requests.values())
+        assert all(0 <= it.num_outstanding <= self._limits.overlaps for it in self._requests.values())
         self._kv_cache.check(self._requests.values())
         self._adapters.check(self._requests.values())
         self._constrained.check(self.running)

@@ -55,8 +55,8 @@ class Starts:
                     if not shares.may_take(request.account, priority):
                         self._passed_over.add(self._waiting.line(request))
                     continue
-            if is_walled and not shares.lets_pass(request):
-                continue
+            if request.num_outstanding or (is_walled and not shares.lets_pass(request)):
+                continue  # it gave way with a step in flight, and what that chooses comes first
             slots = self._pinned(request, pins)
             if slots is None or self._start(request, slots, draft, shares, now):
                 continue

@@ -2,6 +2,7 @@
 
 import pytest
 
+from server.engine.fake_masks import FakeMasks
 from server.engine.fake_runner import FakeResidency, FakeRunner, Known, expected_tokens
 from server.engine.plan import Output, Plan
 from server.engine.request import FinishReason, Lane, LaneSpec, Token
@@ -79,6 +80,34 @@ def test_what_ends_between_a_launch_and_its_answer_is_not_heard_of_again() -> No
     events = scheduler.record(plan, {scheduled.lane: Output((Token(7),)) for scheduled in plan})
     assert [event.request_id for event in events] == [other.id]
     setup.engine.check()
+
+
+def test_with_a_step_in_flight_lanes_go_on_with_a_token_that_is_not_known() -> None:
+    masks = FakeMasks()
+    setup = FakeEngine(runner=FakeRunner(50, BLOCK, masks=masks), masks=masks, overlaps=True)
+    long, last, constrained = setup.add([1] * 9, 5), setup.add([2], 1), setup.add([3], 5, grammar="grammar")
+    setup.step()
+    scheduler = setup.scheduler
+    ahead, _ = scheduler.schedule()
+    assert [(it.lane.request.id, it.start, it.num_tokens, it.is_fed_back) for it in ahead] == [(long.id, 9, 1, True)]
+    assert not last.tokens and not constrained.tokens  # one has no next token, and of the other its mask depends on it
+    setup.run(10)
+    assert [len(it.tokens) for it in (long, last, constrained)] == [5, 1, 5]
+
+
+def test_what_is_computed_beyond_an_end_is_not_heard_of() -> None:
+    """That a token ends its request is not known before the step behind it is launched."""
+    setup = FakeEngine(overlaps=True)
+    stops = frozenset(expected_tokens(None, [5], 9, 1000)[2:3])
+    stopped, aborted = setup.add([5], 9, stop_token_ids=stops), setup.add([6], 9)
+    for _ in range(3):
+        setup.step()
+    setup.abort(aborted)
+    computed = [len(setup.step()) for _ in range(4)]
+    assert computed == [1, 0, 0, 0]
+    assert stopped.finish is FinishReason.STOP and len(stopped.tokens) == 3
+    assert aborted.finish is FinishReason.ABORT and len(aborted.tokens) == 2
+    assert setup.kv_cache.pool.num_held == 0
 
 
 @pytest.mark.parametrize(("slots", "requests", "adapters"), [(3, 2, 3), (3, 3, 2), (4, 2, 3), (5, 4, 3), (6, 4, 4)])

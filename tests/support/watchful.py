@@ -32,6 +32,7 @@ class Watchful(FakeRunner):
                 self._counts["prompts begun anew"] += begun and it.start == 0
                 self._counts["prompts pooled behind a prefix hit"] += not begun and it.start > 0
                 assert begun or it.start == 0 or not it.of_prompt.needs_all_tokens
+        self._counts["tokens fed back"] += sum(it.is_fed_back for it in plan)
         step = super().launch(plan)
         late = [lane for lane, output in step.by_lane.items() if output.is_late]
         self._counts["late masks"] += len(late)
