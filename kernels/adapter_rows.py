@@ -54,6 +54,19 @@ def cut(spans: Sequence[Segment], tile_rows: int) -> list[tuple[int, int, int]]:
     ]
 
 
+def covering(spans: Sequence[Segment], rows: int) -> list[Segment]:
+    """The spans, and between and behind them those of the base: together all rows, in order."""
+    segments: list[Segment] = []
+    at = 0
+    for span in (*spans, Segment(rows, rows, 0)):
+        if at < span.start:
+            segments.append(Segment(at, span.start, 0))
+        if span.start < span.end:
+            segments.append(span)
+        at = span.end
+    return segments
+
+
 class AdapterTiles(NamedTuple):
     """The rows of a step that have an adapter: as spans for the host, as tiles for kernels.
 
@@ -85,3 +98,6 @@ class AdapterRows(NamedTuple):
     shape: ShapeKey
     # launch also where no adapter on the device acts: a captured batch is replayed with adapters that came later
     at_all_sites: bool = False
+    # `tiles`, and between them those of the base (slot 0), padding included: for what goes over all rows and asks whose
+    # each is. None: nobody asks
+    cover: AdapterTiles | None = None

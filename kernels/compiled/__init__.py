@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 # every op with a kernel, in the order of a layer
-OPS = ("expert_route", "expert_tiles", "grouped_gemm", "lora", "paged_attention", "store_kv", "rms_norm", "rope",
-       "sampling", "logprobs")  # fmt: skip
+OPS = ("step_rows", "expert_route", "expert_tiles", "grouped_gemm", "lora", "gated", "paged_attention", "store_kv",
+       "latent_prep", "rope_store", "rms_norm", "rope", "sampling", "logprobs")  # fmt: skip
 
 _everywhere = ContextVar("everywhere", default=False)
 

@@ -5,6 +5,7 @@ ahead of time, without a GPU, and fails on a register spill (benchmarks/README.m
 """
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -43,12 +44,46 @@ def open_tile(tiles, tile):
     return tl.load(at), tl.load(at + 1), tl.load(at + 2)
 
 
+class Chip(NamedTuple):
+    """What kernels run on, or are compiled for."""
+
+    architecture: str  # "sm_90", "gfx942"; "" in the interpreter
+    name: str = ""  # "NVIDIA H200"; "" where there is only something to compile for
+    multiprocessors: int = 4
+
+
+@cache
+def chip_of(device: torch.device) -> Chip:
+    """Where kernels compute on the tensors of a device."""
+    if INTERPRETED:
+        return Chip("")
+    target = triton.runtime.driver.active.get_current_target()
+    architecture = f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
+    if device.type != "cuda":
+        return Chip(architecture)
+    properties = torch.cuda.get_device_properties(device)
+    return Chip(architecture, properties.name, properties.multi_processor_count)
+
+
 def stages(wanted: int) -> int:
     """Steps of a loop whose loads are under way at once; AMD's chips have a third of the shared memory."""
     return min(wanted, AMD_STAGES) if torch.version.hip else wanted
 
 
+def multiprocessors(x: torch.Tensor) -> int:
+    """Of the device that a tensor is on."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
+
+
 AMD_STAGES = 2
+
+
+def registers(most: int) -> dict[str, int]:
+    """As options of a launch. Where nothing is said, NVIDIA's assembler spills a little if more programs then fit at a
+    time, whether there are more or not."""
+    return {} if torch.version.hip else {"maxnreg": most}
+
+
 NVIDIA, AMD = ("sm_80", "sm_90"), ("gfx942",)
 
 
@@ -73,3 +108,4 @@ class Configuration(NamedTuple):
     num_warps: int = 4
     num_stages: int = 3
     targets: tuple[str, ...] = NVIDIA + AMD
+    most_registers: int | None = None  # of a thread, on NVIDIA's chips, where the launch says so (`registers`)

@@ -30,6 +30,7 @@ from kernels.expert_route import Routed
 from kernels.expert_tiles import ExpertTiles
 from kernels.host import takes as host_takes
 from kernels.lora import host, reference
+from kernels.lora.delta import Delta
 from kernels.lora.site import (
     NOTHING,
     TABLE_FIELDS,
@@ -45,6 +46,7 @@ from kernels.lora.site import (
 __all__ = [
     "NOTHING",
     "TABLE_FIELDS",
+    "Delta",
     "Field",
     "LoraSite",
     "LoraWeights",
@@ -52,6 +54,7 @@ __all__ = [
     "Split",
     "expert_lora",
     "lora",
+    "shrunk",
     "table_row",
     "table_rows",
 ]
@@ -75,6 +78,14 @@ def lora(
         host.lora(y, x, site, adapters, tiles, max_rank, bias)
     else:
         reference.lora(y, x, site, adapters, tiles, max_rank, bias)
+
+
+def shrunk(x: Tensor, adapters: SiteAdapters, tiles: AdapterTiles, max_rank: int) -> Tensor:
+    """The shrinks alone, for a reader of y that adds the rest: z of a Delta. x as of lora, of a site whose slices read
+    all of it. Where kernels compute."""
+    from kernels.lora import kernel
+
+    return kernel.shrunk(x, adapters, tiles, max_rank)
 
 
 def expert_lora(

@@ -30,15 +30,17 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.adapter_rows import FEW_TILE_ROWS, AdapterTiles
-from kernels.compiled.kernel import Configuration, Tiles, stages
+from kernels.compiled.kernel import Configuration, Tiles, multiprocessors, stages
+from kernels.compiled.launch import launch
 from kernels.expert_route import Routed
 from kernels.expert_tiles import ExpertTiles
 from kernels.lora.products.kernel import Table, expand, shrink
 from kernels.lora.site import LoraSite, SiteAdapters
 
+# with 128 columns sm_80 spills, and with 8 warps besides, half as many programs fit
 DECODE_COLUMNS = 64  # of an expand at decode: one piece of work
-_RANKS = 16  # ranks at a time: a matrix instruction's
-_TRITON_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+RANKS = 16  # ranks at a time: a matrix instruction's
+TRITON_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 @triton.jit(do_not_specialize=["T", "max_rank", "column_blocks"])
@@ -135,14 +137,14 @@ def _constants(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Of shrinks and of expands; the single launch takes both. columns, block_depth: from `_blocks`."""
     both = dict(EXPERTS=kind.experts, TRANSPOSED=kind.transposed, SL=kind.slices,
-                SPLITS=_splits(kind.depth, tile, kind.experts > 0), TILE=tile, RB=_RANKS,
-                DT=_TRITON_TYPES[dtype])  # fmt: skip
+                SPLITS=splits_of(kind.depth, tile, kind.experts > 0), TILE=tile, RB=RANKS,
+                DT=TRITON_TYPES[dtype])  # fmt: skip
     shrinking = dict(K=kind.depth, CHOICES=kind.choices, OWN=kind.own_inputs, ALIGNED=kind.is_aligned(dtype.itemsize),
                      BK=block_depth, **both)  # fmt: skip
     return shrinking, dict(SCATTERS=kind.scatters, BN=columns, HAS_BIAS=has_bias, **both)
 
 
-@torch.library.custom_op("heddle::lora", mutates_args=("y", "counters"))
+@launch("lora", mutates_args=("y", "counters"))
 def _lora(
     y: Tensor, x: Tensor, table: Tensor, offsets: Tensor, bias: Tensor | None, tiles: Tensor, num_tiles: Tensor,
     counters: Tensor, widest: int, tile_rows: int, max_rank: int, own_inputs: bool, transposed: bool,
@@ -160,7 +162,7 @@ def _(*_: object) -> None:
     return None
 
 
-@torch.library.custom_op("heddle::expert_lora", mutates_args=("y", "counters"))
+@launch("expert_lora", mutates_args=("y", "counters"))
 def _expert_lora(
     y: Tensor, x: Tensor, table: Tensor, offsets: Tensor, pairs: Tensor, tiles: Tensor, num_tiles: Tensor,
     counters: Tensor, widest: int, tile_rows: int, max_rank: int, experts: int, choices: int, transposed: bool,
@@ -189,7 +191,7 @@ def _launch(
     z = torch.empty(splits, kind.slices, rows, max_rank, dtype=torch.float32, device=x.device)
     held = y if bias is None else bias  # an argument that is not read still needs a pointer
     shrinks, expands = most * kind.slices * splits, most * kind.slices * column_blocks
-    programs, num_stages = 2 * _multiprocessors(x), stages(3)
+    programs, num_stages = 2 * multiprocessors(x), stages(3)
     if single_launch:
         lora_kernel[(min(shrinks + expands, programs),)](
             x, x.stride(0), y, y.stride(0), z, held, table, tiles, counters, rows, max_rank, column_blocks,
@@ -203,6 +205,42 @@ def _launch(
         y, y.stride(0), z, held, table, tiles, rows, max_rank, column_blocks, **expanding, num_warps=expand_warps,
         num_stages=num_stages,
     )  # fmt: skip
+
+
+@launch("lora_shrink")
+def _shrink(
+    x: Tensor, table: Tensor, offsets: Tensor, tiles: Tensor, num_tiles: Tensor, tile_rows: int, max_rank: int
+) -> Tensor:
+    kind = Kind(x.shape[1], table.shape[1])
+    _, block_depth, _ = _blocks(tile_rows, x.itemsize)
+    constants, _ = _constants(kind, tile_rows, x.dtype, False, 0, block_depth)
+    z = _new_z(x, table, tile_rows, max_rank)
+    shrinks = len(tiles) * kind.slices * constants["SPLITS"]
+    shrink_kernel[(min(shrinks, 8 * multiprocessors(x)),)](
+        x, x.stride(0), z, Table(table, table.stride(0), offsets), Tiles(tiles, num_tiles, tiles), x.shape[0], max_rank,
+        **constants, num_warps=4, num_stages=stages(3),
+    )  # fmt: skip
+    return z
+
+
+@_shrink.register_fake
+def _(
+    x: Tensor, table: Tensor, offsets: Tensor, tiles: Tensor, num_tiles: Tensor, tile_rows: int, max_rank: int
+) -> Tensor:
+    return _new_z(x, table, tile_rows, max_rank)
+
+
+def _new_z(x: Tensor, table: Tensor, tile_rows: int, max_rank: int) -> Tensor:
+    return x.new_empty(
+        splits_of(x.shape[1], tile_rows), table.shape[1], x.shape[0], max_rank, dtype=torch.float32
+    )  # fmt: skip
+
+
+def shrunk(x: Tensor, adapters: SiteAdapters, tiles: AdapterTiles, max_rank: int) -> Tensor:
+    """As z of a Delta."""
+    assert adapters.table is not None and adapters.offsets is not None
+    assert tiles.tiles is not None and tiles.num_tiles is not None
+    return _shrink(x, adapters.table, adapters.offsets, tiles.tiles, tiles.num_tiles, tiles.tile_rows, max_rank)
 
 
 def lora(
@@ -254,16 +292,12 @@ def _blocks(tile: int, itemsize: int) -> tuple[int, int, int]:
     return (DECODE_COLUMNS, 256 // itemsize, 4) if tile <= 16 else (64, 128 // itemsize, 8)
 
 
-def _splits(depth: int, tile: int, in_experts: bool = False) -> int:
+def splits_of(depth: int, tile: int, in_experts: bool = False) -> int:
     """Parts of the depth: so many that one adapter's shrinks fill a quarter of the machine; one at prefill.
 
     Two inside experts, of which even a single token has several; four would spill on sm_80.
     """
     return min(2 if in_experts else 8, max(1, depth // 512)) if tile <= 16 else 1
-
-
-def _multiprocessors(x: Tensor) -> int:
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
 
 
 def configurations() -> Iterator[Configuration]:
@@ -274,12 +308,12 @@ def configurations() -> Iterator[Configuration]:
     """
     for name, depth, slices in (("qkv", 4096, 3), ("gate_up", 4096, 2), ("down", 14336, 1)):
         for dtype in (torch.bfloat16, torch.float32) if name == "qkv" else (torch.bfloat16,):
-            yield from _configurations(f"{name} {_TRITON_TYPES[dtype]}", Kind(depth, slices), dtype)
+            yield from _configurations(f"{name} {TRITON_TYPES[dtype]}", Kind(depth, slices), dtype)
     yield from _configurations("qwen2 qkv with bias", Kind(3584, 3), torch.bfloat16, has_bias=True)
     yield from _configurations("v2-lite gains before absorbed query", Kind(128, 16, True), torch.bfloat16)
     yield from _configurations("v2-lite absorbed query", Kind(128, 16, True, True), torch.bfloat16)
     yield from _configurations("v2-lite absorbed value", Kind(512, 16, True), torch.bfloat16)
-    for name, experts, choices, hidden, inner, slices in (("v2-lite", 64, 6, 2048, 1408, 2),
+    for name, experts, choices, hidden, inner, slices in (("v2-lite", 64, 8, 2048, 1408, 2),
                                                           ("gpt-oss", 128, 4, 2880, 2880, 1)):  # fmt: skip
         up, down = Kind(hidden, slices, experts=experts, choices=choices), Kind(inner, 1, experts=experts)
         yield from _configurations(f"{name} expert gate_up", up, torch.bfloat16)

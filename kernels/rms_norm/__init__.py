@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kernels.compiled import takes
 from kernels.host import takes as host_takes
+from kernels.lora.delta import Delta
 from kernels.rms_norm import host, reference
 
 __all__ = ["add_rms_norm", "rms_norm"]
@@ -28,13 +29,20 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, cast_fi
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0, cast_first: bool = True
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    offset: float = 0.0,
+    cast_first: bool = True,
+    delta: Delta | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See reference.py for shapes."""
+    """See reference.py for shapes. delta: what adapters add to x, and is not added yet; for Triton's kernel."""
     if takes(x):
         from kernels.rms_norm import kernel
 
-        return kernel.add_rms_norm(x, residual, weight, eps, offset, cast_first)
+        return kernel.add_rms_norm(x, residual, weight, eps, offset, cast_first, delta)
+    assert delta is None
     if host_takes(x) and weight.dtype == x.dtype:
         return host.add_rms_norm(x, residual, weight, eps, offset, cast_first)
     return reference.add_rms_norm(x, residual, weight, eps, offset, cast_first)

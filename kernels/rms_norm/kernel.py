@@ -1,6 +1,11 @@
 """Triton form of rms_norm and add_rms_norm: a program keeps whole rows in registers, several short ones or a long one.
 
 So a row is read once and written once. That limits how long a row may be: MAX_WIDTH.
+
+With LoRA, whose delta is added on the way, many programs share a row: an item is a tile of an adapter's rows and a
+block of columns, and program p takes items p, p + P, p + 2P, ... Each stores its part of the sum and of the sum of
+squares and counts itself as arrived; the last to arrive at a tile norms its rows. No program waits for another, and
+parts are added in a fixed order.
 """
 
 from collections.abc import Iterator
@@ -11,8 +16,14 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.compiled.kernel import Configuration
+from kernels.compiled.launch import launch
+from kernels.lora.delta import Delta
+from kernels.lora.pending.kernel import configured, constants_of, pending_of, programs, types_of
+from kernels.lora.products.kernel import adapted, tile_of
 
 MAX_WIDTH = 16384  # elements of a row, which fit into the registers of 16 warps
+_ADAPTED_COLUMNS, _ADAPTED_WARPS = 128, 8  # of an item
+_NORMED_COLUMNS = 1024  # at a time by the last program of a tile, for which everybody waits
 _TILE = 1024  # elements that a program takes at least: several rows, where rows are shorter than that
 
 
@@ -53,6 +64,51 @@ def _rms_norm(
         normed = normed.to(out.dtype.element_ty).to(tl.float32)
     scale = tl.load(weight + column, mask=column < H, other=0.0).to(tl.float32) + offset
     tl.store(out + at, (normed * scale[None, :]).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["T", "max_rank"])
+def _adapted_kernel(
+    x, stride, residual, r_stride, weight, out, total,  # [T, H] each, the last two contiguous; weight [H]
+    squares,  # [blocks of columns, T] float32: scratch
+    counters,  # [tiles] int32, zero; left zero
+    pending, T, max_rank, H, eps, offset,
+    CAST_FIRST: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SL: tl.constexpr, SPLITS: tl.constexpr, RB: tl.constexpr, DT: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(H, BN)
+    column = tl.arange(0, BN)
+    for item in range(tl.program_id(0), tl.load(pending.num_tiles) * blocks, tl.num_programs(0)):
+        tile, block = item // blocks, item % blocks
+        slot, rows, present = tile_of(pending, tile, TILE)
+        n = block * BN + column
+        mask = present[:, None] & (n < H)[None, :]
+        at = rows[:, None] * H + n[None, :]
+        added = tl.load(x + rows[:, None] * stride + n[None, :], mask=mask, other=0.0).to(tl.float32)
+        other = tl.load(residual + rows[:, None] * r_stride + n[None, :], mask=mask, other=0.0).to(tl.float32)
+        added = adapted(added, pending, slot, 0, rows, present, n, n < H, T, max_rank,
+                        HAS_BIAS, SL, SPLITS, TILE, BN, RB, DT)  # fmt: skip
+        rounded = (added + other).to(total.dtype.element_ty)
+        tl.store(total + at, rounded, mask=mask)
+        values = rounded.to(tl.float32)
+        tl.store(squares + block.to(tl.int64) * T + rows, tl.sum(values * values, 1), mask=present)
+        tl.debug_barrier()  # all threads have stored before one of them says so
+        arrived = tl.atomic_add(counters + tile, 1, sem="acq_rel")
+        if arrived == blocks - 1:
+            tl.store(counters + tile, 0)
+            part = tl.arange(0, PARTS)
+            at_part = squares + part.to(tl.int64)[:, None] * T + rows[None, :]
+            parts = tl.load(at_part, mask=(part < blocks)[:, None] & present[None, :], other=0.0, cache_modifier=".cg")
+            inverse = tl.rsqrt(tl.sum(parts, 0) / H + eps)
+            for first in range(0, H, WIDE):
+                wide = first + tl.arange(0, WIDE)
+                there = present[:, None] & (wide < H)[None, :]
+                target = rows[:, None] * H + wide[None, :]
+                normed = tl.load(total + target, mask=there, other=0.0, cache_modifier=".cg").to(tl.float32)
+                normed = normed * inverse[:, None]
+                if CAST_FIRST:
+                    normed = normed.to(out.dtype.element_ty).to(tl.float32)
+                scale = tl.load(weight + wide, mask=wide < H, other=0.0).to(tl.float32) + offset
+                tl.store(out + target, (normed * scale[None, :]).to(out.dtype.element_ty), mask=there)
 
 
 def _tile(width: int) -> tuple[int, int, int]:
@@ -108,17 +164,51 @@ def _launch(
     return out, total
 
 
-@torch.library.custom_op("heddle::rms_norm", mutates_args=())
+@launch("rms_norm")
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, cast_first: bool = True) -> Tensor:
     return _launch(x, None, weight, eps, offset, cast_first)[0]
 
 
-@torch.library.custom_op("heddle::add_rms_norm", mutates_args=())
-def add_rms_norm(
+@launch("add_rms_norm")
+def _add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0, cast_first: bool = True
 ) -> tuple[Tensor, Tensor]:
     assert x.shape == residual.shape and x.dtype == residual.dtype
     return _launch(x, residual, weight, eps, offset, cast_first)
+
+
+@launch("add_rms_norm_adapted", mutates_args=("counters",))
+def _add_rms_norm_adapted(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float, cast_first: bool, counters: Tensor,
+    z: Tensor, table: Tensor, offsets: Tensor, bias: Tensor | None, tiles: Tensor, num_tiles: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    assert x.shape == residual.shape and x.dtype == residual.dtype and z.shape[1] == 1
+    assert weight.shape == (x.shape[-1],) and weight.is_contiguous() and len(counters) >= len(tiles)
+    added, other = (_by_row(it) for it in (x, residual))
+    out, total = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    if out.numel():
+        count, width = added.shape
+        blocks = triton.cdiv(width, _ADAPTED_COLUMNS)
+        squares = torch.empty(blocks, count, dtype=torch.float32, device=x.device)
+        _adapted_kernel[(programs(len(tiles) * blocks, x),)](
+            added, added.stride(0), other, other.stride(0), weight, out, total, squares, counters,
+            pending_of(z, table, offsets, bias, tiles, num_tiles, x), count, z.shape[3], width, eps, offset,
+            CAST_FIRST=cast_first, **_adapted_columns(width),
+            **constants_of(z.shape[0], 1, x.dtype, bias is not None), num_warps=_ADAPTED_WARPS,
+            num_stages=1,
+        )  # fmt: skip
+    return out, total
+
+
+def _adapted_columns(width: int) -> dict[str, int]:
+    parts = triton.next_power_of_2(triton.cdiv(width, _ADAPTED_COLUMNS))
+    return dict(BN=_ADAPTED_COLUMNS, WIDE=min(_NORMED_COLUMNS, triton.next_power_of_2(width)), PARTS=parts)
+
+
+def _by_row(x: Tensor) -> Tensor:
+    """[rows, width], whose rows are contiguous; a copy only where no view is."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
 @rms_norm.register_fake
@@ -126,11 +216,27 @@ def _(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, cast_first: bo
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-@add_rms_norm.register_fake
-def _(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0, cast_first: bool = True
-) -> tuple[Tensor, Tensor]:
+@_add_rms_norm.register_fake
+@_add_rms_norm_adapted.register_fake
+def _(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    offset: float = 0.0,
+    cast_first: bool = True,
+    delta: Delta | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As in reference.py, of an x that lacks the delta, if there is one."""
+    if delta is None:
+        return _add_rms_norm(x, residual, weight, eps, offset, cast_first)
+    counters = delta.cover.counters
+    assert counters is not None
+    return _add_rms_norm_adapted(x, residual, weight, eps, offset, cast_first, counters, *delta.tensors)
 
 
 def configurations() -> Iterator[Configuration]:
@@ -149,4 +255,17 @@ def configurations() -> Iterator[Configuration]:
             | {"rows": "i32", "inner": "i32", "eps": "fp32", "offset": "fp32"},
             constants={"ADD": add, "CAST_FIRST": cast_first, "ROWS": rows, "BLOCK": block},
             num_warps=warps,
+        )
+    for width, cast_first, dtype in ((4096, True, "bf16"), (4096, True, "fp32"), (2880, False, "bf16")):
+        pointer = f"*{dtype}:16"
+        yield Configuration(
+            name=f"add {width} {dtype} adapted",
+            kernel=_adapted_kernel,
+            types={name: pointer for name in ("x", "residual", "weight", "out", "total")}
+            | {"squares": "*fp32:16", "counters": "*i32:16", "pending": types_of(dtype), "T": "i32", "max_rank": "i32"}
+            | {name: "i32:16" for name in ("stride", "r_stride", "H")}
+            | {"eps": "fp32", "offset": "fp32"},
+            constants={"CAST_FIRST": cast_first} | _adapted_columns(width) | configured(14336, 1, dtype),
+            num_warps=_ADAPTED_WARPS,
+            num_stages=1,
         )

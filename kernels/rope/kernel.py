@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.compiled.kernel import Configuration, integer
+from kernels.compiled.launch import launch
 
 _HEADS = 8  # heads a program
 
@@ -131,13 +132,13 @@ def _outputs(query: Tensor, key: Tensor) -> list[Tensor]:
     ]
 
 
-@torch.library.custom_op("heddle::rope", mutates_args=())
+@launch("rope")
 def rope(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> tuple[Tensor, Tensor]:
     """As in reference.py."""
     return _launch(query, key, cos, sin, interleaved, False)
 
 
-@torch.library.custom_op("heddle::rope_complex", mutates_args=())
+@launch("rope_complex")
 def rope_complex(query: Tensor, key: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
     """As in reference.py."""
     return _launch(query, key, frequencies[..., 0], frequencies[..., 1], True, True)

@@ -6,12 +6,12 @@ paged_attention's kernel loads nothing past a sequence's end. (Its reference doe
 
 from collections.abc import Iterator
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.compiled.kernel import Configuration
+from kernels.compiled.launch import launch
 
 MAX_ELEMENTS = 4096  # of the keys that a program copies
 
@@ -72,7 +72,7 @@ def _write(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, s
     )  # fmt: skip
 
 
-@torch.library.custom_op("heddle::store_kv", mutates_args=("key_cache", "value_cache"))
+@launch("store_kv", mutates_args=("key_cache", "value_cache"))
 def _store_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor) -> None:
     _write(key, value, key_cache, value_cache, slot_mapping)
 
@@ -82,7 +82,7 @@ def _(*_: object) -> None:
     return None
 
 
-@torch.library.custom_op("heddle::store_latent", mutates_args=("cache",))
+@launch("store_latent", mutates_args=("cache",))
 def _store_latent(latent: Tensor, rope: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
     split = latent.shape[-1]
     _write(latent[:, None], rope[:, None], cache[..., :split], cache[..., split:], slot_mapping)

@@ -27,12 +27,17 @@ def activation_of_layer(layer: Foreign) -> Activation | None:
     """Of a layer with gate_proj, up_proj and down_proj that computes down(act(gate(x)) * up(x)); None: it computes
     something else.
 
-    Its forward is tried with stand-ins for the three, so that nothing is multiplied and all the rest is its own.
+    Its forward is tried with stand-ins for the three, so that nothing is multiplied and all the rest is its own. Gate
+    and up answer only for what the layer itself was given.
     """
 
     def forward(products: Tensor) -> Tensor:
         gate, up = products.chunk(2, dim=-1)
-        parts = {"gate_proj": Says(lambda _: gate), "up_proj": Says(lambda _: up), "down_proj": Says(lambda x: x)}
+        parts = {
+            "gate_proj": Says(lambda x: gate if x is products else None),
+            "up_proj": Says(lambda x: up if x is products else None),
+            "down_proj": Says(lambda x: x),
+        }
         result: Tensor = type(layer).forward(stand_in(layer, parts), products)
         return result
 

@@ -10,7 +10,9 @@ from typing import Protocol
 from torch import Tensor
 from transformers import AttentionInterface
 
+from kernels.lora import Delta
 from kernels.paged_attention import paged_attention
+from kernels.rope_store import HeadNorms, Heads, rope_store
 from kernels.store_kv import store_kv
 from server.model.families import Foreign
 from server.model.inputs import CurrentStep
@@ -54,6 +56,17 @@ class PagedLayer:
         clear(self._key, inputs.fresh_blocks)
         clear(self._value, inputs.fresh_blocks)
         store_kv(key, value, self._key, self._value, inputs.slot_mapping)
+        return self.look_up(query, scale, self.visible, softcap, sinks)
+
+    def turn_and_attend(
+        self, qkv: Tensor, heads: Heads, turns: tuple[Tensor, Tensor], norms: HeadNorms | None, delta: Delta | None,
+        scale: float, softcap: float | None, sinks: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """`attend` of what rope_store makes of a product qkv [T, sum of heads.widths]. turns: cosines and sines."""
+        inputs = self._step.inputs
+        clear(self._key, inputs.fresh_blocks)
+        clear(self._value, inputs.fresh_blocks)
+        query = rope_store(qkv, heads, *turns, self._key, self._value, inputs.slot_mapping, norms, delta)
         return self.look_up(query, scale, self.visible, softcap, sinks)
 
     def look_up(

@@ -53,6 +53,19 @@ class Says(nn.Module):
         return self._function(*arguments)
 
 
+def are_alike_rounded(theirs: Any, ours: Any) -> bool:
+    """The same of two that were computed in bfloat16, in which both must be: a function may widen what it is given, and
+    return it so, which float32 does not show."""
+    if isinstance(theirs, tuple) and isinstance(ours, tuple):
+        return len(theirs) == len(ours) and all(map(are_alike_rounded, theirs, ours))
+    same_type = isinstance(theirs, Tensor) and isinstance(ours, Tensor) and theirs.dtype == ours.dtype
+    return same_type and are_alike(theirs, ours, tolerance=2**-6)
+
+
+def are_identical(theirs: Any, ours: Tensor) -> bool:
+    return isinstance(theirs, Tensor) and theirs.dtype == ours.dtype and torch.equal(theirs, ours)
+
+
 def are_alike(theirs: Any, ours: Any, tolerance: float = 1e-5) -> bool:
     """Whether two tensors, or two tuples of them, hold the same numbers but for float32's rounding.
 

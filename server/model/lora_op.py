@@ -6,8 +6,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kernels.adapter_rows import AdapterTiles
-from kernels.lora import LoraSite, SiteAdapters, Split, lora
+from kernels.adapter_rows import FEW_TILE_ROWS, AdapterTiles
+from kernels.compiled import takes
+from kernels.lora import Delta, LoraSite, SiteAdapters, Split, lora, shrunk
 from server.model.expert_lora_op import ExpertLoraOp
 from server.model.experts import ExpertSpec
 from server.model.inputs import CurrentStep, TokenField
@@ -27,10 +28,28 @@ class LoraOp:
 
     def begin(self, x: Tensor) -> Finish | None:
         rows = self._step.inputs.rows
-        # what a captured batch holds is read from the device
-        if not rows.shape.rank or not (rows.at_all_sites or self._adapters.by_slot):
+        if not self._acts:
             return None
         return partial(self._add, x, rows.sampled if self._is_lm_head else rows.tiles, rows.shape.rank)
+
+    @property
+    def _acts(self) -> bool:
+        rows = self._step.inputs.rows
+        # what a captured batch holds is read from the device
+        return rows.shape.rank > 0 and (rows.at_all_sites or bool(self._adapters.by_slot))
+
+    def defers(self, x: Tensor) -> bool:
+        """Where kernels compute, in steps of few rows: at prefill launches cost nothing to speak of."""
+        cover = self._step.inputs.rows.cover
+        if cover is None or cover.tile_rows > FEW_TILE_ROWS or not takes(x) or not self._acts:
+            return False
+        return not (self._is_lm_head or self._site.own_inputs or self._site.transposed)
+
+    def deferred(self, x: Tensor) -> Delta:
+        rows, it = self._step.inputs.rows, self._adapters
+        assert rows.cover is not None and it.table is not None and it.offsets is not None
+        z = shrunk(x.reshape(-1, x.shape[-1]), it, rows.tiles, rows.shape.rank)
+        return Delta(z, it.table, it.offsets, rows.cover, self._product.bias if self._product is not None else None)
 
     def _add(self, x: Tensor, tiles: AdapterTiles, max_rank: int, y: Tensor) -> None:
         depth = x.shape[-1] * (len(self._site.widths) if self._site.own_inputs else 1)

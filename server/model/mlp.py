@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from kernels.gated import Activation, gated
 from server.model.families import Foreign
-from server.model.linears import LinearSlice
+from server.model.linears import Deferred, deferred_of, slices_of
 
 
 class FusedGate:
@@ -14,13 +14,17 @@ class FusedGate:
         self._fused, self._down, self._activation = layer.gate_proj.fused, layer.down_proj, activation
 
     def __call__(self, x: Tensor) -> Tensor:
-        out: Tensor = self._down(gated(self._fused(x), self._activation))
+        out: Tensor = self._down(self._activated(x))
         return out
+
+    def deferred(self, x: Tensor) -> Deferred:
+        return deferred_of(self._down, self._activated(x))
+
+    def _activated(self, x: Tensor) -> Tensor:
+        products, delta = self._fused.deferred(x)
+        return gated(products, self._activation, delta=delta)
 
 
 def is_fused(layer: nn.Module) -> bool:
     """Whether gate and up are the two slices of one product, in this order."""
-    gate, up = (getattr(layer, name, None) for name in ("gate_proj", "up_proj"))
-    if not (isinstance(gate, LinearSlice) and isinstance(up, LinearSlice) and gate.fused is up.fused):
-        return False
-    return (gate.index, up.index) == (0, 1) and len(gate.fused.product.widths) == 2
+    return slices_of(*(getattr(layer, name, None) for name in ("gate_proj", "up_proj"))) is not None

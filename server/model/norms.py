@@ -7,10 +7,11 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from kernels.rms_norm import rms_norm
+from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rms_norm.reference import rms_norm as reference
 from server.model.families import Foreign
 from server.model.likeness import are_alike, numbers, outcome
+from server.model.linears import Deferred
 
 _EPSILONS = ("variance_epsilon", "eps", "norm_eps")
 
@@ -37,7 +38,14 @@ class RmsNorm(nn.Module):
         return None if kind is None else cls(original.weight, kind)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.of(x)
+
+    def of(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, *self.kind)
+
+    def of_sum(self, added: Deferred, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(residual and what is added to it, normed; that sum itself)."""
+        return add_rms_norm(added.y, residual, self.weight, *self.kind, delta=added.delta)
 
 
 @torch.inference_mode()

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from kernels.lora.delta import Delta
 from server.model.inputs import TokenField
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from server.model.mla import AbsorbedProjection
     from server.model.product import Product
 
-# given the product y [T, sum of widths], changes it in place. A consumer of y may fuse it
+# given the product y [T, sum of widths], changes it in place
 Finish = Callable[[Tensor], None]
 
 
@@ -25,6 +26,12 @@ class SiteOp(Protocol):
 
         None: no adapter of the step that is being computed acts here.
         """
+
+    def defers(self, x: Tensor) -> bool:
+        """Whether what adapters do here can be left to the reader of the product, in this step."""
+
+    def deferred(self, x: Tensor) -> Delta:
+        """What is left to it, where `defers` says so. It is launched beside the product."""
 
 
 class SiteOps(Protocol):

@@ -36,10 +36,10 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     from kernels.grouped_gemm.activation import kernel as activation_kernel
     from kernels.lora import kernel as lora_kernel
 
-    blocks = gemm_kernel.Blocks(16, 64, 4, 2)  # for elements of four bytes a quarter of the depth is taken
-    monkeypatch.setattr(gemm_kernel, "_GATE_UP", {4: blocks})
-    monkeypatch.setattr(gemm_kernel, "_DOWN", {4: blocks})
+    sizes = {"": {(2, 4): gemm_kernel.Blocks(16, 64, 4, 2), (4, 4): gemm_kernel.Blocks(16, 16, 8, 2)}}
+    monkeypatch.setattr(gemm_kernel, "GATE_UP", sizes)
+    monkeypatch.setattr(gemm_kernel, "DOWN", sizes)
     monkeypatch.setattr(gemm_kernel, "_COMBINE_COLUMNS", 16)
     monkeypatch.setattr(activation_kernel, "_COLUMNS", 16)
     monkeypatch.setattr(lora_kernel, "_blocks", lambda *_: (16, 16, 4))
-    monkeypatch.setattr(lora_kernel, "_splits", lambda *_, **__: 2)
+    monkeypatch.setattr(lora_kernel, "splits_of", lambda *_, **__: 2)

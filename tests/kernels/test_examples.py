@@ -13,7 +13,7 @@ from kernels.lora import LoraSite, LoraWeights, SiteAdapters, lora
 from kernels.paged_attention import AttentionBatch, paged_attention
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope import rope, rope_complex
-from kernels.sampling import sample
+from kernels.sampling import Parameters, sample
 from kernels.store_kv import store_kv
 from tests.support.device_batch import device_batch
 from tests.support.lora_tables import attach, tiles_of
@@ -106,8 +106,8 @@ def test_rope() -> None:
 def test_sampling() -> None:
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
     for draw, token in ((0.0, 0), (0.73, 0), (0.74, 1), (0.8, 1), (1.0, 1)):
-        arguments = (torch.ones(1), ints(3), torch.tensor([0.8]), torch.zeros(1), torch.tensor([draw]))
-        assert sample(logits, *arguments).tokens.tolist() == [token]
+        asked = Parameters(torch.ones(1), ints(3), torch.tensor([0.8]), torch.zeros(1), torch.tensor([draw]))
+        assert sample(logits, asked).tokens.tolist() == [token]
 
 
 def test_logprobs() -> None:

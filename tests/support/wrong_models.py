@@ -11,8 +11,10 @@ from torch import Tensor, nn
 import server.assembly as assembly
 from kernels.expert_route import Score
 from kernels.rope import rope
+from kernels.rope_store.reference import turned
 from server.model.attention import PagedLayer
 from server.model.experts import RoutedExperts
+from server.model.fused_attention import FusedAttention
 from server.model.masks import Visible
 from server.model.norms import RmsNorm
 from server.model.routers import Router
@@ -81,9 +83,26 @@ def attention_sees(visible: Visible) -> Spoil:
     return _visible(lambda _: visible)
 
 
+def _turn_otherwise(attention: Any, turn: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> None:
+    """turn: (qkv, heads, cosines and sines, norms) -> query, key, value."""
+    layer: Any = attention.cached_layer
+
+    def otherwise(qkv: Tensor, heads: Any, turns: Any, norms: Any, delta: None, *settings: Any) -> Tensor:
+        out: Tensor = layer.attend(*turn(qkv, heads, turns, norms), *settings)
+        return out
+
+    layer.turn_and_attend = otherwise
+
+
 def _rope(name: str, function: Callable[..., tuple[Tensor, Tensor]]) -> Spoil:
     def spoil(attention: Any) -> None:
-        its = attention.forward.__func__.__globals__
+        if isinstance(attention.forward, FusedAttention):
+            _turn_otherwise(
+                attention, lambda qkv, heads, turns, norms: turned(qkv, heads, *turns, norms, rope=function)
+            )
+            return
+        forward = attention.forward  # that of latent attention is within ours, and computes on the host
+        its = getattr(forward, "inner", forward).__func__.__globals__
         assert name in its
         its[name] = function
 
@@ -113,25 +132,33 @@ def _theta(theta: float) -> Callable[[Tensor], Tensor]:
     return lambda it: theta ** -(torch.arange(len(it)) / len(it))
 
 
+def _otherwise(attend: Callable[..., Tensor], changes: dict[str, Callable[[Any], Any]]) -> Callable[..., Tensor]:
+    def otherwise(*given: Any) -> Tensor:
+        named = dict(zip(("scale", "softcap", "sinks"), given[-3:], strict=True))
+        return attend(*given[:-3], **{k: changes.get(k, lambda it: it)(v) for k, v in named.items()})
+
+    return otherwise
+
+
 def _call(**changes: Callable[[Any], Any]) -> Spoil:
     """What attention is called with: scale, softcap, sinks."""
 
     def spoil(attention: Any) -> None:
         layer = attention.cached_layer
-        attend = layer.attend
-
-        def otherwise(query: Tensor, key: Tensor, value: Tensor, *settings: Any) -> Tensor:
-            named = dict(zip(("scale", "softcap", "sinks"), settings, strict=True))
-            its: Tensor = attend(query, key, value, **{k: changes.get(k, lambda it: it)(v) for k, v in named.items()})
-            return its
-
-        layer.attend = otherwise
+        for name in ("attend", "turn_and_attend"):
+            if hasattr(layer, name):
+                setattr(layer, name, _otherwise(getattr(layer, name), changes))
 
     return _each_attention(spoil)
 
 
 def _no_query_norm(attention: Any) -> None:
-    attention.q_norm = nn.Identity()
+    assert isinstance(attention.forward, FusedAttention)
+
+    def turn(qkv: Tensor, heads: Any, turns: Any, norms: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return turned(qkv, heads, *turns, None)[0], *turned(qkv, heads, *turns, norms)[1:]
+
+    _turn_otherwise(attention, turn)
 
 
 def _no_offset(norm: Any) -> None:

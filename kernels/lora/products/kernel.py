@@ -28,6 +28,18 @@ class Table(NamedTuple):
     offsets: Any  # [slices + 1] int32
 
 
+class Pending(NamedTuple):
+    """What adapters add to a product, and have not added yet: a Delta (kernels/lora/delta.py), as pointers."""
+
+    z: Any  # [SPLITS, slices, T, max_rank] float32: what shrinks have left
+    bias: Any  # [sum of widths]: what the product has added already; read if HAS_BIAS
+    rows: Any  # as in Table, like the next two
+    stride: Any
+    offsets: Any
+    tiles: Any  # as in Tiles, like the next: over all rows of the step, the base's too
+    num_tiles: Any
+
+
 @triton.jit
 def _entry(table, entry, part, EXPERTS: tl.constexpr, DT: tl.constexpr):
     """Of an adapter's slice, and in experts of one of its experts: a and b (pointers), gain's address, rank, scale."""
@@ -98,6 +110,78 @@ def shrink(
 
 
 @triton.jit
+def _weights_of(b, first_rank, rank, width, n, column_mask, TRANSPOSED: tl.constexpr, RB: tl.constexpr):
+    """b^T [RB, columns] of the ranks from first_rank on; zeros beyond the last."""
+    ranks = first_rank + tl.arange(0, RB)
+    wide = n[None, :].to(tl.int64)
+    # ranks * width is of 32 bits, which at rank 4,096 is enough for half a million columns; the rest of 64
+    weight_at = ranks[:, None] * width + wide if TRANSPOSED else wide * rank + ranks[:, None]
+    return tl.load(b + weight_at, mask=column_mask[None, :] & (ranks < rank)[:, None], other=0.0)
+
+
+@triton.jit
+def _expanded(
+    total, first_rank, weight, z, rank, part, rows, row_mask, T, max_rank,
+    SL: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr, RB: tl.constexpr, DT: tl.constexpr,
+):  # fmt: skip
+    """total [TILE, columns] + z @ weight of RB ranks, with z summed over the splits."""
+    ranks = first_rank + tl.arange(0, RB)
+    z_mask = row_mask[:, None] & (ranks < rank)[None, :]
+    shrunk = tl.zeros((TILE, RB), tl.float32)
+    for split in tl.static_range(SPLITS):  # always in this order
+        z_at = _shrunk_at(z, split, part, rows, ranks, T, max_rank, SL)
+        shrunk += tl.load(z_at, mask=z_mask, other=0.0, cache_modifier=".cg")
+    return dot(shrunk.to(DT), weight, total)
+
+
+@triton.jit
+def _gained(out, gain_address, bias, n, column_mask, HAS_BIAS: tl.constexpr):
+    """With the gain that is at this address, 0 for none; bias: where the slice's begins."""
+    if gain_address != 0:
+        gain = tl.load(gain_address.to(tl.pointer_type(tl.float32)) + n, mask=column_mask, other=0.0)[None, :]
+        if HAS_BIAS:
+            held = tl.load(bias + n, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+            out = (out - held) * gain + held
+        else:
+            out = out * gain
+    return out
+
+
+@triton.jit
+def tile_of(pending, tile, TILE: tl.constexpr):
+    """(slot, rows [TILE], whether there is such a row) of a tile of a Pending by its number."""
+    at = pending.tiles + tile * 3
+    m = tl.arange(0, TILE)
+    return tl.load(at), (tl.load(at + 1) + m).to(tl.int64), m < tl.load(at + 2)
+
+
+@triton.jit
+def adapted(
+    prior, pending, slot, part, rows, row_mask, n, column_mask, T, max_rank,
+    HAS_BIAS: tl.constexpr, SL: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr, BN: tl.constexpr,
+    RB: tl.constexpr, DT: tl.constexpr,
+):  # fmt: skip
+    """What a linear's product becomes by the slot's adapter, for the consumer of the product.
+
+    prior [TILE, BN] float32: what the product holds at these rows and columns n of slice `part`. Returned is what a
+    launch of lora would leave there, with its rounding, as float32. pending: a Pending.
+    """
+    _, b, gain_address, rank, scale = _entry(pending, slot, part, 0, DT)
+    out = prior
+    if (rank > 0) | (gain_address != 0):
+        begin = tl.load(pending.offsets + part)
+        width = tl.load(pending.offsets + part + 1) - begin
+        total = tl.zeros((TILE, BN), tl.float32)
+        for first_rank in range(0, rank, RB):
+            weight = _weights_of(b, first_rank, rank, width, n, column_mask, False, RB)
+            total = _expanded(total, first_rank, weight, pending.z, rank, part, rows, row_mask, T, max_rank,
+                              SL, SPLITS, TILE, RB, DT)  # fmt: skip
+        out = _gained(prior + total * scale, gain_address, pending.bias + begin, n, column_mask, HAS_BIAS)
+        out = out.to(DT).to(tl.float32)
+    return out
+
+
+@triton.jit
 def expand(
     y, stride_y, z, bias, table, tiles, counters, tile, part, column_block, T, max_rank,
     SCATTERS: tl.constexpr, BN: tl.constexpr, HAS_BIAS: tl.constexpr, WAITS: tl.constexpr, EXPERTS: tl.constexpr,
@@ -127,32 +211,22 @@ def expand(
                 written = rows
             y_at = y + written[:, None] * stride_y + (begin + n)[None, :]
             prior = tl.load(y_at, mask=mask, other=0.0).to(tl.float32)  # under way before the wait
+            # so are the weights of the first ranks; in experts and in float32 there are not the registers for it
+            EARLY: tl.constexpr = RB if WAITS and EXPERTS == 0 and b.dtype.element_ty.primitive_bitwidth < 32 else 0
+            if EARLY > 0:
+                weight = _weights_of(b, 0, rank, width, n, column_mask, TRANSPOSED, RB)
             if WAITS:
                 if rank > 0:
                     while tl.atomic_add(counters + 1 + tile * SL + part, 0, sem="acquire", scope="gpu") < SPLITS:
                         pass
                     tl.debug_barrier()
-            r = tl.arange(0, RB)
             total = tl.zeros((TILE, BN), tl.float32)
-            for first_rank in range(0, rank, RB):
-                ranks = first_rank + r
-                z_mask = row_mask[:, None] & (ranks < rank)[None, :]
-                shrunk = tl.zeros((TILE, RB), tl.float32)
-                for split in tl.static_range(SPLITS):  # always in this order
-                    z_at = _shrunk_at(z, split, part, rows, ranks, T, max_rank, SL)
-                    shrunk += tl.load(z_at, mask=z_mask, other=0.0, cache_modifier=".cg")
-                wide = n[None, :].to(tl.int64)
-                # ranks * width is of 32 bits, which at rank 4,096 is enough for half a million columns; the rest of 64
-                weight_at = ranks[:, None] * width + wide if TRANSPOSED else wide * rank + ranks[:, None]
-                weight_mask = column_mask[None, :] & (ranks < rank)[:, None]
-                weight = tl.load(b + weight_at, mask=weight_mask, other=0.0)
-                total = dot(shrunk.to(DT), weight, total)
-            out = prior + total * scale
-            if gain_address != 0:
-                gain = tl.load(gain_address.to(tl.pointer_type(tl.float32)) + n, mask=column_mask, other=0.0)[None, :]
-                if HAS_BIAS:
-                    held = tl.load(bias + begin + n, mask=column_mask, other=0.0).to(tl.float32)[None, :]
-                    out = (out - held) * gain + held
-                else:
-                    out = out * gain
+            if EARLY > 0:
+                total = _expanded(total, 0, weight, z, rank, part, rows, row_mask, T, max_rank,
+                                  SL, SPLITS, TILE, RB, DT)  # fmt: skip
+            for first_rank in range(EARLY, rank, RB):
+                weight = _weights_of(b, first_rank, rank, width, n, column_mask, TRANSPOSED, RB)
+                total = _expanded(total, first_rank, weight, z, rank, part, rows, row_mask, T, max_rank,
+                                  SL, SPLITS, TILE, RB, DT)  # fmt: skip
+            out = _gained(prior + total * scale, gain_address, bias + begin, n, column_mask, HAS_BIAS)
             tl.store(y_at, out.to(y.dtype.element_ty), mask=mask)

@@ -28,7 +28,7 @@ def _replace(build: Build, names: list[str]) -> Product:
     product = build.make_product([build.model.get_submodule(name) for name in names])
     is_lm_head = names[0] == "lm_head"  # logits are computed for sampled rows only
     ops = [ops.at_linears(names, product, is_lm_head) for ops in build.site_ops]
-    adapted = AdaptedLinear(product, ops)
+    adapted = AdaptedLinear(product, ops, build.branch)
     if len(names) == 1:
         build.replace(names[0], adapted)
         return product

@@ -68,7 +68,7 @@ def batch(popularity: str, count: int) -> list[int]:
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shapes that the interpreter gets through, with more than one block and split in every direction."""
     monkeypatch.setattr(lora_kernel, "_blocks", lambda *_: (16, 16, 4))
-    monkeypatch.setattr(lora_kernel, "_splits", lambda depth, *_, **__: 1 if depth < 32 else 2)
+    monkeypatch.setattr(lora_kernel, "splits_of", lambda depth, *_, **__: 1 if depth < 32 else 2)
 
 
 def check(depth: int, widths: tuple[int, ...], slots: list[int], single_launch: bool, gains: bool, tile: int = 4,

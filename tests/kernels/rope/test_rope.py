@@ -105,4 +105,4 @@ def test_schemas() -> None:
         (rope_kernel.rope, (query, key, *turns, True)),
         (rope_kernel.rope_complex, (query, key, pairs)),
     ):
-        torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(op.registered, arguments, test_utils=("test_schema", "test_faketensor"))

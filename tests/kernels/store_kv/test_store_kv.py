@@ -60,10 +60,10 @@ def test_store_ops_are_registered_rightly() -> None:
     cache, slot_mapping = torch.zeros(3, 4, 2, 8, device=DEVICE), torch.tensor([1, -1], device=DEVICE)
     rows = torch.randn(2, 2, 8, device=DEVICE)
     test_utils = ("test_schema", "test_faketensor")
-    torch.library.opcheck(_store_kv, (rows, rows, cache, cache.clone(), slot_mapping), test_utils=test_utils)
+    torch.library.opcheck(_store_kv.registered, (rows, rows, cache, cache.clone(), slot_mapping), test_utils=test_utils)
     latent, rope = torch.randn(2, 32, device=DEVICE), torch.randn(2, 8, device=DEVICE)
     cache = torch.zeros(3, 4, 1, 40, device=DEVICE)
-    torch.library.opcheck(_store_latent, (latent, rope, cache, slot_mapping), test_utils=test_utils)
+    torch.library.opcheck(_store_latent.registered, (latent, rope, cache, slot_mapping), test_utils=test_utils)
 
 
 def test_nothing_to_store(stores: Stores) -> None:

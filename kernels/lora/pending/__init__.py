@@ -1,0 +1,1 @@
+"""How consumers of a Delta launch: pending/kernel.py."""
