@@ -23,9 +23,9 @@ from torch import Tensor
 from kernels.compiled import takes
 from kernels.host import takes as host_takes
 from kernels.paged_attention import host, reference
-from kernels.paged_attention.batch import NUM_COUNTERS, AttentionBatch, DeviceBatch, splits_decodes
+from kernels.paged_attention.batch import NUM_COUNTERS, AttentionBatch, DeviceBatch
 
-__all__ = ["NUM_COUNTERS", "AttentionBatch", "DeviceBatch", "paged_attention", "splits_decodes"]
+__all__ = ["NUM_COUNTERS", "AttentionBatch", "DeviceBatch", "paged_attention"]
 
 
 def paged_attention(

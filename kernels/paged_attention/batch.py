@@ -1,6 +1,5 @@
 """The indices of one step's attention, made once and used by every layer: for the reference and for the kernel."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,10 +10,8 @@ from torch import Tensor
 MAX_GROUP = 4
 MAX_PADDING = 0.25
 
-# A decode whose keys are split over programs needs a counter for each tile of its heads. Keys are split only where
-# there are fewer such tiles than programs wanted, so this many counters are enough for any batch.
-NUM_COUNTERS = 1024
-LONG_DECODE = 1024  # keys beyond which a decode beside prefills is worth a launch of its own
+# Each part of a tile whose keys are split over programs needs one; so no launch has more parts than this
+NUM_COUNTERS = 4096
 
 
 @dataclass(frozen=True)
@@ -51,10 +48,11 @@ class DeviceBatch:
     kv_lens [S]: keys after this step, the new tokens last. 0 is padding, whose rows of the output become zero.
     block_tables [S, W]: columns past a sequence's length are never read.
     counters [NUM_COUNTERS]: zero before a launch and after it. Launches that may overlap must not share them.
-    max_query_len: the most new tokens of a sequence. 1 says that all are decodes, whose keys may be split.
-    splits_decodes: as the function of that name says; if so, decodes get a launch of their own.
+    max_query_len: no sequence has more new tokens. 1 says that all are decodes. It chooses the tile, and more than
+        there are is as right.
 
-    A captured batch of n decodes: query_starts = arange(n + 1), max_query_len = 1.
+    A captured batch of n decodes: query_starts = arange(n + 1), max_query_len = 1. One of n rows whoever they belong
+    to: as many sequences as there may be, those that are missing without rows, and the largest max_query_len.
     """
 
     query_starts: Tensor
@@ -62,16 +60,6 @@ class DeviceBatch:
     block_tables: Tensor
     counters: Tensor
     max_query_len: int
-    splits_decodes: bool = False
-
-
-def splits_decodes(query_lens: Sequence[int], kv_lens: Sequence[int]) -> bool:
-    """Whether some sequences have several new tokens and others are decodes too long for one program each.
-
-    The keys of decodes are then split over programs, in a launch of their own. Arguments as of AttentionBatch.
-    """
-    is_mixed = max(query_lens, default=0) > 1
-    return is_mixed and any(new == 1 and keys > LONG_DECODE for new, keys in zip(query_lens, kv_lens, strict=True))
 
 
 @dataclass(frozen=True)

@@ -8,17 +8,20 @@ cache holds 512 + 64 numbers a token and layer instead of 16 * (192 + 128).
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.latent_prep import LatentNorm, Turns, latent_prep
 from kernels.lora import LoraWeights
-from kernels.paged_attention import paged_attention
+from kernels.paged_attention import AttentionBatch, DeviceBatch, paged_attention
 from kernels.store_kv import store_latent
 from server.model.attention import MakeKV, clear
+from server.model.expanded_prefill import ExpandedStep, LatentSizes
 from server.model.families import Foreign
-from server.model.inputs import CurrentStep
+from server.model.inputs import CurrentStep, StepInputs
 from server.model.masks import Visible
 from server.model.probe import KVShape
-from server.model.site_op import SiteOp, begin_all
+from server.model.site_op import Finish, SiteOp, begin_all
 
 
 def is_latent(attention: Foreign) -> bool:
@@ -65,6 +68,24 @@ class AbsorbedProjection:
         """context [T, H, latent] -> [T, H, value_dim]."""
         up = self._weight()[:, self.key_dim :].transpose(1, 2)
         return torch.bmm(context.transpose(0, 1), up).transpose(0, 1)
+
+    def queries_into(self, query: Tensor, taken_in: Tensor) -> None:
+        """`queries_in`, written to taken_in [T, H, latent], which may be columns of a wider tensor.
+
+        Without a copy: torch hands a library the strides of an output whose rows are contiguous.
+        """
+        torch.bmm(query.transpose(0, 1), self._weight()[:, : self.key_dim], out=taken_in.transpose(0, 1))
+
+    def values_into(self, context: Tensor, out: Tensor) -> None:
+        """`values_out`, written to out [T, H, value_dim]."""
+        up = self._weight()[:, self.key_dim :].transpose(1, 2)
+        torch.bmm(context.transpose(0, 1), up, out=out.transpose(0, 1))
+
+    def expand(self, latents: Tensor) -> Tensor:
+        """latents [.., latent] -> [.., H, key_dim + value_dim]."""
+        rows = self.rows()
+        made = F.linear(latents.to(rows.dtype), rows).to(latents.dtype)
+        return made.view(*latents.shape[:-1], self.heads, self.key_dim + self.value_dim)
 
     def split_for_gains(self, weights: LoraWeights) -> list[tuple[int, LoraWeights]]:
         """(head, weights) of an adapter's gain of kv_b_proj, before queries enter: nothing but the gain."""
@@ -122,6 +143,70 @@ class LatentLayer:
                                   self.visible.window, softcap, sinks, self.visible.chunk)  # fmt: skip
         return _adapted(it.values_out, context, self._value_ops)
 
+    def attend_in_place(
+        self, query: Tensor, compressed: Tensor, norm: LatentNorm, turns: Turns, scale: float
+    ) -> Tensor:
+        """`attend` and what comes before it, where kernels compute.
+
+        query [T, H, key_dim + rope] and compressed [T, latent + rope], neither rotated nor normed yet.
+        """
+        inputs, it = self._step.inputs, self.projection
+        clear(self._cache, inputs.fresh_blocks)
+        content, position = query.split([it.key_dim, query.shape[-1] - it.key_dim], dim=-1)
+        absorbed = query.new_empty(*query.shape[:2], self.shape.key_dim)
+        latent_prep(position, compressed, norm, turns, self._cache, inputs.slot_mapping, absorbed)
+        content = _adapted(_as_it_is, content, self._entering_ops)
+        begun = begin_all(self._query_ops, content)
+        step = None if begun else self._expanded_step(inputs)
+        if step is None:
+            return self._absorbed(content, absorbed, inputs.attention, scale, begun)
+        if step.absorbed is None:
+            return self._expanded(content, absorbed, step, scale)
+        out = query.new_empty(*query.shape[:2], it.value_dim)
+        rows, others = step.expanded.rows, step.absorbed.rows
+        own = content.index_select(0, rows), absorbed.index_select(0, rows)
+        out.index_copy_(0, rows, self._expanded(*own, step, scale))
+        rest = content.index_select(0, others), absorbed.index_select(0, others)
+        out.index_copy_(0, others, self._absorbed(*rest, step.absorbed.batch, scale, begun))
+        return out
+
+    def _absorbed(
+        self, content: Tensor, absorbed: Tensor, batch: AttentionBatch | DeviceBatch, scale: float,
+        begun: Sequence[Finish],
+    ) -> Tensor:  # fmt: skip
+        """[T, H, value_dim]. content [T, H, key_dim]: of queries, whose rotated part is in `absorbed` already; begun:
+        what adapters do where they enter."""
+        it = self.projection
+        taken_in = content.new_empty(*content.shape[:2], it.latent) if begun else absorbed[..., : it.latent]
+        it.queries_into(content, taken_in)
+        if begun:
+            absorbed[..., : it.latent] = _finished(taken_in, begun)
+        context = paged_attention(absorbed, self._cache, self._cache[..., : it.latent], batch, scale,
+                                  self.visible.window, None, None, self.visible.chunk)  # fmt: skip
+        begun = begin_all(self._value_ops, context)
+        out = context.new_empty(*context.shape[:2], it.value_dim)
+        it.values_into(context, out)
+        return _finished(out, begun)
+
+    def _expanded(self, content: Tensor, absorbed: Tensor, step: ExpandedStep, scale: float) -> Tensor:
+        """The same where keys and values are made of the latents again, without adapters."""
+        it = self.projection
+        cached = self._cache.index_select(0, step.blocks)[:, :, 0]
+        made = it.expand(cached[..., : it.latent])
+        key = made.new_empty(*made.shape[:3], content.shape[-1] + cached.shape[-1] - it.latent)
+        key[..., : it.key_dim] = made[..., : it.key_dim]
+        key[..., it.key_dim :] = cached[:, :, None, it.latent :]
+        query = torch.cat([content, absorbed[..., it.latent :]], dim=-1)
+        return paged_attention(query, key, made[..., it.key_dim :], step.expanded.batch, scale)
+
+    def _expanded_step(self, inputs: StepInputs) -> ExpandedStep | None:
+        """How this step's prompts are computed with their keys and values expanded; None: not at all."""
+        it, batch = self.projection, inputs.attention
+        if inputs.sequences is None or not isinstance(batch, DeviceBatch) or self.visible != Visible():
+            return None
+        sizes = LatentSizes(it.heads, it.latent, self.shape.key_dim - it.latent, it.key_dim, it.value_dim)
+        return inputs.sequences.expanded(sizes, batch, self._cache.shape[1], self._cache.element_size())
+
 
 def _as_it_is(x: Tensor) -> Tensor:
     return x
@@ -130,7 +215,10 @@ def _as_it_is(x: Tensor) -> Tensor:
 def _adapted(product: Callable[[Tensor], Tensor], x: Tensor, ops: Sequence[SiteOp]) -> Tensor:
     """The product of x [T, H, in] and what the adapters do to it, head by head."""
     begun = begin_all(ops, x)
-    projected = product(x)
+    return _finished(product(x), begun)
+
+
+def _finished(projected: Tensor, begun: Sequence[Finish]) -> Tensor:
     if begun:
         projected = projected.contiguous()
         for finish in begun:

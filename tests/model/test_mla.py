@@ -1,14 +1,20 @@
-"""Gains of kv_b_proj's rows on both sides of absorbed attention."""
+"""Latent attention: gains of kv_b_proj's rows on both sides of it, products in place, and which forwards are ours."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.adapter_rows import AdapterTiles, Segment
+from kernels.latent_prep import Pairing
 from kernels.lora import LoraSite, LoraWeights, SiteAdapters, lora
+from server.model.latent_attention import form_of
 from server.model.mla import AbsorbedProjection
+from server.model.norms import RmsNorm
+from tests.support.tiny_models import make_model
 
 HEADS, LATENT, KEY, VALUE, RANK, TOKENS = 3, 8, 4, 5, 2, 6
 
@@ -66,3 +72,43 @@ def test_where_queries_enter_they_are_scaled_first(projection: AbsorbedProjectio
             merged = gain[:, None] * merged
         keys = merged.view(HEADS, KEY + VALUE, LATENT)[:, :KEY]
         torch.testing.assert_close(y, torch.einsum("thk,hkl->thl", query, keys))
+
+
+class Ops(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_products_write_where_the_next_step_reads(projection: AbsorbedProjection) -> None:
+    query, context = torch.randn(TOKENS, HEADS, KEY), torch.randn(TOKENS, HEADS, LATENT)
+    wide, out = torch.zeros(TOKENS, HEADS, LATENT + 3), torch.zeros(TOKENS, HEADS, VALUE)
+    with torch.no_grad():
+        with Ops() as ops:
+            projection.queries_into(query, wide[..., :LATENT])
+            projection.values_into(context, out)
+        assert [name for name in ops.names if "bmm" in name or "copy" in name or "clone" in name] == [
+            "aten.bmm.out"
+        ] * 2
+        torch.testing.assert_close(wide[..., :LATENT], projection.queries_in(query))
+        torch.testing.assert_close(out, projection.values_out(context))
+    assert not wide[..., LATENT:].any()
+
+
+@pytest.mark.parametrize(
+    ("name", "pairing"),
+    [("deepseek_v2", Pairing.ADJACENT), ("deepseek_v3", Pairing.INTERLEAVED), ("minicpm3", Pairing.HALVES),
+     ("mistral4", None), ("deepseek_v32", None)],
+)  # fmt: skip
+def test_which_forwards_are_ours(name: str, pairing: Pairing | None) -> None:
+    """Mistral 4's queries grow with their position, and DeepSeek-V3.2 asks its indexer."""
+    attention: Any = make_model(name).get_submodule("model.layers.0.self_attn")
+    attention.kv_a_layernorm = RmsNorm.in_place_of(attention.kv_a_layernorm)
+    attention.expand_kv = lambda latent, rotated: (latent, rotated)
+    form = form_of(attention)
+    assert (form and form.pairing) == pairing
+    assert form is None or form.scale == pytest.approx(attention.scaling)

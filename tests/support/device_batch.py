@@ -5,7 +5,7 @@ from itertools import accumulate
 
 import torch
 
-from kernels.paged_attention import NUM_COUNTERS, DeviceBatch, splits_decodes
+from kernels.paged_attention import NUM_COUNTERS, DeviceBatch
 
 
 def device_batch(
@@ -24,5 +24,4 @@ def device_batch(
         block_tables=on_device(padded).view(len(padded), width),
         counters=torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=device),
         max_query_len=max(query_lens, default=0),
-        splits_decodes=splits_decodes(query_lens, kv_lens),
     )

@@ -1,7 +1,4 @@
-"""How many splits there are, where their parts are kept, and how the last program to arrive adds them up.
-
-The parts are always added in the same order, whoever arrives last, so the result does not depend on timing.
-"""
+"""Where parts are kept, and how those who arrive last in their group add them up."""
 
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -9,84 +6,131 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-MAX_SPLITS = 32  # one program adds them up
-LEAST_TILES = tl.constexpr(4)  # of keys in a split
-PROCESSORS = 132  # where there is none to ask: an H100 or H200
+FAN = tl.constexpr(8)  # parts of a group
+PROCESSORS = 1  # where there is none to ask, as in the interpreter, which takes programs one by one
 
 
 class Parts(NamedTuple):
-    """Scratch memory for the results of all splits, float32. Part p * splits + s is that of split s of program p."""
+    """Scratch memory for parts of results, float32, and a counter for each part: zero, and left zero."""
 
-    sums: Any  # [parts, ROW_HEADS, VALUE]
-    maxima: Any  # [parts, ROW_HEADS]
-    totals: Any  # [parts, ROW_HEADS]
+    sums: Any  # [parts, ROWS, VALUE]
+    maxima: Any  # [parts, ROWS]
+    totals: Any  # [parts, ROWS]
+    counters: Any  # [parts] int32
 
 
 @triton.jit
-def _at(parts, part, rows, dims, ROW_HEADS: tl.constexpr, VALUE: tl.constexpr):
+def _at(parts, part, rows, dims, ROWS: tl.constexpr, VALUE: tl.constexpr):
     """Pointers to the sums [rows, dims], maxima [rows] and totals [rows] of a part."""
-    row = part * ROW_HEADS + rows
-    sums = parts.sums + row.to(tl.int64)[:, None] * VALUE + dims[None, :]
+    row = part * ROWS + rows
+    sums = parts.sums + (row[:, None] * VALUE + dims[None, :])
     return sums, parts.maxima + row, parts.totals + row
 
 
 @triton.jit
 def store_part(
-    parts, part, rows, dims, accumulated, maximum, total, ROW_HEADS: tl.constexpr, VALUE: tl.constexpr
+    parts, part, rows, dims, accumulated, maximum, total, ROWS: tl.constexpr, VALUE: tl.constexpr
 ):  # fmt: skip
-    """Keep what one split found. Rows from ROW_HEADS on are padding of the tile."""
-    sums, maxima, totals = _at(parts, part, rows, dims, ROW_HEADS, VALUE)
-    kept = rows < ROW_HEADS
+    """Keep what one program found. Rows from ROWS on are padding of the tile."""
+    sums, maxima, totals = _at(parts, part, rows, dims, ROWS, VALUE)
+    kept = rows < ROWS
     tl.store(sums, accumulated, mask=kept[:, None])
     tl.store(maxima, maximum, mask=kept)
     tl.store(totals, total, mask=kept)
 
 
 @triton.jit
-def add_parts(
-    parts, first_part, count, rows, dims,
-    ROW_HEADS: tl.constexpr, VALUE: tl.constexpr, BLOCK_M: tl.constexpr, NUM_STAGES: tl.constexpr,
+def arrives_last(parts, part, members):
+    """Whether all others of the group whose counter is that of `part` have arrived. If so the counter is zero again.
+
+    Who is alone in a group counts nothing: where a level's last group has one member, its counter would be that of the
+    next tile's first part. With two or more there are parts enough for it to be the tile's own.
+    """
+    tl.debug_barrier()  # all threads have stored before one of them says so, or reads what others of them stored
+    is_last = members == 1
+    if members > 1:
+        arrived = tl.atomic_add(parts.counters + part, 1, sem="acq_rel")
+        is_last = arrived == members - 1
+        if is_last:
+            tl.store(parts.counters + part, 0)
+    return is_last
+
+
+@triton.jit
+def add_totals(parts, first, step, members, rows, ROWS: tl.constexpr):
+    """(maximum, total) of parts first, first + step, ..; at most FAN.
+
+    Read past the first-level cache, as sums are: other processors wrote them.
+    """
+    maximum = tl.full((ROWS,), float("-inf"), tl.float32)
+    for index in tl.static_range(FAN):
+        maxima = parts.maxima + (first + index * step) * ROWS + rows
+        mask = rows < tl.where(members > index, ROWS, 0)
+        its = tl.load(maxima, mask=mask, other=float("-inf"), cache_modifier=".cg")
+        maximum = tl.maximum(maximum, its)
+    total = tl.zeros((ROWS,), tl.float32)
+    for index in tl.static_range(FAN):
+        part, mask = first + index * step, rows < tl.where(members > index, ROWS, 0)
+        its = tl.load(parts.totals + part * ROWS + rows, mask=mask, other=0.0, cache_modifier=".cg")
+        total += its * _rescale(parts, part, maximum, rows, mask, ROWS)
+    return maximum, total
+
+
+@triton.jit
+def _rescale(parts, part, maximum, rows, mask, ROWS: tl.constexpr):
+    """What brings a part to the highest of all maxima. Rows of all parts may have seen no key."""
+    its = tl.load(parts.maxima + part * ROWS + rows, mask=mask, other=float("-inf"), cache_modifier=".cg")
+    return tl.exp2(its - tl.where(maximum == float("-inf"), 0.0, maximum))
+
+
+@triton.jit
+def add_sums(
+    parts, first, step, members, maximum, rows, dims, ROWS: tl.constexpr, VALUE: tl.constexpr, SLICE: tl.constexpr
 ):  # fmt: skip
-    """(accumulated, maximum, total) of `count` parts. Read past the first-level cache: other processors wrote them."""
-    maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    accumulated = tl.zeros((BLOCK_M, VALUE), tl.float32)
-    kept = rows < ROW_HEADS
-    for other in tl.range(0, count, num_stages=NUM_STAGES):
-        sums, maxima, totals = _at(parts, first_part + other, rows, dims, ROW_HEADS, VALUE)
-        part_maximum = tl.load(maxima, mask=kept, other=0.0, cache_modifier=".cg")
-        part_total = tl.load(totals, mask=kept, other=0.0, cache_modifier=".cg")
-        part_sums = tl.load(sums, mask=kept[:, None], other=0.0, cache_modifier=".cg")
-        highest = tl.maximum(maximum, part_maximum)
-        rescale = tl.exp2(maximum - highest)
-        part_rescale = tl.exp2(part_maximum - highest)
-        maximum = highest
-        total = total * rescale + part_total * part_rescale
-        accumulated = accumulated * rescale[:, None] + part_sums * part_rescale[:, None]
-    return accumulated, maximum, total
+    """Columns `dims` of the sums, [ROWS, SLICE]. No load waits for another."""
+    added = tl.zeros((ROWS, SLICE), tl.float32)
+    for index in tl.static_range(FAN):
+        part, mask = first + index * step, rows < tl.where(members > index, ROWS, 0)
+        sums, _, _ = _at(parts, part, rows, dims, ROWS, VALUE)
+        its = tl.load(sums, mask=mask[:, None], other=0.0, cache_modifier=".cg")
+        added += its * _rescale(parts, part, maximum, rows, mask, ROWS)[:, None]
+    return added
+
+
+@triton.jit
+def store_sums(parts, part, added, rows, dims, ROWS: tl.constexpr, VALUE: tl.constexpr):
+    tl.debug_barrier()  # all threads have read before one of them writes in the same place
+    sums, _, _ = _at(parts, part, rows, dims, ROWS, VALUE)
+    tl.store(sums, added)
+
+
+@triton.jit
+def store_totals(parts, part, maximum, total, rows, ROWS: tl.constexpr):
+    tl.debug_barrier()
+    _, maxima, totals = _at(parts, part, rows, rows, ROWS, 1)
+    tl.store(maxima, maximum)
+    tl.store(totals, total)
+
+
+def slice_of(value: int, rows: int, num_warps: int) -> int:
+    """Columns of a result that are added up at once: so that a thread has 8 numbers of each of FAN parts."""
+    return min(value, 8 * 32 * num_warps // rows)
 
 
 @lru_cache
-def programs_wanted(device: torch.device) -> int:
-    """Two a processor."""
+def processors(device: torch.device) -> int:
     cuda = device.type == "cuda"
-    return 2 * (torch.cuda.get_device_properties(device).multi_processor_count if cuda else PROCESSORS)
+    return torch.cuda.get_device_properties(device).multi_processor_count if cuda else PROCESSORS
 
 
-def num_splits(programs: int, wanted: int, counters: int, most_tiles: int) -> int:
-    """Of each program's keys. It follows from shapes alone, so that a captured launch holds for any lengths.
-
-    programs: without splits; each needs one of the `counters`. wanted: programs that fill the device. most_tiles: of
-    keys, in the longest sequence that the block tables have room for.
-    """
-    return max(1, min(wanted // programs, MAX_SPLITS, most_tiles)) if programs <= counters else 1
-
-
-def scratch(parts: int, row_heads: int, value: int, device: torch.device) -> Parts:
-    rows = parts * row_heads
+def scratch(parts: int, rows: int, value: int, counters: Tensor) -> Parts:
+    """parts: how many there may be; counters for as many."""
+    assert parts <= counters.numel()
     return Parts(
-        torch.empty(rows, value, dtype=torch.float32, device=device),
-        torch.empty(rows, dtype=torch.float32, device=device),
-        torch.empty(rows, dtype=torch.float32, device=device),
+        torch.empty(parts, rows, value, dtype=torch.float32, device=counters.device),
+        torch.empty(parts, rows, dtype=torch.float32, device=counters.device),
+        torch.empty(parts, rows, dtype=torch.float32, device=counters.device),
+        counters,
     )

@@ -2,17 +2,21 @@
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
 import torch
+import triton.language as tl
 from torch import Tensor
 
-from kernels.paged_attention import AttentionBatch, DeviceBatch, reference, splits_decodes
+from kernels.paged_attention import AttentionBatch, DeviceBatch, reference
 from kernels.paged_attention import kernel as attention_kernel
 from kernels.paged_attention.kernel import NO_LIMIT, paged_attention
 from kernels.paged_attention.kernel import _launch as attention_op
+from kernels.paged_attention.splits import kernel as splits_kernel
 from kernels.paged_attention.tiles import Tile, choose_tile, split_dim
+from kernels.paged_attention.work import kernel as work_kernel
 from tests.support.breadth import always
 from tests.support.device_batch import device_batch
 from tests.support.kernel_device import DEVICE
@@ -82,8 +86,9 @@ def make_case(
     return Case(query, *caches(storage), *caches(poisoned), batch, on_device)
 
 
-def check(case: Case, options: dict[str, object], launches: int = 1) -> Tensor:
-    """Kernel against reference; every launch the same, to the bit. Returns the output."""
+def check(case: Case, options: dict[str, object], launches: int = 1, counted: Sequence[int] = ()) -> Tensor:
+    """Kernel against reference; every launch the same, to the bit. Returns the output. counted: counters that are not
+    zero before, and stay so."""
     arguments = dict(options)
     if arguments.pop("sinks", False):
         arguments["sinks"] = torch.randn(case.query.shape[1], device=DEVICE)
@@ -92,7 +97,7 @@ def check(case: Case, options: dict[str, object], launches: int = 1) -> Tensor:
     for _ in range(launches):
         got = paged_attention(case.query, case.poisoned_keys, case.poisoned_values, case.device_batch, 0.3, **arguments)  # type: ignore[arg-type]
         torch.testing.assert_close(got, expected, atol=ATOL, rtol=0)
-        assert not case.device_batch.counters.any()
+        assert case.device_batch.counters.nonzero()[:, 0].tolist() == list(counted)
         outputs.append(got)
     assert all(torch.equal(outputs[0], other) for other in outputs)
     return outputs[0]
@@ -101,20 +106,6 @@ def check(case: Case, options: dict[str, object], launches: int = 1) -> Tensor:
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_mixed_batch(options: dict[str, object]) -> None:
     check(make_case(MIXED, heads=6, kv_heads=2, dim=16, value_dim=16), options)
-
-
-@pytest.mark.parametrize("options", [{}, {"window": 6, "chunk": 8, "softcap": 2.0, "sinks": True}], ids=str)
-def test_decodes_with_a_launch_of_their_own(options: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kernels.paged_attention.batch.LONG_DECODE", 8)
-    case = make_case([*MIXED, (1, 70)], heads=6, kv_heads=2, dim=16, value_dim=16)
-    assert case.device_batch.splits_decodes
-    check(case, options, launches=2)
-
-
-def test_only_long_decodes_beside_others_have_a_launch_of_their_own() -> None:
-    assert splits_decodes([1, 300], [2000, 300])
-    assert not splits_decodes([1, 300], [1000, 3000])
-    assert not splits_decodes([1, 1], [2000, 2000]) and not splits_decodes([], [])
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -162,19 +153,105 @@ def test_values_that_are_another_part_of_the_keys(width: int) -> None:
 SPLIT: list[dict[str, object]] = [{"sinks": True, "softcap": 2.0}, {"window": 40}, {"chunk": 64}, {}]
 
 
+@pytest.fixture
+def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tile of keys is a chunk where the work is little."""
+    monkeypatch.setattr(attention_kernel, "least_keys", lambda _: 1)
+
+
+@pytest.mark.usefixtures("short_chunks")
 @pytest.mark.parametrize("block_size", always([4, 16], 16))
 @pytest.mark.parametrize("options", always(SPLIT, *SPLIT[:2]), ids=str)
 def test_split_keys(block_size: int, options: dict[str, object]) -> None:
-    """Lengths on either side of a block and of a tile; one that gives every split work, and one without keys."""
-    lens = [0, 1, block_size, block_size + 1, 32, 33, 100]
+    """Lengths on either side of a block and of a tile; a long one among them, and one without keys."""
+    lens = [0, 1, block_size, block_size + 1, 150, 33]
     case = make_case([(1, kv_len) for kv_len in lens], heads=4, kv_heads=2, dim=16, value_dim=8, block_size=block_size)
     out = check(case, options, launches=2)
     assert not out[0].any()
 
 
-def test_splits_do_not_follow_from_lengths() -> None:
+@pytest.mark.usefixtures("short_chunks")
+@pytest.mark.parametrize("options", [{}, {"window": 30, "sinks": True}], ids=str)
+def test_a_prompt_and_decodes_are_split_in_one_launch(options: dict[str, object]) -> None:
+    """As captured for more new tokens and sequences than there are."""
+    case = make_case([(1, 90), (9, 50), (1, 0), (1, 7)], heads=2, kv_heads=1, dim=16, value_dim=16)
+    check(case, options)
+    case.device_batch = widened(case.device_batch, sequences=6, max_query_len=512)
+    check(case, options)
+
+
+def widened(batch: DeviceBatch, sequences: int, max_query_len: int) -> DeviceBatch:
+    """The batch among sequences without rows."""
+    missing = sequences - len(batch.kv_lens)
+    return DeviceBatch(
+        torch.cat([batch.query_starts, batch.query_starts[-1:].expand(missing)]),
+        torch.cat([batch.kv_lens, batch.kv_lens.new_zeros(missing)]),
+        torch.cat([batch.block_tables, batch.block_tables.new_full((missing, batch.block_tables.shape[1]), -1)]),
+        batch.counters, max_query_len,
+    )  # fmt: skip
+
+
+@pytest.mark.usefixtures("short_chunks")
+def test_parts_are_added_up_level_by_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three levels, as latents; groups of one, two and three."""
+    monkeypatch.setattr(attention_kernel, "processors", lambda _: 2)
+    for module in (attention_kernel, splits_kernel):
+        monkeypatch.setattr(module, "FAN", tl.constexpr(3))
+    check(make_case([(1, 16 * 10), (1, 5)], heads=2, kv_heads=1, dim=40, value_dim=None), {}, launches=2)
+
+
+@pytest.mark.usefixtures("short_chunks")
+def test_a_group_of_one_counts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its counter would be another's: one that is counted already, as by programs of the next sequence, stays so."""
+    monkeypatch.setattr(attention_kernel, "processors", lambda _: 2)
+    for module in (attention_kernel, splits_kernel):
+        monkeypatch.setattr(module, "FAN", tl.constexpr(3))
+    case = make_case([(1, 16 * 10), (1, 5)], heads=2, kv_heads=1, dim=40, value_dim=None)
+    counters = case.device_batch.counters
+    counters[10] = 1  # of level 1's group of one, if it had one
+    check(case, {}, counted=[10])
+
+
+def test_no_two_groups_share_a_counter() -> None:
+    """Those of two or more members, of all levels, are counted within their tile's parts."""
+    fan = int(splits_kernel.FAN.value)
+    for parts in range(2, 600):
+        counters, active, step, level = set(), parts, 1, 0
+        while active > 1:
+            for first in range(0, active, fan):
+                if min(active - first, fan) > 1:
+                    counter = first * step + level
+                    assert counter < parts and counter not in counters
+                    counters.add(counter)
+            active, step, level = -(-active // fan), step * fan, level + 1
+
+
+@pytest.mark.parametrize("limits", [{}, {"window": 16}, {"chunk": 8}, {"window": 5, "chunk": 8}], ids=str)
+def test_rows_that_pad_a_mixed_step_become_zero(limits: dict[str, int]) -> None:
+    """A sequence of several rows with nothing in the cache: its positions are below zero."""
+    case = make_case([(1, 5), (3, 20)], heads=2, kv_heads=1, dim=16, value_dim=16)
+    batch, query = case.device_batch, torch.cat([case.query, torch.randn(30, 2, 16, device=DEVICE)])
+    starts, kv_lens, tables = batch.query_starts, batch.kv_lens, batch.block_tables
+    padded = DeviceBatch(
+        torch.cat([starts, starts[-1:] + 30]), torch.cat([kv_lens, kv_lens[:1] * 0]),
+        torch.cat([tables, tables[:1] * 0]), batch.counters, 64,
+    )  # fmt: skip
+    out = paged_attention(query, case.key_cache, case.value_cache, padded, 0.3, **limits)
+    alone = paged_attention(case.query, case.key_cache, case.value_cache, batch, 0.3, **limits)
+    torch.testing.assert_close(out[:4], alone, atol=1e-5, rtol=0)
+    assert not out[4:].any()
+
+
+@pytest.mark.usefixtures("short_chunks")
+def test_more_sequences_than_are_looked_at_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work_kernel, "SEQUENCES", tl.constexpr(2))
+    check(make_case([(1, 9), (1, 0), (1, 40), (1, 3), (1, 20)], heads=1, kv_heads=1, dim=8, value_dim=8), {})
+    check(make_case([(1, 20), (1, 3), (5, 40), (2, 2), (1, 1)], heads=1, kv_heads=1, dim=8, value_dim=8), {})
+
+
+def test_chunks_do_not_follow_from_lengths() -> None:
     """A captured launch is replayed for other lengths: same tensors, same grid."""
-    long = make_case([(1, 100), (1, 70)], heads=2, kv_heads=1, dim=16, value_dim=16)
+    long = make_case([(1, 300), (1, 70)], heads=2, kv_heads=1, dim=16, value_dim=16)
     short = make_case([(1, 3), (1, 0)], heads=2, kv_heads=1, dim=16, value_dim=16)
     captured = DeviceBatch(*(getattr(long.device_batch, name).clone()
                              for name in ("query_starts", "kv_lens", "block_tables", "counters")), 1)  # fmt: skip
@@ -200,7 +277,7 @@ def test_tiles_of_many_queries(
     """As bfloat16 takes them: float32 has tiles of 16 rows only."""
     if DEVICE == "cuda":
         pytest.skip("such tiles of float32 fit no GPU")
-    monkeypatch.setattr(attention_kernel, "choose_tile", lambda *_: Tile(block_m, 16, 4, 2))
+    monkeypatch.setattr(attention_kernel, "choose_tile", lambda *_: Tile(block_m, 16, 4, 2, 2))
     check(make_case([(21, 30), (1, 7), (12, 12), (2, 40)], heads, 1, dim, value_dim), {"window": 14})
 
 
@@ -263,5 +340,5 @@ def test_attention_op_is_registered_rightly() -> None:
     case = make_case([(1, 5), (1, 40)], heads=2, kv_heads=1, dim=16, value_dim=8)
     batch = case.device_batch
     arguments = (case.query, case.key_cache.contiguous(), case.value_cache.contiguous(), batch.query_starts,
-                 batch.kv_lens, batch.block_tables, batch.counters, 1, False, 0.3, 0, 0, 0.0, None)  # fmt: skip
-    torch.library.opcheck(attention_op, arguments, test_utils=("test_schema", "test_faketensor"))
+                 batch.kv_lens, batch.block_tables, batch.counters, 1, 0.3, 0, 0, 0.0, None)  # fmt: skip
+    torch.library.opcheck(attention_op.registered, arguments, test_utils=("test_schema", "test_faketensor"))
