@@ -10,7 +10,8 @@ class ExpertStack(msgspec.Struct, frozen=True):
     """The routed experts of one MoE layer, in the module `name` ("model.layers.3.mlp.experts").
 
     One expert is gate [I, H], up [I, H] and down [H, I]. `transposed`: the base stores them as [in, out];
-    `interleaved`: gate and up alternate among the rows of one matrix; `biased`: they have biases.
+    `interleaved`: gate and up alternate among the rows of one matrix; `biased`: they have biases. `num_shared`: experts
+    of the same size that every token takes beside the others, and which have numbers behind theirs.
     """
 
     num_experts: int
@@ -20,6 +21,7 @@ class ExpertStack(msgspec.Struct, frozen=True):
     transposed: bool = False
     interleaved: bool = False
     biased: bool = False
+    num_shared: int = 0
 
     @property
     def is_plain(self) -> bool:

@@ -29,7 +29,7 @@ class Limits(msgspec.Struct, frozen=True):
 def limits_of(base: BaseSpec) -> Limits:
     """What an adapter of everything that this base has would need, within reason: 48 layers of 128 experts under a
     name each are 36,864 tensors."""
-    num_experts = sum(stack.num_experts for stack in base.experts.values())
+    num_experts = sum(stack.num_experts + stack.num_shared for stack in base.experts.values())
     needed = _PER_LINEAR * len(base.linears) + _PER_EXPERT * num_experts
     tensors = min(max(MIN_TENSORS, needed), MAX_TENSORS)
     return Limits(min(max(MIN_HEADER_BYTES, needed * _BYTES_PER_TENSOR), MAX_HEADER_BYTES), tensors)

@@ -93,18 +93,19 @@ def for_module(module: str) -> tuple[str, str]:
     return "a module that this base does not have", OTHER_MODEL
 
 
+EXPERTS_ONLY = "tune routed experts only, or serve the tuned model as a base"
 # keys of an ESFT adapter that are no expert's gate, up or down matrix: (pattern, what it is, what to do)
 _ESFT_TENSORS = (
-    (r"\.experts\.(?:\d+\.)?gate_up_proj", "gate and up in one",
+    (r"experts\.(?:\d+\.)?gate_up_proj", "gate and up in one",
      "split gate_up_proj into gate_proj and up_proj, one of each an expert"),
     (r"\.experts\.(?:down_proj|w[123])$", "all experts in one", "split it by expert, as ESFT's trainer saves them"),
-    (r"", "a module outside the routed experts",
-     "tune routed experts only (shared_experts and non_expert_modules false), or serve the tuned model as a base"),
+    (r"", "a module outside the experts",
+     "tune experts only (non_expert_modules false), or serve the tuned model as a base"),
 )  # fmt: skip
 
 
 def for_esft_tensor(key: str) -> tuple[str, str]:
-    """What a tensor is that is not a matrix of a single routed expert, and what to do."""
+    """What a tensor is that is not a matrix of a single expert, and what to do."""
     return next((what, remedy) for pattern, what, remedy in _ESFT_TENSORS if re.search(pattern, key))
 
 

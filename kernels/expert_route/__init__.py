@@ -22,6 +22,11 @@ adapter in slot 1, which replaces expert 1 by what lies in place 7; token 1 has 
     tiles       [[0, 0, 1], [3, 1, 1], [3, 2, 1], [7, 3, 1]]   place, first position, rows; in any order
     num_tiles   [4]
 
+Shared experts, which every token takes, are choices too: with n of them the map has M + n columns, and each token n
+more choices, of weight 1.
+
+Where there are few tokens, the router's product is a part of the same launch (expert_route_of).
+
 Source: ExpertWeave's batched rerouting (arXiv 2508.17624, section 4.3).
 """
 
@@ -29,10 +34,20 @@ from torch import Tensor
 
 from kernels.compiled import takes
 from kernels.expert_route import host, reference
-from kernels.expert_route.routing import GroupScore, Routed, Routing, Score, TokenBatch
+from kernels.expert_route.routing import (
+    NO_SHARED,
+    GroupScore,
+    Routed,
+    RouterLinear,
+    Routing,
+    Score,
+    Shared,
+    TokenBatch,
+)
 from kernels.host import takes as host_takes
 
-__all__ = ["GroupScore", "Routed", "Routing", "Score", "TokenBatch", "expert_route"]
+__all__ = ["NO_SHARED", "GroupScore", "Routed", "RouterLinear", "Routing", "Score", "Shared", "TokenBatch",
+           "expert_route", "expert_route_of", "multiplies"]  # fmt: skip
 
 
 def expert_route(
@@ -52,3 +67,31 @@ def expert_route(
     if host_takes(logits) and batch.num_tokens is None:  # the host does not pad its steps
         return host.expert_route(logits, routing, expert_map, num_places, batch, tile_rows, bias)
     return reference.expert_route(logits, routing, expert_map, num_places, batch, tile_rows, bias)
+
+
+def multiplies(x: Tensor, choices: int) -> bool:
+    """Whether the router's product of x [T, H] is a part of the launch, where a token takes so many experts, the shared
+    ones included."""
+    if not takes(x):
+        return False
+    from kernels.expert_route import kernel
+
+    return kernel.are_few(len(x) * choices)
+
+
+def expert_route_of(
+    x: Tensor,
+    router: RouterLinear,
+    routing: Routing,
+    expert_map: Tensor,
+    num_places: int,
+    batch: TokenBatch,
+    tile_rows: int,
+    bias: Tensor | None = None,
+) -> Routed:
+    """See reference.py for shapes."""
+    if multiplies(x, routing.top_k + batch.shared.num):
+        from kernels.expert_route import kernel
+
+        return kernel.expert_route_of(x, router, routing, expert_map, num_places, batch, tile_rows, bias)
+    return reference.expert_route_of(x, router, routing, expert_map, num_places, batch, tile_rows, bias)

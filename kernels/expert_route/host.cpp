@@ -14,11 +14,12 @@ enum GroupScore { MAX, TOP2_SUM };                   // GroupScore
 
 struct Route {
   const float *logits, *bias;  // [T, M]; [M] or null
-  const int32_t *expert_map;   // [slots + 1, M]
+  const int32_t *expert_map;   // [slots + 1, map_step]
   const int32_t *slots;        // [T] or null
   float* weights;              // [T, K]
   int32_t *places, *pairs, *tiles, *num_tiles;
-  int64_t tokens, experts, choices, num_places, tile_rows;
+  int64_t tokens, experts, choices;  // shared ones among the choices, the last
+  int64_t shared, only_own, map_step, num_places, tile_rows;
   int64_t score, renormalise, groups, top_groups, group_score;
   float scale;
 };
@@ -73,9 +74,10 @@ void choose(const Route& it, int64_t token, std::vector<float>& scores, std::vec
   if (it.groups > 1) limit(it, ranked.data(), of_groups);
   float* weights = it.weights + token * it.choices;
   int32_t* places = it.places + token * it.choices;
-  const int32_t* map = it.slots ? it.expert_map + it.slots[token] * it.experts : nullptr;
+  const int32_t* map = it.slots ? it.expert_map + it.slots[token] * it.map_step : nullptr;
+  int64_t chosen = it.choices - it.shared;
   std::vector<bool> taken(it.experts);
-  for (int64_t k = 0; k < it.choices; ++k) {
+  for (int64_t k = 0; k < chosen; ++k) {
     int64_t best = -1;
     for (int64_t i = 0; i < it.experts; ++i)
       if (!taken[i] && (best < 0 || before(ranked[i], ranked[best]))) best = i;
@@ -85,12 +87,17 @@ void choose(const Route& it, int64_t token, std::vector<float>& scores, std::vec
   }
   float sum = 0;
   if (it.score == SOFTMAX_OF_CHOSEN) {
-    softmax(weights, it.choices);
+    softmax(weights, chosen);
   } else if (it.renormalise) {
-    for (int64_t k = 0; k < it.choices; ++k) sum += weights[k];
-    for (int64_t k = 0; k < it.choices; ++k) weights[k] /= sum + 1e-20f;
+    for (int64_t k = 0; k < chosen; ++k) sum += weights[k];
+    for (int64_t k = 0; k < chosen; ++k) weights[k] /= sum + 1e-20f;
   }
-  for (int64_t k = 0; k < it.choices; ++k) weights[k] *= it.scale;
+  for (int64_t k = 0; k < chosen; ++k) weights[k] *= it.scale;
+  for (int64_t i = 0; i < it.shared; ++i) {
+    int64_t place = map ? map[it.experts + i] : it.experts + i;
+    weights[chosen + i] = 1;
+    places[chosen + i] = it.only_own && place < it.experts + it.shared ? -1 : place;
+  }
 }
 
 }  // namespace
@@ -103,7 +110,8 @@ extern "C" void heddle_expert_route(const heddle::Route* route) {
   for (int64_t token = 0; token < it.tokens; ++token) heddle::choose(it, token, scores, ranked, of_groups);
   std::vector<int32_t> starts(it.num_places + 1);
   int64_t pairs = it.tokens * it.choices;
-  for (int64_t pair = 0; pair < pairs; ++pair) ++starts[it.places[pair] + 1];
+  for (int64_t pair = 0; pair < pairs; ++pair)
+    if (it.places[pair] >= 0) ++starts[it.places[pair] + 1];
   int32_t tiles = 0;
   for (int64_t place = 0; place < it.num_places; ++place) {
     int32_t count = starts[place + 1];
@@ -114,5 +122,6 @@ extern "C" void heddle_expert_route(const heddle::Route* route) {
     }
   }
   *it.num_tiles = tiles;
-  for (int64_t pair = 0; pair < pairs; ++pair) it.pairs[starts[it.places[pair]]++] = pair;
+  for (int64_t pair = 0; pair < pairs; ++pair)
+    if (it.places[pair] >= 0) it.pairs[starts[it.places[pair]]++] = pair;
 }

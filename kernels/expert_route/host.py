@@ -18,8 +18,8 @@ class _Route(ctypes.Structure):
             "logits", "bias", "expert_map", "slots", "weights", "places", "pairs", "tiles", "num_tiles",
         )),
         *((name, c_int64) for name in (
-            "tokens", "experts", "choices", "num_places", "tile_rows", "score", "renormalise", "groups", "top_groups",
-            "group_score",
+            "tokens", "experts", "choices", "shared", "only_own", "map_step", "num_places", "tile_rows", "score",
+            "renormalise", "groups", "top_groups", "group_score",
         )),
         ("scale", c_float),
     ]  # fmt: skip
@@ -40,7 +40,8 @@ def expert_route(
     expert_map = expert_map.contiguous()
     bias = None if bias is None else bias.float().contiguous()
     slots = None if batch.slots is None else batch.slots.int().contiguous()
-    (tokens, experts), choices = logits.shape, routing.top_k
+    (tokens, experts), shared = logits.shape, batch.shared
+    choices = routing.top_k + shared.num
     weights = logits.new_empty(tokens, choices)
     count = tokens * choices
     most = max_tiles(count, num_places, tile_rows)
@@ -49,8 +50,9 @@ def expert_route(
     it = _Route(
         logits.data_ptr(), None if bias is None else bias.data_ptr(), expert_map.data_ptr(),
         None if slots is None else slots.data_ptr(), weights.data_ptr(), places.data_ptr(), pairs.data_ptr(),
-        tiles.data_ptr(), num_tiles.data_ptr(), tokens, experts, choices, num_places, tile_rows,
-        routing.score, routing.renormalise, routing.num_groups, routing.top_groups, routing.group_score, routing.scale,
+        tiles.data_ptr(), num_tiles.data_ptr(), tokens, experts, choices, shared.num, shared.only_own,
+        expert_map.shape[1], num_places, tile_rows, routing.score, routing.renormalise, routing.num_groups,
+        routing.top_groups, routing.group_score, routing.scale,
     )  # fmt: skip
     library().heddle_expert_route(byref(it))
     return Routed(weights, places.view(tokens, choices), pairs, tiles[: int(num_tiles)], num_tiles, tile_rows)

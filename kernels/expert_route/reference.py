@@ -1,9 +1,10 @@
 """Reference of expert_route: ExpertWeave's batched rerouting (arXiv 2508.17624, section 4.3)."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.expert_route.routing import GroupScore, Routed, Routing, Score, TokenBatch
+from kernels.expert_route.routing import GroupScore, Routed, RouterLinear, Routing, Score, TokenBatch
 
 _NO_PLACE = torch.iinfo(torch.int32).max
 
@@ -21,21 +22,48 @@ def expert_route(
 
     logits [T, M]: the router's, over the base's M experts. Rerouting changes places and leaves weights alone.
     expert_map [adapters + 1, M] int32: the place of each expert for each adapter; row 0, the base's, is the identity.
+        Behind the M there may be shared experts (see Shared), which have places like the others.
     num_places: how many the expert stack has; every place in the map is below it. tile_rows: the most rows of a tile.
     bias [M]: added to the scores when experts are ranked, not to their weights (DeepSeek-V3).
     """
     weights, ids = choose(logits.float(), routing, bias)
+    base_places = logits.shape[1] + batch.shared.num
+    if batch.shared.num:
+        always = torch.arange(logits.shape[1], base_places, device=ids.device).expand(len(ids), -1)
+        weights, ids = (
+            torch.cat([weights, torch.ones_like(always, dtype=weights.dtype)], 1),
+            torch.cat([ids, always], 1),
+        )
     if batch.slots is not None:
         places = expert_map[batch.slots[:, None], ids].int()
     else:
         places = ids.int()
+    if batch.shared.only_own:
+        its = places[:, routing.top_k :]
+        its.masked_fill_(its < base_places, -1)
     if batch.num_tokens is not None:
         places[torch.arange(len(places), device=places.device) >= batch.num_tokens] = -1
     flat = places.flatten()
     pairs = torch.where(flat < 0, _NO_PLACE, flat).argsort(stable=True).int()
     real = flat[pairs[: int((flat >= 0).sum())]]
     used, counts = torch.unique_consecutive(real, return_counts=True)
-    return Routed(weights, places, pairs, *_tiles(used, counts, tile_rows), tile_rows)
+    num_pairs = torch.tensor([len(real)], dtype=torch.int32, device=places.device)
+    return Routed(weights, places, pairs, *_tiles(used, counts, tile_rows), tile_rows, num_pairs)
+
+
+def expert_route_of(
+    x: Tensor,
+    router: RouterLinear,
+    routing: Routing,
+    expert_map: Tensor,
+    num_places: int,
+    batch: TokenBatch,
+    tile_rows: int,
+    bias: Tensor | None = None,
+) -> Routed:
+    """The same from x [T, H], of which the router makes its logits."""
+    logits = F.linear(x.float(), router.weight.float(), None if router.bias is None else router.bias.float())
+    return expert_route(logits, routing, expert_map, num_places, batch, tile_rows, bias)
 
 
 def choose(logits: Tensor, routing: Routing, bias: Tensor | None) -> tuple[Tensor, Tensor]:

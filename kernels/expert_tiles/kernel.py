@@ -3,16 +3,19 @@
 A row opens a run where its slot is another than the row's before it; the run ends before the next row that does. Runs
 that are kept get places in the output by one atomic addition for each tile. No two programs cut the same tile, so what
 is cut does not depend on timing, only the order in which it is listed.
+
+A tile of more rows than lora's are high is cut there too.
 """
 
 from collections.abc import Iterator
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.compiled.kernel import Configuration, Tiles, open_tile
+from kernels.adapter_rows import MANY_TILE_ROWS
+from kernels.compiled.kernel import Configuration, Tiles, chip_of, open_tile
+from kernels.compiled.launch import launch
 from kernels.expert_route import Routed
 from kernels.expert_tiles import ExpertTiles
 
@@ -20,15 +23,19 @@ _PROGRAMS = 4  # of a multiprocessor
 
 
 @triton.jit
-def cut_kernel(routed, slots, cut, num_cut, M: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr):
+def cut_kernel(
+    routed, slots, cut, num_cut, M: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr
+):  # fmt: skip
     """Cut the tiles of `routed`, with places below M, where slots[pair // K] changes; append to `cut` [P, 3] int32.
 
-    num_cut [1] int32: zero on entry.
+    A tile is PARTS times ROWS rows high, and cut between those too. num_cut [1] int32: zero on entry.
     """
-    m = tl.arange(0, TILE)
-    for tile in range(tl.program_id(0), tl.load(routed.num_tiles), tl.num_programs(0)):
-        place, start, count = open_tile(routed, tile)
-        if place < M:
+    m = tl.arange(0, ROWS)
+    for part in range(tl.program_id(0), tl.load(routed.num_tiles) * PARTS, tl.num_programs(0)):
+        place, start, count = open_tile(routed, part // PARTS)
+        start += part % PARTS * ROWS
+        count = tl.minimum(count - part % PARTS * ROWS, ROWS)
+        if (place < M) & (count > 0):
             pairs = routed.pairs + start + m
             slot = tl.load(slots + tl.load(pairs, mask=m < count, other=0) // K, mask=m < count, other=0)
             later = (m > 0) & (m < count)
@@ -44,13 +51,13 @@ def cut_kernel(routed, slots, cut, num_cut, M: tl.constexpr, K: tl.constexpr, TI
             tl.store(at + 2, end - m, mask=kept > 0)
 
 
-@torch.library.custom_op("heddle::expert_tiles", mutates_args=())
+@launch("expert_tiles")
 def _expert_tiles(
     pairs: Tensor, tiles: Tensor, num_tiles: Tensor, slots: Tensor, num_experts: int, top_k: int, tile_rows: int
 ) -> tuple[Tensor, Tensor]:
     cut = pairs.new_empty(len(pairs), 3)  # a row is in one tile only
     num_cut = pairs.new_zeros(1)
-    cut_kernel[(min(len(tiles), _PROGRAMS * _multiprocessors(pairs)),)](
+    cut_kernel[(min(len(tiles), _PROGRAMS * chip_of(pairs.device).multiprocessors),)](
         Tiles(tiles, num_tiles, pairs), slots, cut, num_cut, **_constants(num_experts, top_k, tile_rows),
         num_warps=_warps(tile_rows),
     )  # fmt: skip
@@ -66,26 +73,23 @@ def expert_tiles(routed: Routed, slots: Tensor, num_experts: int) -> ExpertTiles
     """As in reference.py."""
     top_k = routed.places.shape[1]
     cut = _expert_tiles(routed.pairs, routed.tiles, routed.num_tiles, slots, num_experts, top_k, routed.tile_rows)
-    return ExpertTiles(*cut, routed.tile_rows)
+    return ExpertTiles(*cut, min(routed.tile_rows, MANY_TILE_ROWS))
 
 
 def _constants(num_experts: int, top_k: int, tile_rows: int) -> dict[str, int]:
-    return dict(M=num_experts, K=top_k, TILE=tile_rows)
+    rows = min(tile_rows, MANY_TILE_ROWS)
+    return dict(M=num_experts, K=top_k, ROWS=rows, PARTS=tile_rows // rows)
 
 
 def _warps(tile_rows: int) -> int:
     """Each row is compared with each: a warp for every 16 rows."""
-    return max(1, tile_rows // 16)
-
-
-def _multiprocessors(pairs: Tensor) -> int:
-    return torch.cuda.get_device_properties(pairs.device).multi_processor_count if pairs.is_cuda else 2
+    return max(1, min(tile_rows, MANY_TILE_ROWS) // 16)
 
 
 def configurations() -> Iterator[Configuration]:
     """DeepSeek-V2-Lite, all tiles; gpt-oss-120b, the largest. Models differ in what is divided by only."""
     types = dict(routed=Tiles("*i32:16", "*i32:16", "*i32:16"), slots="*i32:16", cut="*i32:16", num_cut="*i32:16")
-    for name, num_experts, top_k, tiles in (("v2-lite", 64, 6, (16, 32, 64)), ("gpt-oss", 128, 4, (64,))):
+    for name, num_experts, top_k, tiles in (("v2-lite", 64, 8, (16, 32, 64, 128)), ("gpt-oss", 128, 4, (128,))):
         for tile in tiles:
             constants = _constants(num_experts, top_k, tile)
             yield Configuration(f"{name} tile {tile}", cut_kernel, types, constants, _warps(tile))

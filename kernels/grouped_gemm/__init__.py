@@ -5,7 +5,7 @@ pairs of T tokens with K choices each, and pair p = pairs[position]:
 
     gate_up     h[position] = act(gate) * up,   where (gate, up) = gate_up_stack[place of p] @ x[token of p]
     down        rows[p]     = down_stack[place of p] @ h[position]
-    combine     out[t]      = sum over k of weights[t, k] * rows[t * K + k]
+    combine     out[t]      = sum over k of weights[t, k] * rows[t * K + k], and what else is to be added
 
 Running example, continued from expert_route: two tokens, two choices each.
 
@@ -19,7 +19,8 @@ the choices of a token next to each other: out[0] = .6 * rows[0] + .4 * rows[1],
 
 These are three launches. Where something is added to gate_up's products before the activation (LoRA), gate_up returns
 the products themselves, [gate, up] by row, and activate is a fourth launch. Rows to which nothing was added come out as
-they do of the one launch, to the bit: what a row of the base says does not depend on who else is in its step.
+they do of the one launch, to the bit, where tiles are of one height: in this product a row of the base does not feel
+LoRA beside it. In steps with many more rows tiles are higher (tile_rows), and sums may be rounded otherwise.
 """
 
 import torch
@@ -84,12 +85,12 @@ def down(h: Tensor, stack: Tensor, routed: Routed, layout: Layout, bias: Tensor 
     return reference.down(h, stack, routed, layout, bias)
 
 
-def combine(rows: Tensor, routed: Routed) -> Tensor:
+def combine(rows: Tensor, routed: Routed, beside: Tensor | None = None, only_own: bool = False) -> Tensor:
     """See reference.py for shapes."""
     if takes(rows):
         from kernels.grouped_gemm import kernel
 
-        return kernel.combine(rows, routed)
+        return kernel.combine(rows, routed, beside, only_own)
     if host_takes(rows):
-        return host.combine(rows, routed)
-    return reference.combine(rows, routed)
+        return host.combine(rows, routed, beside, only_own)
+    return reference.combine(rows, routed, beside, only_own)

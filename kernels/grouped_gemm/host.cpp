@@ -134,15 +134,18 @@ void grouped(const Grouped& it) {
   });
 }
 
-// out[t] = sum over k of weights[t, k] * rows[t * choices + k]; 0 for a token without places.
+// out[t] = sum over k of weights[t, k] * rows[t * choices + k]; 0 for a token without places. Then what is beside, unless null.
 template <class T>
-void combine(const T* rows, const float* weights, const int32_t* places, T* out, int64_t tokens, int64_t choices, int64_t width) {
+void combine(const T* rows, const float* weights, const int32_t* places, T* out, const T* beside, int64_t only_own, int64_t tokens,
+             int64_t choices, int64_t width) {
   for_each(tokens, threads_for(tokens * choices * width), [&](int64_t token) {
+    bool adds = beside && (!only_own || places[(token + 1) * choices - 1] < 0);
     for (int64_t d = 0; d < width; d += W) {
       Vec sum{};
       for (int64_t k = 0; k < choices; ++k)
         if (places[token * choices + k] >= 0)
           sum += weights[token * choices + k] * load_up_to(rows + (token * choices + k) * width + d, width - d);
+      if (adds) sum += load_up_to(beside + token * width + d, width - d);
       store_up_to(out + token * width + d, sum, width - d);
     }
   });
@@ -155,11 +158,11 @@ extern "C" void heddle_grouped(const heddle::Grouped* it, int is_bfloat16) {
   is_bfloat16 ? heddle::grouped<heddle::BFloat16>(*it) : heddle::grouped<float>(*it);
 }
 
-extern "C" void heddle_combine(const void* rows, const float* weights, const int32_t* places, void* out, int64_t tokens,
-                               int64_t choices, int64_t width, int is_bfloat16) {
+extern "C" void heddle_combine(const void* rows, const float* weights, const int32_t* places, void* out, const void* beside,
+                               int64_t only_own, int64_t tokens, int64_t choices, int64_t width, int is_bfloat16) {
   using heddle::BFloat16;
   if (is_bfloat16)
-    heddle::combine((const BFloat16*)rows, weights, places, (BFloat16*)out, tokens, choices, width);
+    heddle::combine((const BFloat16*)rows, weights, places, (BFloat16*)out, (const BFloat16*)beside, only_own, tokens, choices, width);
   else
-    heddle::combine((const float*)rows, weights, places, (float*)out, tokens, choices, width);
+    heddle::combine((const float*)rows, weights, places, (float*)out, (const float*)beside, only_own, tokens, choices, width);
 }

@@ -53,14 +53,16 @@ def activate(products: Tensor, activation: Activation, interleaved: bool, routed
     return gated_host.gated(products, activation, interleaved, dtype)
 
 
-def combine(rows: Tensor, routed: Routed) -> Tensor:
+def combine(rows: Tensor, routed: Routed, beside: Tensor | None = None, only_own: bool = False) -> Tensor:
     """As the reference."""
     rows, weights, places = rows.contiguous(), routed.weights.contiguous(), routed.places.contiguous()
+    beside = None if beside is None else beside.contiguous()
     tokens, choices = weights.shape
     out = rows.new_empty(tokens, rows.shape[-1])
     library().heddle_combine(
         c_void_p(rows.data_ptr()), c_void_p(weights.data_ptr()), c_void_p(places.data_ptr()), c_void_p(out.data_ptr()),
-        c_int64(tokens), c_int64(choices), c_int64(rows.shape[-1]), rows.dtype is torch.bfloat16,
+        c_void_p(None if beside is None else beside.data_ptr()), c_int64(only_own), c_int64(tokens), c_int64(choices),
+        c_int64(rows.shape[-1]), rows.dtype is torch.bfloat16,
     )  # fmt: skip
     return out
 

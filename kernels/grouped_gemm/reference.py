@@ -53,16 +53,20 @@ def down(h: Tensor, stack: Tensor, routed: Routed, layout: Layout, bias: Tensor 
     return out
 
 
-def combine(rows: Tensor, routed: Routed) -> Tensor:
+def combine(rows: Tensor, routed: Routed, beside: Tensor | None = None, only_own: bool = False) -> Tensor:
     """Each token's K choices, weighted and summed: rows [T * K, H] in order of pair number -> [T, H].
 
-    Rows of padding are not read; what comes out for it is 0.
+    Rows of choices without a place are not read; what they give is 0. beside [T, H]: added to that; where only_own (as
+    in Shared) to tokens whose last choice has no place.
     """
     choices = rows.view(*routed.weights.shape, -1)
     padding = routed.places[..., None] < 0
     if bool(padding.any()):
         choices = choices.masked_fill(padding, 0)
-    return torch.einsum("tkh,tk->th", choices, routed.weights.to(rows.dtype))
+    out = torch.einsum("tkh,tk->th", choices, routed.weights.to(rows.dtype))
+    if beside is None:
+        return out
+    return out + (beside.masked_fill(routed.places[:, -1:] >= 0, 0) if only_own else beside)
 
 
 def _tiles(routed: Routed) -> list[list[int]]:

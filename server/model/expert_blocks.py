@@ -23,11 +23,15 @@ _TOKENS = 5  # that blocks are tried with
 
 
 class OwnBlock(NamedTuple):
-    """A block whose forward is ours, once its experts and its router are: make_forward is given the block then."""
+    """A block whose forward is ours, once its experts and its router are: make_forward is given the block then.
+
+    reads_logits: that forward does, beside the experts.
+    """
 
     found: FoundExperts
     rule: Rule
     make_forward: Callable[[nn.Module], Callable[[Tensor], object]]
+    reads_logits: bool = False
 
 
 def own_block_of(name: str, block: Foreign) -> OwnBlock | None:
@@ -76,7 +80,7 @@ def _dense_block(name: str, experts: Foreign, block: Foreign, activation: Activa
     spec = ExpertSpec(num_experts, hidden, inner, name, transposed=True, interleaved=False, biased=False)
     found = FoundExperts(spec, activation, experts.down_proj.dtype, lambda: take_matrices(experts))
     # the softmax of one logit is one: its score is in what the expert reads
-    return OwnBlock(found, Rule(Routing(1, Score.SOFTMAX_OF_CHOSEN), None, ""), ScaledInput)
+    return OwnBlock(found, Rule(Routing(1, Score.SOFTMAX_OF_CHOSEN), None, ""), ScaledInput, reads_logits=True)
 
 
 @torch.inference_mode()
@@ -167,14 +171,14 @@ def _choices_of(block: Foreign, router: nn.Module, x: Tensor) -> Choices | None:
 
 
 class PlainBlock:
-    """Takes the place of the forward of a block that is its experts and nothing beside."""
+    """Takes the place of the forward of a block that is its experts and nothing beside (shared ones are among them)."""
 
-    def __init__(self, block: Foreign) -> None:
-        self._block = block
+    def __init__(self, block: Foreign, router: str = "router", experts: str = "experts") -> None:
+        self._router, self._experts = block.get_submodule(router), block.get_submodule(experts)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         x = hidden.reshape(-1, hidden.shape[-1])
-        out: Tensor = self._block.experts(x, *self._block.router(x)[1:])
+        out: Tensor = self._experts(x, *self._router(x)[1:])
         return out.view_as(hidden)
 
 

@@ -8,18 +8,21 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from kernels.expert_route import Routed, TokenBatch, expert_route
+from kernels.adapter_rows import FEW_ROWS
+from kernels.expert_route import NO_SHARED, Routed, Shared, TokenBatch, expert_route, expert_route_of
 from kernels.grouped_gemm import Activation, Layout, activate, combine, down, gate_up, tile_rows
 from server.model.activations import activation_of
 from server.model.families import Foreign
 from server.model.inputs import CurrentStep
 from server.model.routers import OwnRouter, Router
+from server.model.shared_experts import SharedExperts
 
 
 @dataclass(frozen=True)
 class Stacks:
-    """`gate_up` [places, 2I, H] and `down` [places, H, I] begin with the base's M experts; behind them lie the places
-    of adapters' (transposed where the family stores them so). expert_map [adapter slots + 1, M] int32 says which."""
+    """`gate_up` [places, 2I, H] and `down` [places, H, I] begin with the base's M experts (transposed where the family
+    stores them so); behind them lie the places of its shared experts, and then those of adapters'. expert_map [adapter
+    slots + 1, M + shared] int32 says which."""
 
     gate_up: Tensor
     down: Tensor
@@ -36,6 +39,7 @@ class ExpertSpec(NamedTuple):
     transposed: bool
     interleaved: bool
     biased: bool
+    num_shared: int = 0
 
     @property
     def layer(self) -> int:
@@ -77,14 +81,16 @@ class ExpertOp(Protocol):
 
 
 class RoutedExperts(nn.Module):
-    """Takes the place of a Transformers experts module: experts chosen from the router's logits, per adapter."""
+    """Takes the place of a Transformers experts module: experts chosen from the router's logits, per adapter; and of
+    what the block would add to them."""
 
     def __init__(
         self, found: FoundExperts, router: Router | OwnRouter, stacks: Stacks, ops: Sequence[ExpertOp],
-        step: CurrentStep,
+        step: CurrentStep, shared: SharedExperts | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.spec, self.stacks = found.spec, stacks
+        self.spec, self.stacks, self.shared = found.spec, stacks, shared
+        self.asks_shared_layer = False  # in every step, whatever its adapters
         self.router, self._ops, self._step = router, tuple(ops), step
         self.gate_up_bias, self.down_bias = found.biases
         self._layout = Layout(self.spec.transposed, self.spec.interleaved)
@@ -93,11 +99,12 @@ class RoutedExperts(nn.Module):
     @property
     def choices(self) -> int:
         """How many experts a token takes."""
-        return self.router.routing.top_k
+        return self.router.routing.top_k + self.spec.num_shared
 
-    def forward(self, hidden: Tensor, logits: Tensor, _: Tensor) -> Tensor:
-        """hidden [T, H]; logits [T, M] float32 (see Router and OwnRouter) -> [T, H]."""
-        stacks, routed = self.stacks, self.route(logits)
+    def forward(self, hidden: Tensor, handed: Tensor, _: Tensor) -> Tensor:
+        """hidden [T, H]; handed: what the router hands on, in the place of ids (see Router and OwnRouter) -> [T, H]."""
+        stacks, placed = self.stacks, self._placed(len(hidden))
+        routed = self.route(handed, placed)
         begun = [finish for op in self._ops if (finish := op.begin(routed)) is not None]
         # what adapters add to gate and up comes before the activation, which then is a launch of its own
         activation = None if begun else self.activation
@@ -109,16 +116,30 @@ class RoutedExperts(nn.Module):
         rows = down(gated, stacks.down, routed, self._layout, self.down_bias)
         for finish in begun:
             finish.down(rows, gated)
-        return combine(rows, routed)
+        beside = None
+        if self.shared is not None and (placed.only_own or not placed.num):
+            beside = self.shared.layer(hidden)
+        return combine(rows, routed, beside, placed.only_own)  # an adapter's own shared experts come all together
 
-    def route(self, logits: Tensor) -> Routed:
-        """Which expert places the tokens of this step go to."""
-        inputs, stacks, routing = self._step.inputs, self.stacks, self.router.routing
+    def route(self, handed: Tensor, shared: Shared = NO_SHARED) -> Routed:
+        """Which expert places the tokens of this step go to. shared: which shared experts are among the choices."""
+        inputs, stacks, router = self._step.inputs, self.stacks, self.router
         slots = inputs.rows.slots if inputs.rows.shape.experts else None
-        tokens = TokenBatch(slots, inputs.num_tokens, inputs.route_counters)
-        rows = tile_rows(logits, routing.top_k, self.spec.num_experts)
-        return expert_route(logits, routing, stacks.expert_map, len(stacks.gate_up), tokens, rows,
-                            self.router.correction)  # fmt: skip
+        tokens = TokenBatch(slots, inputs.num_tokens, inputs.route_counters, shared)
+        rows = tile_rows(handed, router.routing.top_k + shared.num, self.spec.num_experts + shared.num)
+        rest = router.routing, stacks.expert_map, len(stacks.gate_up), tokens, rows, router.correction
+        if isinstance(router, Router) and router.hands_its_input_on(handed):
+            return expert_route_of(handed, router.linear(handed.dtype), *rest)
+        return expert_route(handed, *rest)
+
+    def _placed(self, tokens: int) -> Shared:
+        """Which shared experts are computed among the others in this step; the layer computes the rest."""
+        if self.shared is None:
+            return NO_SHARED
+        num, shape = self.shared.num, self._step.inputs.rows.shape
+        if self.shared.are_in_stack and not shape.rank and tokens <= FEW_ROWS and not self.asks_shared_layer:
+            return Shared(num)
+        return Shared(num, only_own=True) if shape.experts else NO_SHARED
 
 
 def experts_of(name: str, module: Foreign) -> FoundExperts | None:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.gated.reference import gated
 from kernels.grouped_gemm import reference
 from server.model.experts import RoutedExperts
 from server.model.families import Foreign
@@ -28,7 +29,10 @@ _BLOCK_ELEMENTS = 1 << 24  # of a merged matrix at a time: 64 MiB
 
 
 class MergedExperts(Protocol):
-    """Of one layer, whose matrices are [out, in] here however they are stored."""
+    """Of one layer, whose matrices are [out, in] here however they are stored. Shared experts are numbered behind the
+    routed."""
+
+    def replaces(self, expert: int) -> bool: ...
 
     def gate_up(self, expert: int) -> MergedRows: ...
 
@@ -53,6 +57,9 @@ class MergedAdapter(Protocol):
 def merged_into(model: nn.Module, experts: Sequence[RoutedExperts], adapter: MergedAdapter) -> Iterator[None]:
     """The injected model computes rows of the base as if the adapter were merged into its weights."""
     with ExitStack() as undo:
+        for routed in experts:
+            undo.callback(setattr, routed, "asks_shared_layer", routed.asks_shared_layer)
+            routed.asks_shared_layer = True
         for name in adapter.linears:
             _merge_linear(model, name, adapter, undo)
         for routed in experts:
@@ -69,7 +76,11 @@ def _merge_linear(model: nn.Module, name: str, adapter: MergedAdapter, undo: Exi
         undo.callback(setattr, layer, "projection", layer.projection)
         layer.projection = _MergedProjection(parent, adapter, name)
         return
-    adapted, index = _place_of(model.get_submodule(name))
+    module = model.get_submodule(name)
+    if isinstance(module, Router):
+        undo.callback(setattr, module, "may_hand_input", module.may_hand_input)
+        module.may_hand_input = False
+    adapted, index = _place_of(module)
     undo.callback(adapted.register_forward_hook(partial(_linear_product, adapter, name, index)).remove)
 
 
@@ -121,28 +132,53 @@ class _MergedProjection(AbsorbedProjection):
     def values_out(self, context: Tensor) -> Tensor:
         return super().values_out(context.float()).to(context.dtype)
 
+    def queries_into(self, query: Tensor, taken_in: Tensor) -> None:
+        taken_in.copy_(self.queries_in(query))
+
+    def values_into(self, context: Tensor, out: Tensor) -> None:
+        out.copy_(self.values_out(context))
+
 
 def _expert_products(adapter: MergedAdapter, it: RoutedExperts, inputs: tuple[Tensor, Tensor, Tensor], out: Tensor
                      ) -> Tensor:  # fmt: skip
-    """All routed experts of a layer, one after another. inputs: hidden [T, H] and logits [T, M], as RoutedExperts."""
-    hidden, logits = inputs[0].float(), inputs[1]
+    """All experts of a layer, one after another. inputs: hidden [T, H] and what the router hands on, as
+    RoutedExperts."""
+    hidden, handed = inputs[0].float(), inputs[1]
     merged = adapter.experts(it.spec.layer, it.spec.name)
-    routed = it.route(logits)
+    routed = it.route(handed)
     pairs = routed.places.flatten()  # the base's rows: places are expert ids
     choices = routed.places.shape[1]
-    gated = hidden.new_empty(len(pairs), 2 * it.spec.intermediate_size)
+    products = hidden.new_empty(len(pairs), 2 * it.spec.intermediate_size)
     rows = hidden.new_empty(len(pairs), it.spec.hidden_size)
     chosen = pairs.unique().tolist()
     for expert in chosen:
         own = (pairs == expert).nonzero()[:, 0]
-        gated[own] = _product(hidden[own // choices], _matrix(it, it.stacks.gate_up, expert),
-                              _row(it.gate_up_bias, expert), merged.gate_up(expert))  # fmt: skip
-    h = reference.activate(gated, it.activation, it.spec.interleaved, routed, gated.dtype)
+        products[own] = _product(hidden[own // choices], _matrix(it, it.stacks.gate_up, expert),
+                                 _row(it.gate_up_bias, expert), merged.gate_up(expert))  # fmt: skip
+    h = reference.activate(products, it.activation, it.spec.interleaved, routed, products.dtype)
     for expert in chosen:
         own = (pairs == expert).nonzero()[:, 0]
         base, bias = _matrix(it, it.stacks.down, expert), _row(it.down_bias, expert)
         rows[own] = _product(h[own], base, bias, merged.down(expert))
-    return (rows.view(*routed.places.shape, -1) * routed.weights[..., None]).sum(dim=1).to(out.dtype)
+    total = (rows.view(*routed.places.shape, -1) * routed.weights[..., None]).sum(dim=1)
+    if it.shared is not None:
+        total += _shared_experts(it, merged, inputs[0])
+    return total.to(out.dtype)
+
+
+def _shared_experts(it: RoutedExperts, merged: MergedExperts, hidden: Tensor) -> Tensor:
+    """Where they are the base's, its layer computes them, with what is merged into its linears."""
+    assert it.shared is not None
+    first, width, inner = it.spec.num_experts, it.spec.hidden_size, it.spec.intermediate_size
+    if not merged.replaces(first):
+        return it.shared.layer(hidden).float()
+    total = torch.zeros_like(hidden, dtype=torch.float32)
+    nothing = total.new_zeros(1)  # of the base's: it may not even be in the stack
+    for expert in range(first, first + it.shared.num):
+        gate_up = _product(hidden, nothing.expand(2 * inner, width), None, merged.gate_up(expert))
+        h = gated(gate_up, it.activation, it.spec.interleaved)
+        total += _product(h, nothing.expand(width, inner), None, merged.down(expert))
+    return total
 
 
 def _matrix(it: RoutedExperts, stack: Tensor, expert: int) -> Tensor:

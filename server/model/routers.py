@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from kernels.expert_route import GroupScore, Routing, Score
+from kernels.expert_route import GroupScore, RouterLinear, Routing, Score, multiplies
 from kernels.expert_route.reference import choose
 from server.model.families import Foreign
+from server.model.inputs import CurrentStep
 from server.model.likeness import are_alike, numbers, outcome
 from server.model.linears import AdaptedLinear
 from server.model.product import DenseProduct, is_linear
@@ -182,15 +183,22 @@ def logits_product(original: Foreign) -> DenseProduct:
 
 
 class Router(nn.Module):
-    """Takes a router's place: hands its logits on, where the original would hand on weights and choices.
+    """Takes a router's place: hands its logits on, where the original would hand on weights and choices; or its input,
+    where the product that makes them is a part of the choice.
 
     Adapters act on the logits, before the choice. Choosing and rerouting are one op with what follows, in
     RoutedExperts.
     """
 
-    def __init__(self, rule: Rule, logits: AdaptedLinear) -> None:
+    def __init__(
+        self, rule: Rule, logits: AdaptedLinear, stored: torch.dtype, step: CurrentStep, may_hand_input: bool,
+        num_shared: int,
+    ) -> None:  # fmt: skip
+        """stored: the type that the model has the weight in. may_hand_input: nobody but the experts reads what is
+        handed on. num_shared: experts that every token takes as well."""
         super().__init__()
-        self.routing, self.logits = rule.routing, logits
+        self.routing, self.logits, self.may_hand_input = rule.routing, logits, may_hand_input
+        self._stored, self._step, self._choices = stored, step, rule.routing.top_k + num_shared
         self.correction: Tensor | None
         # a copy: it was found in inference mode, and such tensors stay what they are
         self.register_buffer("correction", None if rule.correction is None else rule.correction.clone())
@@ -201,10 +209,20 @@ class Router(nn.Module):
         assert isinstance(self.logits.product, DenseProduct)
         return self.logits.product.weight
 
+    def linear(self, dtype: torch.dtype) -> RouterLinear:
+        """For input of this type."""
+        return RouterLinear(self.weight, self.logits.product.bias, self._stored is dtype)
+
+    def hands_its_input_on(self, x: Tensor) -> bool:
+        """In this step; x: a tensor by token. Where LoRA may act on logits, they are made before."""
+        return self.may_hand_input and multiplies(x, self._choices) and not self._step.inputs.rows.shape.rank
+
     def forward(self, hidden: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden [.., H] -> logits [T, M] float32, thrice: a block passes on what it takes for weights and ids."""
-        logits = self.logits(hidden.reshape(-1, hidden.shape[-1]).float())
-        return logits, logits, logits
+        """hidden [.., H] -> logits [T, M] float32, or [T, H] as it is; thrice: a block passes on what it takes for
+        weights and ids."""
+        x = hidden.reshape(-1, hidden.shape[-1])
+        handed = x if self.hands_its_input_on(x) else self.logits(x.float())
+        return handed, handed, handed
 
 
 class OwnRouter:

@@ -76,6 +76,9 @@ class MergedExperts:
         held = {matrix: (files.read(it.a), files.read(it.b), it.scale) for matrix, it in low_rank.items()}
         self._low_rank = held  # [1 or M, rank, in], [1 or M, out, rank]
 
+    def replaces(self, expert: int) -> bool:
+        return expert in self._replaced
+
     def gate_up(self, expert: int) -> MergedRows:
         replaced = self._replaced.get(expert)
         if replaced is not None:  # there is nothing of the base's left that LoRA could act on

@@ -6,13 +6,24 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from msgspec.structs import replace
+from safetensors.torch import load_file, save_file
 
 from adapters_store.base_spec import BaseSpec, ExpertStack
 from adapters_store.errors import AdapterError, CoverageError, InvalidAdapter, UnsupportedAdapter
 from adapters_store.formats import shards as reader
 from adapters_store.parts import ExpertReplacement
-from tests.support.adapter_files import BASE, EXPERTS, FFN, HIDDEN, edit_weights, esft, read_adapter
+from tests.support.adapter_files import (
+    BASE,
+    EXPERTS,
+    FFN,
+    HIDDEN,
+    STACKS,
+    edit_weights,
+    esft,
+    operand,
+    read_adapter,
+)
 
 SHAPES = {"gate": (FFN, HIDDEN), "up": (FFN, HIDDEN), "down": (HIDDEN, FFN)}
 
@@ -90,15 +101,11 @@ def test_a_long_layer_is_not_repeated_in_full(tmp_path: Path) -> None:
     assert f"layer '{'9' * 80}' must be" in message
 
 
-@pytest.mark.parametrize(
-    ("flag", "what"),
-    [("shared_experts", "tunes shared experts"), ("non_expert_modules", "tunes modules outside the experts")],
-)
 @pytest.mark.parametrize("value", [True, 1, "false", []])
-def test_other_modules_than_experts_are_refused_by_their_flag(tmp_path: Path, flag: str, what: str, value: Any) -> None:
+def test_other_modules_than_experts_are_refused_by_their_flag(tmp_path: Path, value: Any) -> None:
     with pytest.raises(UnsupportedAdapter) as refusal:
-        read_adapter(esft(tmp_path / "a", {1: [0]}, **{flag: value}), BASE)
-    assert f"{flag} is set: an adapter that {what} is not served" in str(refusal.value)
+        read_adapter(esft(tmp_path / "a", {1: [0]}, non_expert_modules=value), BASE)
+    assert "an adapter that tunes modules outside the experts is not served" in str(refusal.value)
     assert str(refusal.value).endswith("tune routed experts only, or serve the tuned model as a base")
 
 
@@ -106,6 +113,61 @@ def test_other_modules_than_experts_are_refused_by_their_flag(tmp_path: Path, fl
 def test_a_flag_that_is_off_says_nothing(tmp_path: Path, value: Any) -> None:
     directory = esft(tmp_path / "a", {1: [0]}, shared_experts=value, non_expert_modules=value)
     assert len(read_adapter(directory, BASE).parts) == 1
+
+
+# -- shared experts ---
+
+
+def with_so_many(num_shared: int) -> BaseSpec:
+    return replace(BASE, experts={1: replace(STACKS[1], num_shared=num_shared)})
+
+
+TWO_SHARED = with_so_many(2)
+
+
+def with_shared(directory: Path, count: int = 2, **config: Any) -> Path:
+    """The shared experts of layer 1, which are as wide as so many; beside routed ones."""
+    tensors = {
+        f"model.layers.1.mlp.shared_experts.{matrix}_proj.weight": torch.randn(
+            [size * count if size == FFN else size for size in shape]
+        )
+        for matrix, shape in SHAPES.items()
+    }
+    return edit_weights(esft(directory, {1: [0]}, **config), lambda it: it.update(tensors))
+
+
+def test_shared_experts_are_read_as_so_many_behind_the_routed_ones(tmp_path: Path) -> None:
+    directory = with_shared(tmp_path / "a", shared_experts=True)
+    stored = load_file(next(directory.glob("*.safetensors")))
+    package = read_adapter(directory, TWO_SHARED)
+    assert [part.expert for part in package.parts if isinstance(part, ExpertReplacement)] == [EXPERTS, EXPERTS + 1, 0]
+    whole = [stored[f"model.layers.1.mlp.shared_experts.{matrix}_proj.weight"] for matrix in ("gate", "up", "down")]
+    for part, rows in zip(package.parts[:2], (slice(FFN), slice(FFN, None)), strict=True):
+        assert isinstance(part, ExpertReplacement)
+        for its, tensor, columns in zip((*part.gate_up, part.down), whole, (False, False, True), strict=True):
+            assert torch.equal(operand(package, its), tensor[:, rows] if columns else tensor[rows])
+    (directory / "expert_cfg.json").unlink()
+    assert len(read_adapter(directory, TWO_SHARED).parts) == 3
+
+
+def test_shared_experts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    set_and_there = with_shared(tmp_path / "a", shared_experts=True)
+    assert "layer 1 of the base has no shared experts that can be replaced" in refused(set_and_there)
+    assert "shape [12, 8], expected [6, 8]" in refused(set_and_there, with_so_many(1))
+    assert "does not say that shared experts are tuned" in refused(with_shared(tmp_path / "b"), TWO_SHARED)
+    none = esft(tmp_path / "c", {1: [0]}, shared_experts=True)
+    assert "shared_experts is set, and there are none" in refused(none, TWO_SHARED)
+    edit_weights(set_and_there, lambda it: it.pop("model.layers.1.mlp.shared_experts.up_proj.weight"))
+    assert "layer 1 shared experts: up missing or unusable" in refused(set_and_there, TWO_SHARED)
+    assert "must be true or false" in refused(esft(tmp_path / "d", {1: [0]}, shared_experts=1), TWO_SHARED)
+
+
+def test_shared_experts_of_some_layers_only_are_refused(tmp_path: Path) -> None:
+    """A file of many was lost: the base's in those layers would be nobody's model."""
+    base = replace(BASE, experts={layer: replace(STACKS[layer], num_shared=2) for layer in (1, 2)})
+    message = refused(with_shared(tmp_path / "a", shared_experts=True), base)
+    assert "layer 2 shared experts: gate, up, down missing or unusable" in message and "layer 1" not in message
+    assert "To do: copy all files of the adapter" in message
 
 
 # -- tensors ---
@@ -123,7 +185,7 @@ def test_everything_that_is_wrong_is_listed(tmp_path: Path) -> None:
     message = refused(edit_weights(esft(tmp_path / "a", {1: [0, 1], 2: [3]}), change))
     assert message.startswith("7 of the adapter's tensors do not fit this base (3 do): ")
     for says in (
-        "a.stray: not an expert's gate, up or down matrix but a module outside the routed experts",
+        "a.stray: not an expert's gate, up or down matrix but a module outside the experts",
         "z.stray: not an expert's",
         f"{key(1, 0, 'up')}: shape [7, 8], expected [6, 8]",
         "layer 1 expert 0: up missing or unusable",
@@ -131,7 +193,7 @@ def test_everything_that_is_wrong_is_listed(tmp_path: Path) -> None:
     ):
         assert says in message
     for remedy in (
-        "tune routed experts only",
+        "tune experts only",
         "serve the adapter on the base that it was trained on",
         "copy all files of the adapter, or list in expert_cfg.json only what was tuned",
     ):

@@ -218,8 +218,8 @@ def test_tensors_that_are_no_side_of_a_lora(tmp_path: Path, key: str, what: str,
         ("model.layers.1.mlp.experts.5.gate_up_proj.weight", "split gate_up_proj into gate_proj and up_proj"),
         ("model.layers.1.mlp.experts.gate_up_proj", "split gate_up_proj into gate_proj and up_proj"),
         ("model.layers.1.mlp.experts.down_proj", "split it by expert"),
-        ("model.layers.1.mlp.shared_experts.gate_proj.weight", "tune routed experts only"),
-        ("model.layers.1.mlp.gate.weight", "tune routed experts only"),
+        ("model.layers.1.mlp.shared_experts.gate_up_proj.weight", "split gate_up_proj into gate_proj and up_proj"),
+        ("model.layers.1.mlp.gate.weight", "tune experts only"),
     ],
 )
 def test_esft_tensors_that_are_no_experts_matrix(tmp_path: Path, key: str, remedy: str) -> None:

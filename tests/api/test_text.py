@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from hypothesis import given
@@ -13,8 +14,9 @@ from server.api.texts.decoding import StopMatcher, StopStrings
 from server.api.texts.text import Text
 from server.engine.request import LaneSpec, Request, Sampling
 from server.errors import ConfigError, InvalidRequest
-from server.model.sampler import sample, uniform
+from server.model.draws import uniform
 from tests.support.live_server import write_tokenizer
+from tests.support.sampled import sample
 
 
 @given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.data())
@@ -116,7 +118,8 @@ def test_a_token_depends_on_its_seed_and_place_and_not_on_its_batch() -> None:
     together = sampled(logits, samplings, [3] * 20)
     alone = [sampled(logits[row : row + 1], [samplings[row]], [3])[0] for row in range(20)]
     assert together == alone
-    assert len({uniform(seed, index) for seed in range(50) for index in range(50)}) == 2500
+    seeds, indices = numpy.indices((50, 50)).reshape(2, -1)
+    assert len(set(uniform(seeds.astype(numpy.uint64), indices).tolist())) == 2500
 
 
 @pytest.mark.parametrize("temperature", [1e-38, 1e-45, 1e-300, 1e-6])

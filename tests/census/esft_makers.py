@@ -176,8 +176,10 @@ def ranks_together(made: Content) -> None:
 
 def with_shared(flag: bool | None) -> Change:
     def change(made: Content) -> None:
-        for name in made.family.mlp:
-            made.tune(f"model.layers.1.mlp.shared_experts.{name}.weight")
+        own = ".shared_experts." if flag else ".1.mlp.shared_experts."  # all layers', where that is said
+        for name, _ in made.model.named_parameters():
+            if own in name:
+                made.tune(name)
         made.config = None if flag is None else {**(made.config or {}), "shared_experts": flag}
 
     return change

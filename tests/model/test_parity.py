@@ -55,17 +55,20 @@ KINDS: dict[str, Make] = {
     "dora": lambda path, model: write_lora(path, model, 3, ATTENTION_LINEARS, 2, 3.0, dora=True),
     "experts and router": lambda path, model: write_expert_lora(path, model, 4, 3, 5.0),
     "esft": lambda path, model: save_esft(path, model, 5, TUNED),
+    "esft with shared experts": lambda path, model: save_esft(path, model, 5, TUNED, shared=(1, 2, 3)),
 }
+FOR_ALL = tuple(KINDS)[:-1]
 MLA_RSLORA = ("kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 FAMILIES = {
     "llama": ("lora", "rslora", "dora"),
     "llama-tied": ("lora",),
     "phi3": ("lora",),
     "gemma2": ("lora",),
-    "qwen3_moe": tuple(KINDS),
+    "qwen3_moe": FOR_ALL,
     "qwen2_moe-window": ("lora", "experts and router"),
     "deepseek_v2": tuple(KINDS),
     "deepseek_v3": ("lora", "dora"),
+    "glm4_moe": ("esft with shared experts",),
     "olmoe": ("lora", "dora", "experts and router", "esft"),
     "mixtral-window": ("experts and router",),
     "gpt_oss": ("lora", "experts and router"),
@@ -221,7 +224,7 @@ def test_others_are_served_the_same_meanwhile(tmp_path: Path) -> None:
     """And take prefixes from each other, none from a check."""
     name = "qwen3_moe"
     engine = Engine(make_model(name, attention=PROBE), adapter_slots=3)
-    entries = [register(engine, made(tmp_path, name, kind)) for kind in KINDS]
+    entries = [register(engine, made(tmp_path, name, kind)) for kind in FOR_ALL]
     merged = {entry.ref: merge(make_model(name), entry) for entry in entries[:2]}
     models = {None: make_model(name), **merged}
     rng = random.Random(3)

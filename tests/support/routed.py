@@ -1,6 +1,7 @@
 """Routing by kernel and reference at once, and maps to route by: for the tests of every op on routed experts."""
 
 from itertools import groupby
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -21,6 +22,11 @@ def route(logits: Tensor, routing: Routing, expert_map: Tensor, batch: TokenBatc
     got = kernel.expert_route(logits, routing, expert_map, num_places, batch, tile, bias)
     want = reference.expert_route(logits, routing, expert_map, num_places, batch, tile, bias)
     assert batch.counters is not None and not batch.counters.any()
+    return compared(got, want)
+
+
+def compared(got: Routed, want: Routed) -> Routed:
+    """A kernel's with a reference's; returns the kernel's."""
     # torch.topk does not promise an order of choices; within a token compare them by expert
     order, want_order = got.places.sort(dim=-1, stable=True), want.places.sort(dim=-1, stable=True)
     assert torch.equal(order.values, want_order.values)
@@ -30,6 +36,7 @@ def route(logits: Tensor, routing: Routing, expert_map: Tensor, batch: TokenBatc
     count = int(got.num_tiles)
     assert sorted(got.tiles[:count].tolist()) == sorted(want.tiles.tolist()) and count == int(want.num_tiles)
     num_real = int((got.places >= 0).sum())
+    assert got.num_pairs is not None and got.num_pairs.tolist() == [num_real]
     placed = got.pairs[:num_real].long()
     assert torch.equal(got.places.flatten()[placed], want.places.flatten()[want.pairs[:num_real].long()])
     keys = got.places.flatten()[placed].long() * got.pairs.numel() + placed
@@ -54,14 +61,14 @@ def with_garbage(routed: Routed) -> Routed:
     return routed._replace(pairs=pairs, tiles=torch.cat([routed.tiles[:count].flip(0), behind]))
 
 
-def cut_by_definition(routed: Routed, slots: Tensor, num_experts: int) -> list[list[int]]:
-    """What expert_tiles gives, row by row and sorted."""
+def cut_by_definition(routed: Routed, slots: Tensor, num_experts: int, most: int = 1 << 30) -> list[list[int]]:
+    """What expert_tiles gives, row by row and sorted. most: rows after which the kernel cuts a tile anyway."""
     pairs, top_k = routed.pairs.tolist(), routed.places.shape[1]
     found = []
     for place, first, count in routed.tiles[: int(routed.num_tiles)].tolist():
-        rows = range(first, first + count)
-        for slot, run in groupby(rows, key=lambda position: int(slots[pairs[position] // top_k])):
-            its = list(run)
+        rows = [((at - first) // most, int(slots[pairs[at] // top_k]), at) for at in range(first, first + count)]
+        for (_, slot), run in groupby(rows, key=itemgetter(0, 1)):
+            its = [at for *_, at in run]
             if slot and place < num_experts:
                 found.append([slot * num_experts + place, its[0], len(its)])
     return sorted(found)

@@ -92,8 +92,9 @@ def write_adapter(directory: Path, tensors: dict[str, Tensor], **config: Any) ->
 
 
 def save_esft(directory: Path, model: nn.Module, seed: int, tuned: dict[int, list[int]], prefix: str = "model.",
-              config: bool = True, shards: int = 1) -> Path:  # fmt: skip
-    """Tuned experts are the base's plus noise of the same size: clearly another model."""
+              config: bool = True, shards: int = 1, shared: Sequence[int] = ()) -> Path:  # fmt: skip
+    """Tuned experts are the base's plus noise of the same size: clearly another model. shared: layers whose shared
+    experts are tuned as well."""
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, torch.Tensor] = {}
     for layer, experts in tuned.items():
@@ -103,11 +104,17 @@ def save_esft(directory: Path, model: nn.Module, seed: int, tuned: dict[int, lis
             for matrix, weight in (("gate", gate), ("up", up), ("down", module.down_proj.data[expert])):
                 key = f"{prefix}layers.{layer}.mlp.experts.{expert}.{matrix}_proj.weight"
                 tensors[key] = weight + torch.randn(weight.shape, generator=generator) * weight.std()
-    return write_esft(directory, tensors, tuned, config, shards)
+    for layer in shared:
+        for matrix in ("gate", "up", "down"):
+            key = f"layers.{layer}.mlp.shared_experts.{matrix}_proj"
+            weight = rows_of(model, f"model.{key}")
+            noise = torch.randn(weight.shape, generator=generator) * weight.std()
+            tensors[f"{prefix}{key}.weight"] = weight + noise
+    return write_esft(directory, tensors, tuned, config, shards, bool(shared))
 
 
 def write_esft(directory: Path, tensors: Mapping[str, Tensor], tuned: dict[int, list[int]], config: bool = True,
-               shards: int = 1) -> Path:  # fmt: skip
+               shards: int = 1, has_shared: bool = False) -> Path:  # fmt: skip
     directory.mkdir(parents=True, exist_ok=True)
     names = sorted(tensors)
     weight_map: dict[str, str] = {}
@@ -119,7 +126,7 @@ def write_esft(directory: Path, tensors: Mapping[str, Tensor], tuned: dict[int, 
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     if config:
         expert_cfg = {"experts": {str(layer): experts for layer, experts in tuned.items()},
-                      "shared_experts": False, "non_expert_modules": False}  # fmt: skip
+                      "shared_experts": has_shared, "non_expert_modules": False}  # fmt: skip
         (directory / "expert_cfg.json").write_text(json.dumps(expert_cfg))
     return directory
 
@@ -147,10 +154,14 @@ def merge(model: nn.Module, entry: Adapter) -> nn.Module:
                     (rows,) = views
                     rows *= (dense(part.magnitude, files) / rows.norm(dim=1))[:, None]
             case ExpertReplacement():
+                experts = _experts_of(model, part.layer)
                 tuned = zip(("gate_proj", "up_proj", "down_proj"), (*part.gate_up, part.down), strict=True)
                 for matrix, tensor in tuned:
-                    rows = rows_of(model, f"{_experts_of(model, part.layer)}.{matrix}")
-                    rows[part.expert] = files[tensor.file][tensor.key]
+                    rows, stored = rows_of(model, f"{experts}.{matrix}"), files[tensor.file][tensor.key]
+                    if part.expert < len(rows):
+                        rows[part.expert] = stored
+                    else:  # a block of the layer, which the file has as it is
+                        rows_of(model, f"{experts.removesuffix('experts')}shared_experts.{matrix}").copy_(stored)
             case _:
                 raise TypeError(f"the oracle does not know {type(part).__name__}")
     return model

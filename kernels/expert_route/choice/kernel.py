@@ -1,8 +1,9 @@
 """Triton form of the choice: a block of tokens with all their scores in registers, used by both ways to sort.
 
-Names of constants: M experts, padded to MP; K choices, padded to KP; BT tokens of a block; G groups, of which TOP_G
-take part, ranked by the sum of their two best if TOP2. The others say which rule of Routing holds, and which tensors
-exist.
+Names of constants: M experts, padded to MP; K choices, padded to KP, the last SHARED of which every token takes, with
+ONLY_OWN as in Shared; MAP columns of the expert map; BT tokens of a block; G groups, of which TOP_G take part, ranked
+by the sum of their two best if TOP2; PLANES that logits are the sum of, 0 if they are given. The others say which rule
+of Routing holds, and which tensors exist.
 """
 
 from typing import Any, NamedTuple
@@ -19,10 +20,11 @@ _SOFTMAX_OF_CHOSEN = tl.constexpr(int(Score.SOFTMAX_OF_CHOSEN))
 class Tokens(NamedTuple):
     """What is known of a step's tokens, as in reference.py. In a kernel, pointers; so is the next."""
 
-    logits: Any  # [T, M]
+    logits: Any  # [T, M], or [PLANES, T, M] float32
+    router_bias: Any  # [M]; read if HAS_ROUTER_BIAS
     bias: Any  # [M]; read if HAS_BIAS
     slots: Any  # [T] int32; read if HAS_ADAPTERS
-    expert_map: Any  # [adapters + 1, M] int32; likewise
+    expert_map: Any  # [adapters + 1, MAP] int32; likewise
     num_tokens: Any  # [1] int32; read if HAS_PADDING
 
 
@@ -40,33 +42,54 @@ def numbers(routing: Routing) -> tuple[int, int, bool, float, int, int, int]:
 
 
 def rule(
-    experts: int, top_k: int, score: int, renormalise: bool, scale: float, num_groups: int, top_groups: int,
-    group_score: int, has_bias: bool, has_adapters: bool, has_padding: bool,
+    experts: int, map_width: int, shared: int, only_own: bool, top_k: int, score: int, renormalise: bool, scale: float,
+    num_groups: int, top_groups: int, group_score: int, has_bias: bool, has_adapters: bool, has_padding: bool,
 ) -> dict[str, int | float]:  # fmt: skip
     """The constants of a router's kernels: how many experts, the `numbers` of its Routing, and which tensors exist."""
+    choices = top_k + shared
     return dict(
-        M=experts, MP=triton.next_power_of_2(experts), K=top_k, KP=triton.next_power_of_2(top_k), SCORE=score,
+        M=experts, MP=triton.next_power_of_2(experts), K=choices, KP=triton.next_power_of_2(choices), SCORE=score,
         RENORM=renormalise, SCALE=scale, HAS_BIAS=has_bias, G=num_groups, TOP_G=top_groups,
-        TOP2=group_score == GroupScore.TOP2_SUM, HAS_ADAPTERS=has_adapters, HAS_PADDING=has_padding,
+        TOP2=group_score == GroupScore.TOP2_SUM, HAS_ADAPTERS=has_adapters, HAS_PADDING=has_padding, MAP=map_width,
+        SHARED=shared, ONLY_OWN=only_own,
     )  # fmt: skip
 
 
 @triton.jit
+def _logits(
+    tokens, t, e, known, T, M: tl.constexpr, PLANES: tl.constexpr, HAS_ROUTER_BIAS: tl.constexpr
+):  # fmt: skip
+    """[BT, MP] float32, of tokens t and experts e where known; the planes are added up in their order."""
+    if PLANES == 0:
+        x = tl.load(tokens.logits + t[:, None] * M + e[None, :], mask=known, other=0.0).to(tl.float32)
+    else:  # written by others in this launch
+        at = tokens.logits + t[:, None] * M + e[None, :]
+        x = tl.load(at, mask=known, other=0.0, cache_modifier=".cg")
+        for plane in tl.static_range(1, PLANES):
+            x += tl.load(at + plane * T * M, mask=known, other=0.0, cache_modifier=".cg")
+    if HAS_ROUTER_BIAS:
+        x += tl.load(tokens.router_bias + e, mask=e < M, other=0.0).to(tl.float32)[None, :]
+    return x
+
+
+@triton.jit
 def _choose(
-    logits, bias, t, in_batch,
+    tokens, t, in_batch, T,
     M: tl.constexpr, MP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, SCORE: tl.constexpr, RENORM: tl.constexpr,
     SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, G: tl.constexpr, TOP_G: tl.constexpr, TOP2: tl.constexpr,
+    PLANES: tl.constexpr, HAS_ROUTER_BIAS: tl.constexpr,
 ):  # fmt: skip
     """Weights and expert ids [BT, KP] of tokens t [BT]; M experts padded to MP, K choices padded to KP.
 
-    The constants are those of `rule`. The best experts are taken one after another, each the first of the largest.
+    The constants are those of `rule`, and K does not count shared experts. The best experts are taken one after
+    another, each the first of the largest.
     """
     e = tl.arange(0, MP)
     kk = tl.arange(0, KP)
     none = float("-inf")
-    x = tl.load(logits + t[:, None] * M + e[None, :], mask=in_batch[:, None] & (e < M)[None, :], other=none)
-    x = x.to(tl.float32)
-    x = tl.where((x == x) & in_batch[:, None], x, none)  # a NaN compares with nothing, and could choose the padding
+    known = in_batch[:, None] & (e < M)[None, :]
+    x = _logits(tokens, t, e, known, T, M, PLANES, HAS_ROUTER_BIAS)
+    x = tl.where((x == x) & known, x, none)  # a NaN compares with nothing, and could choose the padding
     x = tl.minimum(x, 1e30)
     if SCORE == _SOFTMAX:
         p = tl.exp(x - tl.maximum(tl.max(x, 1), -1e30)[:, None])
@@ -77,7 +100,7 @@ def _choose(
         scores = x
     ranked = scores
     if HAS_BIAS:
-        ranked = ranked + tl.load(bias + e, mask=e < M, other=0.0).to(tl.float32)[None, :]
+        ranked = ranked + tl.load(tokens.bias + e, mask=e < M, other=0.0).to(tl.float32)[None, :]
     ranked = tl.where((e < M)[None, :], ranked, none)
     if G > 1:
         group = e // (M // G)
@@ -118,7 +141,8 @@ def choose_block(
     block, tokens, chosen, T,
     M: tl.constexpr, MP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BT: tl.constexpr, SCORE: tl.constexpr,
     RENORM: tl.constexpr, SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, G: tl.constexpr, TOP_G: tl.constexpr,
-    TOP2: tl.constexpr, HAS_ADAPTERS: tl.constexpr, HAS_PADDING: tl.constexpr,
+    TOP2: tl.constexpr, HAS_ADAPTERS: tl.constexpr, HAS_PADDING: tl.constexpr, MAP: tl.constexpr,
+    SHARED: tl.constexpr, ONLY_OWN: tl.constexpr, PLANES: tl.constexpr = 0, HAS_ROUTER_BIAS: tl.constexpr = False,
 ):  # fmt: skip
     """Choose and reroute one block of BT tokens, of T in all; write their weights and places.
 
@@ -127,15 +151,22 @@ def choose_block(
     t = block * BT + tl.arange(0, BT)
     in_batch = t < T
     weights, ids = _choose(
-        tokens.logits, tokens.bias, t, in_batch, M, MP, K, KP, SCORE, RENORM, SCALE, HAS_BIAS, G, TOP_G, TOP2
-    )
+        tokens, t, in_batch, T, M, MP, K - SHARED, KP, SCORE, RENORM, SCALE, HAS_BIAS, G, TOP_G, TOP2, PLANES,
+        HAS_ROUTER_BIAS,
+    )  # fmt: skip
     kk = tl.arange(0, KP)
+    if SHARED > 0:
+        is_shared = (kk >= K - SHARED)[None, :]
+        weights = tl.where(is_shared, 1.0, weights)
+        ids = tl.where(is_shared, (M + kk - (K - SHARED))[None, :], ids)
     wanted = in_batch[:, None] & (kk < K)[None, :]
     if HAS_ADAPTERS:
         adapter = tl.load(tokens.slots + t, mask=in_batch, other=0)
-        places = tl.load(tokens.expert_map + adapter[:, None] * M + ids, mask=wanted, other=0)
+        places = tl.load(tokens.expert_map + adapter[:, None] * MAP + ids, mask=wanted, other=0)
     else:
         places = ids
+    if ONLY_OWN:
+        places = tl.where((kk >= K - SHARED)[None, :] & (places < M + SHARED), -1, places)
     if HAS_PADDING:
         places = tl.where((t < tl.load(tokens.num_tokens))[:, None], places, -1)
     pair = t[:, None] * K + kk[None, :]

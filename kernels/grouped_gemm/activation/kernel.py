@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.compiled.kernel import Configuration
+from kernels.compiled.launch import launch
 from kernels.expert_route import Routed
 from kernels.gated.activation import Act, Activation
 
@@ -38,7 +39,7 @@ def act(gate, up, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
 
 @triton.jit
 def activate_kernel(
-    products, places, h,
+    products, num_pairs, h,
     I: tl.constexpr, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, INTERLEAVED: tl.constexpr,
     BN: tl.constexpr,
 ):  # fmt: skip
@@ -46,11 +47,10 @@ def activate_kernel(
 
     It computes in float32 what gate_up's kernel does of its sums, which products of float32 are.
 
-    Positions behind the pairs of real tokens hold anything, and are left alone. Padding tokens are the last of a batch
-    and have no place, so the first entries of `places` that are not negative are as many as there are such positions.
+    Positions from num_pairs [1] on hold anything, and are left alone.
     """
     position = tl.program_id(0)
-    if tl.load(places + position) >= 0:
+    if position < tl.load(num_pairs):
         row = products + position.to(tl.int64) * (2 * I)
         n = tl.program_id(1) * BN + tl.arange(0, BN)
         if INTERLEAVED:
@@ -69,32 +69,33 @@ def _constants(inner: int, act: int, alpha: float, limit: float, interleaved: bo
                 BN=min(_COLUMNS, triton.next_power_of_2(inner)))  # fmt: skip
 
 
-@torch.library.custom_op("heddle::expert_activate", mutates_args=())
+@launch("expert_activate")
 def _activate(
-    products: Tensor, places: Tensor, act: int, alpha: float, limit: float, interleaved: bool, dtype: torch.dtype
+    products: Tensor, num_pairs: Tensor, act: int, alpha: float, limit: float, interleaved: bool, dtype: torch.dtype
 ) -> Tensor:
     inner = products.shape[1] // 2
     h = products.new_empty(products.shape[0], inner, dtype=dtype)
     constants = _constants(inner, act, alpha, limit, interleaved)
-    activate_kernel[(products.shape[0], triton.cdiv(inner, constants["BN"]))](products, places, h, **constants)
+    activate_kernel[(products.shape[0], triton.cdiv(inner, constants["BN"]))](products, num_pairs, h, **constants)
     return h
 
 
 @_activate.register_fake
 def _(
-    products: Tensor, places: Tensor, act: int, alpha: float, limit: float, interleaved: bool, dtype: torch.dtype
+    products: Tensor, num_pairs: Tensor, act: int, alpha: float, limit: float, interleaved: bool, dtype: torch.dtype
 ) -> Tensor:
     return products.new_empty(products.shape[0], products.shape[1] // 2, dtype=dtype)
 
 
 def activate(products: Tensor, activation: Activation, interleaved: bool, routed: Routed, dtype: torch.dtype) -> Tensor:
     """As in reference.py."""
-    return _activate(products, routed.places, int(activation.act), activation.alpha, activation.limit, interleaved,
+    assert routed.num_pairs is not None
+    return _activate(products, routed.num_pairs, int(activation.act), activation.alpha, activation.limit, interleaved,
                      dtype)  # fmt: skip
 
 
 def configurations() -> Iterator[Configuration]:
     """DeepSeek-V2-Lite's and gpt-oss's."""
-    types = dict(products="*fp32:16", places="*i32:16", h="*bf16:16")
+    types = dict(products="*fp32:16", num_pairs="*i32", h="*bf16:16")
     for name, *own in (("v2-lite", 1408, Act.SILU, 1.0, 0.0, False), ("gpt-oss", 2880, Act.CLAMPED, 1.702, 7.0, True)):
         yield Configuration(f"activate {name}", activate_kernel, types, _constants(*own))

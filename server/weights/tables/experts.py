@@ -16,18 +16,19 @@ from server.weights.tables.table import Place, Prepared, on_host
 
 
 class _Stack:
-    """One matrix of one layer: [M + slots * E_max, ...] in an arena, of which the base's M are always mapped.
+    """One matrix of one layer: [M + slots * E_max, ...] in an arena, of which the base's M are always mapped, the last
+    `shared` of which are left to be written.
 
     E_max is the same in both stacks of a layer. The base's experts end, and every slot begins, at the start of a page,
     so an adapter leaves at most the rest of its last page unused.
     """
 
-    def __init__(self, base: Tensor, num_slots: int, e_max: int, arenas: Arenas, pool: PagePool) -> None:
-        self._num_base, self._e_max = len(base), e_max
-        total = len(base) + num_slots * e_max
+    def __init__(self, base: Tensor, shared: int, num_slots: int, e_max: int, arenas: Arenas, pool: PagePool) -> None:
+        self._num_base, self._e_max = len(base) + shared, e_max
+        total = self._num_base + num_slots * e_max
         self._expert_bytes = base[0].numel() * base.itemsize
-        self._begin = -len(base) * self._expert_bytes % arenas.page_bytes
-        self.base_range = (self._begin, len(base) * self._expert_bytes)
+        self._begin = -self._num_base * self._expert_bytes % arenas.page_bytes
+        self.base_range = (self._begin, self._num_base * self._expert_bytes)
         self.arena = arenas.stack(self._begin + total * self._expert_bytes, sum(self.base_range), pool)
         self.arena.map(*self.base_range)
         self.tensor = self.arena.tensor(self._begin, (total, *base.shape[1:]), base.dtype)
@@ -86,18 +87,22 @@ class ExpertTable:
         self._layers: dict[int, _Layer] = {}
         self._held: dict[int, _Held] = {}  # by slot
 
-    def add_layer(self, layer: int, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def add_layer(
+        self, layer: int, gate_up: Tensor, down: Tensor, num_shared: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Take over the base's experts of a layer; returns the stacks that replace them, and the expert map.
 
         The map [slots + 1, M] int32 says which expert a slot uses instead of each of the base's; row 0 is the identity.
+        num_shared: of the base's M, how many come behind those given, and are left to be written.
         """
-        self.e_max = self.e_max or len(gate_up)
+        num_base = len(gate_up) + num_shared
+        self.e_max = self.e_max or num_base
         # addresses cost nothing, so a slot's range is rounded up until every slot begins on a page
         aligned = lcm(*(_experts_to_a_page_boundary(stack, self._arenas.page_bytes) for stack in (gate_up, down)))
         places = -(-self.e_max // aligned) * aligned
-        first = _Stack(gate_up, self._num_slots, places, self._arenas, self._pool)
-        second = _Stack(down, self._num_slots, places, self._arenas, self._pool)
-        self._layers[layer] = _Layer(first, second, len(gate_up), self._num_slots)
+        first = _Stack(gate_up, num_shared, self._num_slots, places, self._arenas, self._pool)
+        second = _Stack(down, num_shared, self._num_slots, places, self._arenas, self._pool)
+        self._layers[layer] = _Layer(first, second, num_base, self._num_slots)
         return first.tensor, second.tensor, self._layers[layer].map
 
     def layout(self, parts: Sequence[ExpertReplacement]) -> ExpertLayout:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels import host as host_kernels
-from kernels.expert_route import GroupScore, Routed, Routing, Score, TokenBatch, expert_route
+from kernels.expert_route import NO_SHARED, GroupScore, Routed, Routing, Score, Shared, TokenBatch, expert_route
 from tests.support.routed import expert_maps
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "host_kernels")
@@ -18,9 +18,12 @@ ONE_TILE = 1 << 30
 PLACES = 40
 
 
-def both(logits: Tensor, routing: Routing, slots: Tensor | None, tile: int, bias: Tensor | None = None) -> Routed:
+def both(logits: Tensor, routing: Routing, slots: Tensor | None, tile: int, bias: Tensor | None = None,
+         shared: Shared = NO_SHARED) -> Routed:  # fmt: skip
     """Compared; returns the host kernel's."""
-    arguments = logits, routing, expert_maps(logits.shape[1]).cpu(), PLACES, TokenBatch(slots), tile, bias
+    maps = expert_maps(logits.shape[1] + shared.num).cpu()
+    maps[1, logits.shape[1] :] = PLACES - 1
+    arguments = logits, routing, maps, PLACES, TokenBatch(slots, shared=shared), tile, bias
     got = expert_route(*arguments)
     with host_kernels.references_only():
         want = expert_route(*arguments)
@@ -30,7 +33,8 @@ def both(logits: Tensor, routing: Routing, slots: Tensor | None, tile: int, bias
     weights = got.weights.gather(1, order.indices), want.weights.gather(1, want_order.indices)
     torch.testing.assert_close(*weights, atol=ATOL, rtol=1e-5, equal_nan=True)
     flat, pairs = got.places.flatten(), got.pairs.long()
-    assert torch.equal(flat[pairs], flat.sort(stable=True).values) and torch.equal(pairs, flat.argsort(stable=True))
+    real = int((flat >= 0).sum())
+    assert torch.equal(pairs[:real], flat.argsort(stable=True)[len(flat) - real :])
     assert got.tiles.tolist() == want.tiles.tolist() and got.num_tiles.tolist() == [len(got.tiles)]
     assert [it.dtype for it in got[:5]] == [it.dtype for it in want[:5]] and got.tile_rows == tile
     return got
@@ -55,6 +59,15 @@ def test_every_rule(routing: Routing, has_bias: bool) -> None:
         both(logits, routing, None, tile, bias)
         if routing.num_groups == 1:  # whole numbers are exact in bfloat16, but sums of two may be alike
             both(logits.argsort(-1).bfloat16(), routing, slots.long(), tile, bias)
+
+
+@pytest.mark.parametrize("shared", [Shared(1), Shared(2), Shared(2, True)], ids=str)
+def test_shared_experts(shared: Shared) -> None:
+    for routing in RULES[:8]:
+        got = both(torch.randn(23, 16), routing, torch.arange(23, dtype=torch.int32) % 4, 3, shared=shared)
+        assert bool((got.weights[:, routing.top_k :] == 1).all())
+        assert bool((got.places[0, routing.top_k :] < 0).all()) == shared.only_own
+        both(torch.randn(5, 16), routing, None, ONE_TILE, shared=shared)
 
 
 def test_ties_go_to_the_expert_with_the_lower_id() -> None:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import host as host_kernels
 from kernels.expert_route import Routed, Routing, TokenBatch, expert_route
 from kernels.gated import split_gate_up
 from kernels.grouped_gemm import Act, Activation, Layout, activate, combine, down, gate_up
@@ -201,3 +202,17 @@ def test_activations_of_what_is_not_finite(activation: Activation) -> None:
     got, wanted = activated(gate, up, activation), exactly(gate, up, activation)
     assert torch.equal(got.isfinite(), wanted.isfinite())
     torch.testing.assert_close(got[wanted.isfinite()], wanted[wanted.isfinite()], atol=0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("only_own", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_added_beside_the_choices(dtype: torch.dtype, only_own: bool) -> None:
+    """To tokens whose last choice has no place, if to some only."""
+    places = torch.tensor([[1, 2, -1], [0, 1, 2], [-1, -1, -1]], dtype=torch.int32)
+    routed = Routed(torch.rand(3, 3), places, ints([]), ints([]), ints([0]), 1)
+    rows, beside = torch.randn(9, 21).to(dtype), torch.randn(3, 21).to(dtype)
+    got = combine(rows, routed, beside, only_own)
+    with host_kernels.references_only():
+        want = combine(rows, routed, beside, only_own)
+    torch.testing.assert_close(got, want, atol=2e-2 if dtype is torch.bfloat16 else 1e-6, rtol=1e-2)
+    assert torch.equal(got[1], combine(rows, routed)[1]) == only_own

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.expert_route import Routing, TokenBatch
+from kernels.expert_route import Routing, Shared, TokenBatch
 from kernels.grouped_gemm import Act, Activation, Layout
 from kernels.grouped_gemm import kernel as gemm_kernel
 from kernels.grouped_gemm import reference as gemm_reference
@@ -96,7 +96,7 @@ def run_experts(popularity: str, tokens: int, hidden: int, inner: int, layout: L
 def test_an_activation_of_its_own_gives_the_same_bits(
     dtype: torch.dtype, layout: Layout, activation: Activation, has_bias: bool
 ) -> None:
-    """So a row does not depend on whether something was added to others before the activation."""
+    """So in this product, at one height of tiles, a row does not feel whether something was added to others."""
     x, stack, _, bias, _, batch, logits = experts_case("uniform", 7, 100, 24, layout, has_bias)
     x, stack, bias = x.to(dtype), stack.to(dtype), None if bias is None else bias.to(dtype)
     routed = route(logits, Routing(3), expert_maps(6), batch, 4)
@@ -129,6 +129,26 @@ def test_activate_reads_either_type(dtype: torch.dtype, products_dtype: torch.dt
     torch.testing.assert_close(want.float(), exact, atol=4 * unit, rtol=4 * unit)
 
 
+@pytest.mark.parametrize("by_tma", [False, True])
+def test_tall_tiles(by_tma: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 128 rows, in groups of which the last is not full; weights by pointers or by descriptors."""
+    sizes = {"": {(2, 128): gemm_kernel.Blocks(16, 16, 8, 2, group=5, by_tma=by_tma)}}
+    monkeypatch.setattr(gemm_kernel, "GATE_UP", sizes)
+    monkeypatch.setattr(gemm_kernel, "DOWN", sizes)
+    x, up, down, *_, batch, logits = experts_case("zipf", 140, 40, 24, Layout(), False)
+    logits[:, 1] += 9  # who is chosen by all has two tiles
+    routed = route(logits, Routing(2), expert_maps(6), batch, 128)
+    assert int(routed.num_tiles) % 5
+    x, up, down = x.bfloat16(), up.bfloat16(), down.bfloat16()
+    unit = torch.finfo(torch.bfloat16).eps
+    h = gemm_kernel.gate_up(x, up, routed, Activation(), Layout())
+    want = gemm_reference.gate_up(x.float(), up.float(), routed, Activation(), Layout())
+    torch.testing.assert_close(h.float(), want, atol=unit, rtol=unit)
+    rows = gemm_kernel.down(h, down, routed, Layout())
+    want = gemm_reference.down(h.float(), down.float(), routed, Layout())
+    torch.testing.assert_close(rows.float(), want, atol=unit, rtol=unit)
+
+
 @pytest.mark.usefixtures("small_tiles")
 def test_padding_comes_out_as_zero() -> None:
     x, gate_up, down, *_, batch, logits = experts_case("uniform", 8, 16, 8, Layout(), False)
@@ -141,6 +161,25 @@ def test_padding_comes_out_as_zero() -> None:
     rows = gemm_reference.gate_up(x, gate_up, routed, Activation(), Layout())
     want = gemm_reference.combine(gemm_reference.down(rows, down, routed, Layout()), routed)
     torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("activation", [None, Activation()])
+def test_shared_experts_of_adapters_only(activation: Activation | None) -> None:
+    """Pairs without a place among those that have one; the base's shared experts are added beside."""
+    x, gate_up, down, *_, batch, logits = experts_case("uniform", 7, 16, 8, Layout(), False)
+    batch = batch._replace(shared=Shared(1, only_own=True))
+    expert_map, beside = expert_maps(6), torch.randn(7, 16, device=DEVICE)
+    expert_map = torch.cat([expert_map, torch.full_like(expert_map[:, :1], 6)], dim=1)
+    expert_map[1, 6], expert_map[3, 6] = 7, 15  # two more that there are
+    routed, outs = route(logits, Routing(2), expert_map, batch, 4), []
+    assert 0 < int((routed.places[:, -1] < 0).sum()) < 7
+    for it in (gemm_kernel, gemm_reference):
+        h = it.gate_up(x, gate_up, routed, activation, Layout())
+        if activation is None:
+            h = it.activate(h, Activation(), False, routed, x.dtype)
+        outs.append(it.combine(it.down(h, down, routed, Layout()), routed, beside, True))
+    torch.testing.assert_close(*outs, atol=1e-3, rtol=1e-5)
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -166,7 +205,7 @@ def test_the_ops_are_registered_rightly(op: str) -> None:
     arguments = {
         "expert_gate_up": (x, gate_up, None, *indices, 2, 4, 0, 1.0, 0.0, False, False),
         "expert_gate_up products": (x, gate_up, None, *indices, 2, 4, -1, 1.0, 0.0, False, False),
-        "expert_activate": (torch.randn(6, 16, device=DEVICE), routed.places, 0, 1.0, 0.0, False, torch.bfloat16),
+        "expert_activate": (torch.randn(6, 16, device=DEVICE), routed.num_pairs, 0, 1.0, 0.0, False, torch.bfloat16),
         "expert_down": (torch.randn(6, 8, device=DEVICE), down, None, *indices, 4, False),
         "expert_combine": (torch.randn(6, 16, device=DEVICE), routed.weights, routed.places),
     }[op]
