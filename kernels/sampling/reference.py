@@ -2,8 +2,7 @@
 
 The steps, in order, for each row:
 
-1. Penalties as vLLM and OpenAI define them. A token of the prompt or the output: its logit is divided by `repetition`
-   where positive, else multiplied. A token of the output, there c times: minus `frequency` * c, minus `presence`.
+1. Edits (edits/), where it has any.
 2. A temperature below GREEDY_BELOW takes the largest logit, the lowest id among equals.
 3. Otherwise probabilities are softmax(logits / temperature) and the tokens kept are, in the order of (logit descending,
    id ascending): the first `top_k`; of those the ones at least `min_p` times as probable as the first; of those, with
@@ -20,24 +19,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.sampling.edits.reference import Edits, edited
+
 _FEW = 1024  # tokens among which a cut is looked for first; a sort of the whole vocabulary is many times as slow
 GREEDY_BELOW = 1e-5  # a temperature below this is greedy: logits apart by 1e-3 differ by a factor of e^100
 
 
-class Penalties(NamedTuple):
-    """presence, frequency (0 is off), repetition (1 is off): [R] float32.
+class Parameters(NamedTuple):
+    """temperature, top_p (1 is off), min_p (0 is off), draws (uniform in [0, 1]): [R] float32. top_k [R] int32 (0 is
+    off). Of a row whose token nobody reads they may be anything."""
 
-    history [N] int32: the tokens of all rows one after another, row r's at [history_starts[r], history_starts[r + 1]).
-    The first prompt_lens[r] of them are the prompt. history_starts [R + 1] int32, prompt_lens [R] int32. The example is
-    in __init__.py.
-    """
-
-    presence: Tensor
-    frequency: Tensor
-    repetition: Tensor
-    history: Tensor
-    history_starts: Tensor
-    prompt_lens: Tensor
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    draws: Tensor
 
 
 class Sampled(NamedTuple):
@@ -47,59 +43,53 @@ class Sampled(NamedTuple):
     finite: Tensor  # [R] bool
 
 
-def sample(
-    logits: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    draws: Tensor,
-    penalties: Penalties | None = None,
-) -> Sampled:
-    """One token a row, by the steps above.
+def sample(logits: Tensor, parameters: Parameters, edits: Edits | None = None, out: Sampled | None = None) -> Sampled:
+    """One token a row, by the steps above. logits [R, V], float32, bfloat16 or float16, rows contiguous: they stay as
+    they are. out: written, and returned."""
+    chosen = _choose(logits, parameters) if edits is None else _choose_edited(logits, parameters, edits)
+    return chosen if out is None else _written(chosen, out)
 
-    logits [R, V], float32, bfloat16 or float16, rows contiguous. temperature, top_p (1 is off), min_p (0 is off), draws
-    (uniform in [0, 1]): [R] float32. top_k [R] int32 (0 is off).
-    """
-    if penalties is not None:
-        logits = penalized(logits, penalties)
+
+def greedy(logits: Tensor, out: Sampled | None = None) -> Sampled:
+    """logits [R, V], as of `sample`, with every temperature 0 and no edits."""
+    largest, tokens = logits.max(-1)  # NaN is larger than anything here, and the first of equals counts
+    finite = largest.isfinite()
+    chosen = Sampled(torch.where(finite, tokens, 0), finite)
+    return chosen if out is None else _written(chosen, out)
+
+
+def _written(chosen: Sampled, out: Sampled) -> Sampled:
+    return Sampled(*(to.copy_(it) for to, it in zip(out, chosen, strict=True)))
+
+
+def _choose_edited(logits: Tensor, parameters: Parameters, edits: Edits) -> Sampled:
+    """What some do with their logits costs the others nothing: of the rows that are edited a copy is."""
+    rows = ((edits.mask_rows >= 0) | (edits.places >= 0)).nonzero()[:, 0]
+    copy = edited(logits.index_select(0, rows).float(), edits, rows)
+    chosen = _choose(copy, Parameters(*(it[rows] for it in parameters)))
+    if len(rows) == len(logits):
+        return chosen
+    # in the others' place the edited rows are chosen from as is the cheapest
+    others = _choose(logits, parameters._replace(temperature=parameters.temperature.index_fill(0, rows, 0.0)))
+    return Sampled(*(theirs.index_copy_(0, rows, its) for theirs, its in zip(others, chosen, strict=True)))
+
+
+def _choose(logits: Tensor, parameters: Parameters) -> Sampled:
     tokens, finite = greedy(logits)
+    temperature, top_k, top_p, min_p, _ = parameters
     sampled = finite & (temperature >= GREEDY_BELOW)
     if sampled.any():  # else it was one pass over the logits
         cut = ((top_k > 0) & (top_k < logits.shape[-1])) | (top_p < 1) | (min_p > 0)
         for rows, keep in ((sampled & ~cut, False), (sampled & cut, True)):
             chosen = rows.nonzero()[:, 0]
             if len(chosen):
-                parameters = (it[chosen] for it in (temperature, top_k, top_p, min_p, draws))
-                tokens[chosen] = _draw(logits[chosen].float(), *parameters, keep)
+                tokens[chosen] = _draw(logits[chosen].float(), Parameters(*(it[chosen] for it in parameters)), keep)
     return Sampled(tokens, finite)
 
 
-def greedy(logits: Tensor) -> Sampled:
-    """logits [R, V], as of `sample`, with every temperature 0 and no penalties."""
-    largest, tokens = logits.max(-1)  # NaN is larger than anything here, and the first of equals counts
-    finite = largest.isfinite()
-    return Sampled(torch.where(finite, tokens, 0), finite)
-
-
-def penalized(logits: Tensor, penalties: Penalties) -> Tensor:
-    """A copy of logits [R, V] in float32, with the penalties applied."""
-    logits = logits.to(torch.float32, copy=True)
-    starts, prompt_lens = penalties.history_starts.tolist(), penalties.prompt_lens.tolist()
-    for row, prompt_len in enumerate(prompt_lens):
-        history = penalties.history[starts[row] : starts[row + 1]].long()
-        seen, (told, count) = history.unique(), history[prompt_len:].unique(return_counts=True)
-        repetition, values = penalties.repetition[row], logits[row]
-        values[seen] = torch.where(values[seen] > 0, values[seen] / repetition, values[seen] * repetition)
-        values[told] -= penalties.frequency[row] * count
-        values[told] -= penalties.presence[row]
-    return logits
-
-
-def _draw(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, draws: Tensor, cut: bool
-) -> Tensor:
-    """Token ids [R]. logits [R, V] float32, finite or -inf; the rest [R]. Without `cut` all tokens are kept."""
+def _draw(logits: Tensor, parameters: Parameters, cut: bool) -> Tensor:
+    """Token ids [R]. logits [R, V] float32, finite or -inf. Without `cut` all tokens are kept."""
+    temperature, top_k, top_p, min_p, draws = parameters
     # relative to the largest, so that a small temperature underflows to 0 instead of overflowing to infinity
     weights = ((logits - logits.amax(-1, keepdim=True)) / temperature[:, None]).exp_()
     if cut:

@@ -1,30 +1,42 @@
 """What a request adds to its logits before a token is chosen: bias, its grammar's mask, bans of stop tokens, penalties.
 
-Rows that have none of this never come here. In order: bias, then mask, then bans, then penalties (kernels/sampling).
+What each does, and in which order, is in kernels/sampling/edits. What is no token is left out: an id beyond the row
+would be in another request's.
 """
 
-import functools
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import torch
 from torch import Tensor
 
-from kernels.sampling import Penalties
+from kernels.sampling import Edits
 from server.engine.masks import Mask
 from server.engine.request import Request
 from server.model.copies import to_device
 
-_BITS = 16  # of a mask, that are looked up together
 Numbers = numpy.ndarray[Any, Any]
+_NONE = numpy.empty(0, numpy.int32)
 
 
-def is_edited(request: Request) -> bool:
+class FedBack(NamedTuple):
+    """Tokens that only the device knows: request i's last one is token_ids[rows[i]], or known where that is -1."""
+
+    rows: Numbers  # [R]
+    token_ids: Tensor
+
+
+def has_place(request: Request) -> bool:
+    """Whether its next token is chosen with more than a mask."""
     it = request.sampling
     return bool(it.bias) or _is_penalised(request) or _bans_stops(request)
+
+
+def may_have_place(request: Request) -> bool:
+    """Whether any of its tokens is."""
+    return has_place(request) or (request.sampling.min_tokens > 0 and bool(request.stop_token_ids))
 
 
 def _is_penalised(request: Request) -> bool:
@@ -33,94 +45,97 @@ def _is_penalised(request: Request) -> bool:
 
 
 def _bans_stops(request: Request) -> bool:
-    return request.num_generated < request.sampling.min_tokens and bool(request.stop_token_ids)
+    generated = request.num_generated + request.num_awaited
+    return generated < request.sampling.min_tokens and bool(request.stop_token_ids)
 
 
-def edited(logits: Tensor, requests: Sequence[Request], masks: Sequence[Mask | None] = ()) -> Tensor:
-    """With bias, masks (one for each request, if any has one) and bans. logits [R, V] float32, a row for each request;
-    they may be overwritten. What is no token is left out: an id beyond the row would be in another request's.
-
-    All are added, so that what is not finite stays so and the request fails. A ban that leaves nothing to choose from
-    is lifted: the request ends sooner than it wanted, which is better than a token that has no probability.
-    """
-    vocab, flat = logits.shape[1], logits.view(-1)
-    biases = [_bias(row, it.sampling.bias, vocab) for row, it in enumerate(requests) if it.sampling.bias]
-    if biases:
-        places, values = (numpy.concatenate(column) for column in zip(*biases, strict=True))
-        _add(flat, places, values)
-    masked = [row for row, mask in enumerate(masks) if mask is not None]
-    if masked:
-        logits.index_add_(
-            0,
-            to_device(masked, torch.int64, logits.device),
-            _forbidding([mask for mask in masks if mask is not None], vocab, logits.device),
-        )
-    banned = [row * vocab + token for row, token in _bans(requests) if 0 <= token < vocab]
-    if banned:
-        left = logits.clone()
-        _add(left.view(-1), banned, [-math.inf] * len(banned))
-        is_left = left.amax(-1, keepdim=True) > -math.inf
-        return torch.where(is_left, left, logits)
-    return logits
-
-
-def _forbidding(masks: Sequence[Mask], vocab: int, device: torch.device) -> Tensor:
-    """[masks, V] float32: 0 where a token may come, else minus infinity. Bits travel, sixteen at a time, and are spread
-    out where the logits are."""
-    bits = numpy.stack([numpy.frombuffer(it, "<u2") for it in masks])
-    assert bits.shape[1] * _BITS >= vocab
-    spread = torch.nn.functional.embedding(to_device(bits.astype(numpy.int32), torch.int32, device), _table(device))
-    return spread.flatten(1)[:, :vocab]
-
-
-@functools.cache
-def _table(device: torch.device) -> Tensor:
-    """What each pattern of sixteen bits stands for, the lowest first: 4 MiB."""
-    patterns = torch.arange(1 << _BITS, device=device).unsqueeze(1)
-    is_allowed = (patterns >> torch.arange(_BITS, device=device)) & 1
-    return torch.zeros(is_allowed.shape, device=device).masked_fill_(is_allowed == 0, -math.inf)
+def edits_of(
+    requests: Sequence[Request],
+    masks: Mapping[int, Mask],
+    vocab: int,
+    device: torch.device,
+    fed_back: FedBack | None = None,
+) -> Edits | None:
+    """A row for each request; masks by request. None if nobody has any. All lists travel as one tensor. fed_back: None
+    where all tokens are known."""
+    masked = [row for row, it in enumerate(requests) if it.id in masks]
+    placed = [row for row, it in enumerate(requests) if has_place(it)]
+    if not masked and not placed:
+        return None
+    its = [requests[row] for row in placed]
+    biases = [_bias(it.sampling.bias, vocab) for it in its]
+    histories = [_history(it) if _is_penalised(it) else _NONE for it in its]
+    samplings = [it.sampling for it in its]
+    columns = [
+        _numbered(masked, len(requests)),
+        _numbered(placed, len(requests)),
+        *_as_lists([tokens for tokens, _ in biases]),
+        _as_bits(numpy.concatenate([_NONE.view(numpy.float32), *(values for _, values in biases)])),
+        *_as_lists([_bans(it, vocab) for it in its]),
+        *_as_lists(histories),
+        numpy.array([it.first.prompt_len for it in its], numpy.int32),
+        _as_bits([it.presence for it in samplings]),
+        _as_bits([it.frequency for it in samplings]),
+        _as_bits([it.repetition for it in samplings]),
+    ]
+    parts = to_device(numpy.concatenate(columns), torch.int32, device).split([len(it) for it in columns])
+    edits = Edits(_bits([masks[requests[row].id] for row in masked], device), *_typed(parts))
+    if fed_back is not None:
+        _feed(edits.history, histories, [int(fed_back.rows[row]) for row in placed], fed_back.token_ids)
+    return edits
 
 
-def _add(flat: Tensor, places: Sequence[int] | Numbers, values: Sequence[float] | Numbers) -> None:
-    flat.index_add_(0, to_device(places, torch.int64, flat.device), to_device(values, torch.float32, flat.device))
+def _history(request: Request) -> Numbers:
+    """Its tokens, with 0 in the place of one that is not known."""
+    known = numpy.frombuffer(request.first.history, numpy.int32)
+    return numpy.append(known, numpy.zeros(request.num_awaited, numpy.int32))
 
 
-def _bias(row: int, bias: Mapping[int, float], vocab: int) -> tuple[Numbers, Numbers]:
-    """Places in the flat logits, and what is added there."""
+def _feed(history: Tensor, histories: Sequence[Numbers], rows: Sequence[int], token_ids: Tensor) -> None:
+    """Put the tokens in place that only the device knows: each is the last of its history."""
+    ends = accumulate(map(len, histories))
+    fed = [(end - 1, row) for end, it, row in zip(ends, histories, rows, strict=True) if len(it) and row >= 0]
+    if fed:
+        places, sources = to_device(list(zip(*fed, strict=True)), torch.int64, history.device)
+        history.index_copy_(0, places, token_ids.index_select(0, sources).int())
+
+
+def _typed(parts: Iterable[Tensor]) -> Iterator[Tensor]:
+    for name, part in zip(Edits._fields[1:], parts, strict=True):
+        yield part.view(torch.float32) if name in ("biases", "presence", "frequency", "repetition") else part
+
+
+def _numbered(rows: Sequence[int], count: int) -> Numbers:
+    numbers = numpy.full(count, -1, numpy.int32)
+    numbers[rows] = range(len(rows))
+    return numbers
+
+
+def _as_lists(parts: Sequence[Numbers]) -> tuple[Numbers, Numbers]:
+    """(starts, all of them)."""
+    return numpy.array([0, *accumulate(map(len, parts))], numpy.int32), numpy.concatenate([_NONE, *parts])
+
+
+def _as_bits(values: Sequence[float] | Numbers) -> Numbers:
+    """float32, among integers."""
+    with numpy.errstate(over="ignore"):  # what is infinite then makes its row so
+        return numpy.array(values, numpy.float32).view(numpy.int32)
+
+
+def _bits(masks: Sequence[Mask], device: torch.device) -> Tensor:
+    """[masks, words] int32, as they come."""
+    words = [numpy.frombuffer(it, numpy.int32) for it in masks]
+    return to_device(numpy.stack(words) if words else numpy.empty((0, 0), numpy.int32), torch.int32, device)
+
+
+def _bias(bias: Mapping[int, float], vocab: int) -> tuple[Numbers, Numbers]:
     tokens = numpy.fromiter(bias.keys(), numpy.int64, len(bias))
     values = numpy.fromiter(bias.values(), numpy.float64, len(bias))
     known = (tokens >= 0) & (tokens < vocab)
-    return row * vocab + tokens[known], values[known]
+    return tokens[known].astype(numpy.int32), values[known]
 
 
-def _bans(requests: Sequence[Request]) -> Iterator[tuple[int, int]]:
-    for row, request in enumerate(requests):
-        if _bans_stops(request):
-            for token in request.stop_token_ids:
-                yield row, token
-
-
-def penalties(requests: Sequence[Request], device: torch.device) -> Penalties | None:
-    """Over what the first lane of each has seen: its prompt and what was generated. None if none has any."""
-    penalised = [_is_penalised(it) for it in requests]
-    if not any(penalised):
-        return None
-    samplings = [it.sampling for it in requests]
-    presence, frequency, repetition = to_device(
-        [[it.presence for it in samplings], [it.frequency for it in samplings], [it.repetition for it in samplings]],
-        torch.float32,
-        device,
-    )
-    histories = [
-        numpy.frombuffer(it.first.history, numpy.int32) if is_so else numpy.empty(0, numpy.int32)
-        for it, is_so in zip(requests, penalised, strict=True)
-    ]
-    return Penalties(
-        presence,
-        frequency,
-        repetition,
-        to_device(numpy.concatenate(histories), torch.int32, device),
-        to_device([0, *accumulate(map(len, histories))], torch.int32, device),
-        to_device([it.first.prompt_len if is_so else 0 for it, is_so in zip(requests, penalised, strict=True)],
-                  torch.int32, device),
-    )  # fmt: skip
+def _bans(request: Request, vocab: int) -> Numbers:
+    if not _bans_stops(request):
+        return _NONE
+    return numpy.array([token for token in request.stop_token_ids if 0 <= token < vocab], numpy.int32)

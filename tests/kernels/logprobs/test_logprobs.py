@@ -17,7 +17,8 @@ ATOL = 1e-5  # float32 sums of a thousand terms, and logits of order 10
 @pytest.fixture(autouse=True)
 def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows span several blocks, and the reference's blocks few rows."""
-    monkeypatch.setattr(kernel, "BLOCK", 128)
+    monkeypatch.setattr(kernel, "PART", 128)
+    monkeypatch.setattr(kernel, "_MERGED", 32)
     monkeypatch.setattr(reference, "_BLOCK", 700)
 
 
@@ -112,4 +113,4 @@ def test_no_rows_and_rows_of_a_wider_tensor() -> None:
 
 def test_schema() -> None:
     arguments = (torch.randn(2, 37, device=DEVICE), torch.tensor([1, 36], device=DEVICE), 3)
-    torch.library.opcheck(kernel._logprobs_op, arguments, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(kernel._logprobs_op.registered, arguments, test_utils=("test_schema", "test_faketensor"))
