@@ -12,7 +12,7 @@ from kernels import host
 from kernels.adapter_rows import ShapeKey
 from kernels.compiled import takes_on
 from server.config import EngineConfig
-from server.device import CPU, choose_target_s, choose_tokens_per_step, host_cache_bytes
+from server.device import CPU, choose_target_s, choose_tokens_per_step, chooses_overlap, host_cache_bytes
 from server.device_memory import DeviceMemory
 from server.engine.checks import Borrowed
 from server.engine.kv_cache import KVCache
@@ -22,7 +22,7 @@ from server.engine.scheduler import SchedulerLimits
 from server.model.build import Build, Injected
 from server.model.conv1d import straighten
 from server.model.cuda_graphs import CudaCapture, GraphedForward, decode_shapes
-from server.model.device_inputs import Capacity, DeviceInputs
+from server.model.device_inputs import Capacity, DeviceInputs, padding_step
 from server.model.experts import Stacks
 from server.model.families import Foreign, fused_rows, max_model_len, pin_rope, settle
 from server.model.forward import Forward, HostForward, KernelForward, Model
@@ -122,14 +122,21 @@ def assemble(
     most_slices = max((len(site.widths) for site in tables.lora.sites), default=1)
     blocks_of_one = min(cache.pool.num_blocks, cache.num_blocks(length))
     choices = max((it.choices for it in injected.experts), default=0)
-    capacity = Capacity(limits.tokens_per_step, limits.max_running, blocks_of_one, most_slices, choices)
+    capacity = Capacity(
+        limits.tokens_per_step, limits.max_running, blocks_of_one, most_slices, choices, config.block_size
+    )
     shapes = decode_shapes(config.max_rank, bool(injected.experts))
     fields = [field for ops in site_ops for field in ops.token_fields]
     function = Model(model, step)
     self_checked = None
     if self_check is not None:
         its = Capacity(
-            self_check.num_tokens, self_check.num_tokens, cache.num_blocks(self_check.length), most_slices, choices
+            self_check.num_tokens,
+            self_check.num_tokens,
+            cache.num_blocks(self_check.length),
+            most_slices,
+            choices,
+            config.block_size,
         )
         eager = eager_forward(function, config, its, fields, dtype, device)
         self_checked = _self_checked(self_check, eager, residency, cache)
@@ -163,7 +170,7 @@ def assemble(
         min(limits.tokens_per_step, info.max_model_len),
         info.vocab_size,
     )
-    runner = ModelRunner(forward, residency, config.block_size, masks)
+    runner = ModelRunner(forward, residency, config.block_size, masks, limits.overlaps)
     return Assembly(cache, runner, residency, checker, masks, tables, linears, info, limits)
 
 
@@ -194,6 +201,7 @@ def _limits(config: EngineConfig, device: torch.device, vocab_size: int) -> Sche
         config.max_skips,
         vocab_size=vocab_size,
         target_inter_token_s=choose_target_s(config, device),
+        overlaps=chooses_overlap(config, device),
     )
 
 
@@ -207,7 +215,7 @@ def eager_forward(
 ) -> HostForward | KernelForward:
     """The host's kernels or the references on a host; each kernel launched in turn on a GPU."""
     if not takes_on(device):
-        return HostForward(model, config.block_size, dtype, token_fields)
+        return HostForward(model, capacity.sequences, dtype, token_fields)
     return KernelForward(model, DeviceInputs(capacity, device, token_fields))
 
 
@@ -224,7 +232,9 @@ def choose_forward(
     by_kernels = eager_forward(model, config, capacity, token_fields, dtype, device)
     if not isinstance(by_kernels, KernelForward) or device.type != "cuda":
         return by_kernels
-    logits = torch.empty(config.max_running, model.vocab_size, dtype=dtype, device=device)
+    with torch.inference_mode():  # some heads give another type than the model's
+        given = by_kernels.compute(padding_step(config.block_size)).logits.dtype
+    logits = torch.empty(config.max_running, model.vocab_size, dtype=given, device=device)
     return GraphedForward(by_kernels, logits, shapes, CudaCapture())
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from server.model.attention import CachedLayer
+from server.model.branch import Branch
 from server.model.experts import RoutedExperts, Stacks
 from server.model.inputs import CurrentStep
 from server.model.probe import Probed
@@ -14,8 +15,9 @@ from server.model.site_op import SiteOps
 
 # modules of one input, all nn.Linear -> their product; whoever calls it lets go of them
 MakeProduct = Callable[[Sequence[nn.Module]], Product]
-# (layer, gate_up, down) of the base -> stacks that begin with the same experts and have room for adapters'
-MakeStacks = Callable[[int, Tensor, Tensor], Stacks]
+# (layer, gate_up, down, n) of the base -> stacks that begin with the same experts, and have room behind them for n
+# shared ones, which are written by whoever asks, and for adapters'
+MakeStacks = Callable[[int, Tensor, Tensor, int], Stacks]
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Build:
     site_ops: Sequence[SiteOps]  # of every kind of part that acts at linears
     make_stacks: MakeStacks
     make_product: MakeProduct
+    branch: Branch = field(default_factory=Branch)  # of the model's steps
 
     def replace(self, name: str, module: nn.Module) -> None:
         parent, _, leaf = name.rpartition(".")

@@ -1,19 +1,39 @@
 """From a step to logits: on the host step by step, on a GPU by captured graphs."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import replace
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from kernels.sampling import Sampled
 from server.model.device_inputs import DeviceInputs
+from server.model.draws import Draws
+from server.model.expanded_prefill import HostSequences
 from server.model.families import Foreign
 from server.model.inputs import CurrentStep, HostStep, StepInputs, TokenField, host_inputs, of_all_rows
 
 
+class Computed(NamedTuple):
+    """logits [rows whose logits are wanted, V]: valid until the next step. sampled: of each row, where tokens were
+    chosen along with them; then they are in `last` already."""
+
+    logits: Tensor
+    sampled: Sampled | None = None
+
+
 class Forward(Protocol):
-    def logits(self, step: HostStep) -> Tensor:
-        """[rows whose logits are wanted, V]; valid until the next step."""
+    """last: what was chosen in each row of the step before, where a step is launched before that is known. token_ids:
+    of the last step, those that were fed back among them."""
+
+    last: Sampled
+
+    @property
+    def token_ids(self) -> Tensor: ...
+
+    def compute(self, step: HostStep, draws: Draws | None = None) -> Computed:
+        """draws: how a token is drawn in each row of the logits, if one is in every row."""
 
     def all_logits(self, step: HostStep) -> Tensor:
         """[T, V]: of every token, whether it is sampled or not. From no captured graph."""
@@ -58,13 +78,14 @@ class HostForward:
     """By the host's kernels, or the references where there are none."""
 
     def __init__(
-        self, model: Model, block_size: int, dtype: torch.dtype, token_fields: Sequence[TokenField] = ()
+        self, model: Model, most_sequences: int, dtype: torch.dtype, token_fields: Sequence[TokenField] = ()
     ) -> None:
-        self._model, self._block_size, self._dtype = model, block_size, dtype
-        self._token_fields = tuple(token_fields)
+        self._model, self._dtype, self._token_fields = model, dtype, tuple(token_fields)
+        self.last = Sampled(torch.zeros(most_sequences, dtype=torch.int64), torch.zeros(most_sequences).bool())
+        self.token_ids = self.last.tokens[:0]
 
-    def logits(self, step: HostStep) -> Tensor:
-        return self._model(self._inputs(step))
+    def compute(self, step: HostStep, draws: Draws | None = None) -> Computed:
+        return Computed(self._model(self._inputs(step)))
 
     def all_logits(self, step: HostStep) -> Tensor:
         return self._model(of_all_rows(self._inputs(step)))
@@ -73,7 +94,9 @@ class HostForward:
         return self._model.with_hidden(self._inputs(step))
 
     def _inputs(self, step: HostStep) -> StepInputs:
-        return host_inputs(step, self._block_size, self._dtype, self._token_fields)
+        inputs = host_inputs(step, self._dtype, self._token_fields, self.last.tokens)
+        self.token_ids = inputs.token_ids
+        return inputs
 
 
 class KernelForward:
@@ -81,9 +104,10 @@ class KernelForward:
 
     def __init__(self, model: Model, inputs: DeviceInputs) -> None:
         self.model, self.inputs = model, inputs
+        self.last, self.token_ids = inputs.last, inputs.token_ids
 
-    def logits(self, step: HostStep) -> Tensor:
-        return self.model(self._fill(step))
+    def compute(self, step: HostStep, draws: Draws | None = None) -> Computed:
+        return Computed(self.model(self._fill(step)))
 
     def all_logits(self, step: HostStep) -> Tensor:
         return self.model(of_all_rows(self._fill(step)))
@@ -92,4 +116,6 @@ class KernelForward:
         return self.model.with_hidden(self._fill(step))
 
     def _fill(self, step: HostStep) -> StepInputs:
-        return self.inputs.fill(step, len(step.token_ids), step.shape)
+        inputs = self.inputs.fill(step, step.shape)
+        sequences = HostSequences(step.query_lens.tolist(), step.kv_lens.tolist(), step.block_tables)
+        return replace(inputs, sequences=sequences)

@@ -2,62 +2,54 @@
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import kernels.sampling
-from kernels.sampling import GREEDY_BELOW, Penalties, Sampled
+from kernels.sampling import GREEDY_BELOW, Edits, Parameters, Sampled
 from server.engine.masks import Mask
-from server.engine.request import Request, Sampling, Token
+from server.engine.request import Request, Token
 from server.model.copies import ToHost, to_device
-from server.model.edits import edited, is_edited, penalties
+from server.model.draws import Drawn, Draws
+from server.model.edits import FedBack, edits_of, may_have_place
+from server.model.inputs import Integers
 from server.model.logprobs import LogprobRows, is_finite
 
-__all__ = ["GREEDY_BELOW", "SampledRows", "sample", "uniform"]
+__all__ = ["GREEDY_BELOW", "SampledRows", "Sampler"]
 
-_MASK64 = (1 << 64) - 1
-_LARGEST_DRAW = 1 - 2**-24  # below 1 in float32 too
-_LARGEST_TOP_K = 2**31 - 1
-_LARGEST_TEMPERATURE = 1e30  # finite in float32: a logit of -inf divided by infinity would not be a number
-_GREEDY = Sampling(temperature=0.0)
 _NO_MASKS: Mapping[int, Mask] = {}
-
-
-def uniform(seed: int, index: int) -> float:
-    """A number in [0, 1) for the index-th token of a request: SplitMix64 of both.
-
-    A counter-based generator has no state, so a token does not depend on the batch it was computed in, nor on whether
-    its request was preempted meanwhile.
-    """
-    z = (seed * 0x9E3779B97F4A7C15 + (index + 1) * 0xD1B54A32D192ED03) & _MASK64
-    for _ in range(2):
-        z = (z + 0x9E3779B97F4A7C15) & _MASK64
-        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
-        z ^= z >> 31
-    return (z >> 11) / (1 << 53)
 
 
 class SampledRows:
     """Tokens of the rows of a step, on their way from the device, and what is said of them where it was asked for."""
 
-    def __init__(self, logits: Tensor, sampled: Sampled, requests: Sequence[Request]) -> None:
-        """logits [R, V]: as the model has them."""
+    def __init__(self, logits: Tensor, sampled: Sampled, told: Mapping[int, int]) -> None:
+        """logits [R, V]: as the model has them. told: by row, of how many of the most probable tokens is told."""
         self._on_host = ToHost(torch.where(sampled.finite, sampled.tokens, -1))
-        told = {row: num for row, it in enumerate(requests) if (num := it.sampling.num_logprobs) is not None}
         self._told = tuple(told)
         self._logprobs: LogprobRows | None = None
         if told:
             tokens = sampled.tokens
-            if len(told) < len(requests):
+            if len(told) < len(tokens):
                 rows = to_device(self._told, torch.int64, logits.device)
                 logits, tokens = logits.index_select(0, rows), tokens.index_select(0, rows)
             self._logprobs = LogprobRows(logits, tokens, list(told.values()))
 
+    @property
+    def is_told_of(self) -> bool:
+        """Whether more is said of any than which token it is."""
+        return self._logprobs is not None
+
+    def read_ids(self) -> list[int]:
+        """By row; -1 where its logits are not finite."""
+        (ids,) = self._on_host.read()
+        told: list[int] = ids.tolist()
+        return told
+
     def read(self) -> list[Token | None]:
         """By row; None where its logits are not finite."""
-        (ids,) = self._on_host.read()
-        tokens = [Token(token) if token >= 0 else None for token in ids.tolist()]
+        tokens = [Token(token) if token >= 0 else None for token in self.read_ids()]
         if self._logprobs is not None:
             for row, logprobs in zip(self._told, self._logprobs.read(), strict=True):
                 token = tokens[row]
@@ -65,47 +57,46 @@ class SampledRows:
         return tokens
 
 
-def sample(logits: Tensor, requests: Sequence[Request], masks: Mapping[int, Mask] = _NO_MASKS) -> SampledRows:
-    """The next token of each request. logits [R, V]: a row for each, as the model has them. masks: by request, of those
-    that have one.
+class Sampler:
+    """The next tokens of these requests, in this order, step after step. What is known of them for good is looked at
+    once."""
 
-    What some do with their logits costs the others nothing: they are chosen from as if nobody did, and of those rows
-    that are edited a copy is.
-    """
-    rows = [row for row, request in enumerate(requests) if is_edited(request) or request.id in masks]
-    if not rows:
-        return SampledRows(logits, _choose(logits, requests), requests)
-    these, where = [requests[row] for row in rows], to_device(rows, torch.int64, logits.device)
-    copy = edited(logits.index_select(0, where).float(), these, [masks.get(it.id) for it in these])
-    chosen = _choose(copy, these, penalties=penalties(these, logits.device))
-    if len(rows) < len(requests):
-        others = _choose(logits, requests, greedily=rows)
-        chosen = Sampled(*(theirs.index_copy(0, where, its) for theirs, its in zip(others, chosen, strict=True)))
-    return SampledRows(logits, chosen, requests)
+    def __init__(self, requests: Sequence[Request]) -> None:
+        self.requests = requests
+        self._drawn = Drawn(requests)
+        self._may_be_edited = any(map(may_have_place, requests))
+        self._told = {row: num for row, it in enumerate(requests) if (num := it.sampling.num_logprobs) is not None}
 
+    def draws(self, lengths: Integers) -> Draws:
+        """Of their next tokens. lengths: of their first lanes, before those."""
+        return self._drawn.draws(lengths)
 
-def _choose(
-    logits: Tensor, requests: Sequence[Request], greedily: Sequence[int] = (), penalties: Penalties | None = None
-) -> Sampled:
-    """greedily: rows that others decide, for which the cheapest will do."""
-    samplings = [it.sampling for it in requests]
-    for row in greedily:
-        samplings[row] = _GREEDY
-    if penalties is None and all(it.temperature < GREEDY_BELOW for it in samplings):
-        return kernels.sampling.greedy(logits)
-    draws = [
-        min(uniform(it.seed, request.num_generated), _LARGEST_DRAW) if it.temperature >= GREEDY_BELOW else 0.0
-        for it, request in zip(samplings, requests, strict=True)
-    ]
-    temperature, top_p, min_p, uniforms = to_device(
-        [
-            [min(it.temperature, _LARGEST_TEMPERATURE) for it in samplings],
-            [it.top_p for it in samplings],
-            [it.min_p for it in samplings],
-            draws,
-        ],
-        torch.float32,
-        logits.device,
-    )
-    top_k = to_device([min(max(it.top_k, 0), _LARGEST_TOP_K) for it in samplings], torch.int32, logits.device)
-    return kernels.sampling.sample(logits, temperature, top_k, top_p, min_p, uniforms, penalties)
+    def sample(
+        self,
+        logits: Tensor,
+        draws: Draws,
+        masks: Mapping[int, Mask] = _NO_MASKS,
+        sampled: Sampled | None = None,
+        fed_back: FedBack | None = None,
+        out: Sampled | None = None,
+    ) -> tuple[Sampled, SampledRows]:
+        """logits [R, V]: a row for each request, as the model has them. masks: by request, of those that have one.
+        sampled: what was chosen along with the logits, as if nobody edited them. Returns what was chosen (in `out`, if
+        it is given), there and on its way.
+
+        What some do with their logits costs the others nothing (kernels/sampling/edits).
+        """
+        edits = None
+        if masks or self._may_be_edited:
+            edits = edits_of(self.requests, masks, logits.shape[1], logits.device, fed_back)
+        if sampled is None or edits is not None:
+            sampled = self._choose(logits, draws, edits, out)
+        return sampled, SampledRows(logits, sampled, self._told)
+
+    def _choose(self, logits: Tensor, draws: Draws, edits: Edits | None, out: Sampled | None) -> Sampled:
+        if edits is None and self._drawn.is_greedy:
+            return kernels.sampling.greedy(logits, out)
+        floats = np.stack([draws.temperature, draws.top_p, draws.min_p, draws.draws])
+        temperature, top_p, min_p, uniforms = to_device(floats, torch.float32, logits.device)
+        top_k = to_device(draws.top_k, torch.int32, logits.device)
+        return kernels.sampling.sample(logits, Parameters(temperature, top_k, top_p, min_p, uniforms), edits, out)

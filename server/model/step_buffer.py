@@ -1,11 +1,14 @@
-"""Integers of a step: named fields, filled on the host and copied to the device in one piece."""
+"""Numbers of a step: named fields, filled on the host and copied to the device in one piece."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 _ALIGN = 4  # integers: 16 bytes, so that kernels may load vectors
+Numbers = np.ndarray[Any, Any]
 
 
 class StepBuffer:
@@ -17,7 +20,7 @@ class StepBuffer:
     """
 
     def __init__(self, fields: Mapping[str, int], device: torch.device) -> None:
-        """fields: the most numbers of each, int32."""
+        """fields: the most numbers of each, int32 or float32."""
         self._ranges: dict[str, tuple[int, int]] = {}
         total = 0
         for name, size in fields.items():
@@ -31,12 +34,17 @@ class StepBuffer:
         self._sides.reverse()
         self._sides[0].wait()
 
-    def stage(self, name: str, values: Sequence[int], count: int | None = None, filler: int = 0, at: int = 0) -> None:
-        """Write `values` into a field, from number `at` on, and `filler` behind them up to `count` numbers."""
+    def stage(
+        self, name: str, values: Sequence[int] | Numbers, count: int | None = None, filler: int = 0, at: int = 0
+    ) -> None:
+        """Write `values` into a field, from number `at` on, and `filler` behind them up to `count` numbers. Integers,
+        or an array of float32."""
         begin, end = self._ranges[name]
         begin += at
         assert begin + (count or len(values)) <= end, (name, at, len(values), count, end - begin)
         numbers = self._sides[0].numbers
+        if isinstance(values, np.ndarray) and values.dtype == np.float32:
+            values = values.view(np.int32)
         numbers[begin : begin + len(values)] = values
         if count is not None:
             numbers[begin + len(values) : begin + count] = filler
@@ -46,11 +54,11 @@ class StepBuffer:
         end = self._ranges[last][0] + size
         self._sides[0].copy_to(self._device[:end])
 
-    def view(self, name: str, size: int) -> Tensor:
+    def view(self, name: str, size: int, dtype: torch.dtype = torch.int32) -> Tensor:
         """The first `size` numbers of a field on the device."""
         begin, end = self._ranges[name]
         assert begin + size <= end, (name, size, end - begin)
-        return self._device[begin : begin + size]
+        return self._device[begin : begin + size].view(dtype)
 
 
 class _HostSide:

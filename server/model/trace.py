@@ -63,6 +63,10 @@ class _TracedStep:
         return outputs
 
 
+_NUMBERS = ("token_ids", "positions", "slot_mapping", "token_slots", "query_lens", "kv_lens", "sample_rows",
+            "logit_rows")  # fmt: skip
+
+
 def _described(plan: Plan, step: HostStep) -> dict[str, object]:
     lanes = [
         {
@@ -78,14 +82,7 @@ def _described(plan: Plan, step: HostStep) -> dict[str, object]:
         for it in sorted(plan, key=lambda it: it.lane.slot)
     ]
     rows = {
-        "token_ids": step.token_ids,
-        "positions": step.positions,
-        "slot_mapping": step.slot_mapping,
-        "token_slots": step.token_slots,
-        "query_lens": step.query_lens,
-        "kv_lens": step.kv_lens,
-        "sample_rows": step.sample_rows,
-        "logit_rows": step.logit_rows,
+        **{name: getattr(step, name).tolist() for name in _NUMBERS},
         "spans": step.spans,
         "logit_spans": step.logit_spans,
         "shape": step.shape._asdict(),

@@ -12,11 +12,13 @@ from server.engine.request import LaneSpec, Request, Sampling
 from server.model.cuda_graphs import GraphedForward
 from server.model.device_inputs import padding_step
 from server.model.forward import KernelForward
+from server.model.inputs import integers
 from server.model.loader import OnProgress
 from server.model.logprobs import LogprobRows
-from server.model.sampler import sample
+from server.model.sampler import Sampler
 
-PREFILLS = (2, 17, 65, 1 << 30)  # tokens: one of each tile size of attention and experts, and the most there can be
+# tokens: one of each tile size of attention and experts, and the most there can be
+PREFILLS = (2, 17, 65, 129, 257, 1 << 30)
 
 
 @torch.inference_mode()
@@ -41,7 +43,8 @@ def warm_up(forward: GraphedForward, block_size: int, on_progress: OnProgress) -
         forward.capture(key)
         done += 1
         on_progress("Capturing graphs", done, total)
-    _sample_each_kind(forward.logits(padding_step()))
+    longest_one = forward.eager.compute(padding_step(block_size, prefills[0]))  # without adapters latents are expanded
+    _sample_each_kind(longest_one.logits)
 
 
 KINDS = (
@@ -54,7 +57,8 @@ def _sample_each_kind(logits: Tensor) -> None:
     """logits [1, V]. Where V is odd, rows of a larger tensor lie at addresses that kernels are compiled anew for, and
     what is edited is of another type than what the model gives."""
     for kind in KINDS:
-        sample(logits, [Request(0, [LaneSpec([0])], 1, kind)]).read()
+        sampler = Sampler([Request(0, [LaneSpec([0])], 1, kind)])
+        sampler.sample(logits, sampler.draws(integers([1])))[1].read()
     rows = logits.expand(2, -1).contiguous()
     for some in (rows, rows[1:]):
         LogprobRows(some, torch.zeros(len(some), dtype=torch.int64, device=some.device), [1] * len(some)).read()
@@ -62,4 +66,4 @@ def _sample_each_kind(logits: Tensor) -> None:
 
 def _prefill(eager: KernelForward, tokens: int, block_size: int, shape: ShapeKey) -> Tensor:
     """At every site, at none of which an adapter has a row."""
-    return eager.model(eager.inputs.fill(padding_step(tokens, block_size), tokens, shape, at_all_sites=True))
+    return eager.model(eager.inputs.fill(padding_step(block_size, tokens), shape, at_all_sites=True))

@@ -8,6 +8,8 @@ from torch import nn
 
 from server.model.attention import BorrowingLayer, PagedLayer
 from server.model.experts import RoutedExperts
+from server.model.fused_attention import FusedAttention
+from server.model.latent_attention import OwnLatentAttention
 from server.model.masks import Visible
 from server.model.mla import LatentLayer
 from server.model.mlp import FusedGate
@@ -58,7 +60,9 @@ def _attention(layer: Any) -> str:
 def _rope(attention: Any) -> str:
     """Ours by the name of the function that stands in for the family's."""
     forward: Any = attention.__dict__.get("forward")
-    forward = forward.inner if isinstance(forward, Unindexed) else forward
+    if isinstance(forward, FusedAttention):
+        return "halves"
+    forward = forward.inner if isinstance(forward, Unindexed | OwnLatentAttention) else forward
     names = {it.__name__ for name, it in forward.__globals__.items() if name.startswith("apply_rotary")
              and it.__module__ == "server.model.rope"} if hasattr(forward, "__globals__") else set()  # fmt: skip
     return _joined(name.removeprefix("_rope").removeprefix("_") or "halves" for name in names) or OWN

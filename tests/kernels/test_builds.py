@@ -21,7 +21,8 @@ def test_an_engine_of_real_width_compiles_as_it_is_launched(model_type: str) -> 
     """Its whole warm-up, in bfloat16 for an H200 that is not there (tests/support/compile_only.py)."""
     done = run("-m", "tests.support.compile_only", model_type)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    wanted = ["_attention", "lora_kernel", "_rms_norm", "_rope", "_sample", "_penalize", "_logprobs"]
+    wanted = ["step_rows_kernel", "_attention", "shrink_kernel", "lora_kernel", "_rms_norm", "_scan", "_choose",
+              "copy_edited", "_of_part"]  # fmt: skip
     if model_type != "llama":
         wanted += ["route_kernel", "gate_up_kernel", "down_kernel", "combine_kernel"]
     assert all(f"'{kernel}'" in done.stdout for kernel in wanted), done.stdout
@@ -33,4 +34,12 @@ def test_the_table_of_compiled_kernels_says_what_spills() -> None:
     rows = f"[{row.format(spilled=0)}, {row.format(spilled=8)}]"
     done = run("-c", f"from benchmarks import aot; print(aot.as_table({rows})); print(aot.as_table({rows}[:1]))")
     first, *_, last = [line for line in done.stdout.splitlines() if line.startswith("Triton")]
-    assert first.endswith("Spilled by a thread of sampling fp32 on sm_90: 8 bytes.") and last.endswith("None spills.")
+    assert first.endswith("227 on sm_90. 1 of 2 spill or pass one:") and last.endswith(
+        "None of 1 spills or passes one."
+    )
+    assert "- sampling fp32 on sm_90 spills 8 bytes a thread" in done.stdout.splitlines()
+
+
+def test_each_triton_has_a_table_of_its_own() -> None:
+    done = run("-c", "from benchmarks.aot import *; print(table_path(pinned_version()).name, table_path('3.6.0').name)")
+    assert done.stdout.split()[-2:] == ["kernels_aot.md", "kernels_aot_3.6.md"]

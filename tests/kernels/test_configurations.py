@@ -10,7 +10,8 @@ from tests.support.commands import run
 @pytest.mark.parametrize(
     "arguments",
     [
-        "llama deepseek_v2 gpt_oss --narrow --ops expert_route lora paged_attention store_kv rope sampling logprobs",
+        "llama deepseek_v2 gpt_oss --narrow --ops step_rows expert_route lora paged_attention latent_prep rope_store "
+        "sampling logprobs",
         pytest.param("deepseek_v2 --ops expert_tiles grouped_gemm lora rms_norm", marks=pytest.mark.thorough),
     ],
 )

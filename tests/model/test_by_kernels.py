@@ -36,7 +36,8 @@ def run(engine: Engine, adapters: list[Path], sampling: Sampling) -> list[list[i
 @pytest.mark.thorough
 @pytest.mark.parametrize("name", ["llama", "deepseek_v2"])
 def test_padded_decodes_of_static_inputs(name: str, tmp_path: Path) -> None:
-    """What was captured before any adapter came serves every later batch: other sizes, other adapters, other blocks.
+    """What was captured before any adapter came serves every later batch: other sizes, other adapters, other blocks;
+    prompts among them, and steps that are launched before the tokens of the one before are known.
 
     test_told_by_kernels.py has one that always runs.
     """
@@ -48,8 +49,8 @@ def test_padded_decodes_of_static_inputs(name: str, tmp_path: Path) -> None:
         adapters.append(write_expert_lora(tmp_path / "experts", plain, 4, 2, 3.0))
     expected = run(Engine(make_model(name, attention=PROBE, **overrides)), adapters, GREEDY)
     with everywhere():
-        engine = Engine(make_model(name, attention=PROBE, **overrides), device=PLACE)
-        graphs = StandIns(engine, [4], decode_shapes(3, name == "deepseek_v2"))
+        engine = Engine(make_model(name, attention=PROBE, **overrides), device=PLACE, overlap="on")
+        graphs = StandIns(engine, [4], decode_shapes(3, name == "deepseek_v2"), mixed=[(24, 4)])
         captured = graphs.forward.num_captured
         assert run(engine, adapters, GREEDY) == expected
     assert graphs.num_replays > 0 and graphs.forward.num_captured == captured
@@ -93,8 +94,9 @@ OTHERS = ("llama", "gemma2", "gpt_oss", "deepseek_v3", "qwen3_moe")  # llama's i
 def test_a_step_by_kernels(name: str, tmp_path: Path) -> None:
     overrides = {**SMALL, "first_k_dense_replace": 1} if name.startswith("deepseek") else SMALL
     plain = make_model(name, **overrides)
+    linears = re.compile(r"model\.layers\.\d+\.(self_attn|mlp|mlp\.shared_experts)\.\w+")
     adapters = [
-        write_lora(tmp_path / "lora-1", plain, 1, re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\.\w+"), 4, 8.0),
+        write_lora(tmp_path / "lora-1", plain, 1, linears, 4, 8.0),
         write_lora(
             tmp_path / "lora-2", plain, 2, re.compile(r"model\.layers\.1\.self_attn\.(q|kv_b|v)_proj|lm_head"), 9, 9.0
         ),
@@ -104,12 +106,28 @@ def test_a_step_by_kernels(name: str, tmp_path: Path) -> None:
     if name not in ("llama", "gemma2"):
         adapters.append(write_expert_lora(tmp_path / "experts", plain, 4, 2, 3.0))
     if name in ("deepseek_v2", "qwen3_moe"):
-        adapters.append(save_esft(tmp_path / "esft", plain, 3, {1: [0, 2, 5]}))
+        shared = [1] if name == "deepseek_v2" else []
+        adapters.append(save_esft(tmp_path / "esft", plain, 3, {1: [0, 2, 5]}, shared=shared))
     expected = run(Engine(make_model(name, attention=PROBE, **overrides)), adapters, GREEDY)
     with everywhere():
         engine = Engine(make_model(name, attention=PROBE, **overrides), device=PLACE)
         assert run(engine, adapters, GREEDY) == expected
     assert len({tuple(tokens) for tokens in expected}) > 1, "the adapters make no difference"
+
+
+def test_shared_experts_of_an_adapter_are_places_like_the_base_s(tmp_path: Path) -> None:
+    """In steps without LoRA: none of them asks the layer that they are in Transformers."""
+    changes = {**SMALL, "first_k_dense_replace": 1}
+    adapters = [save_esft(tmp_path / "it", make_model("deepseek_v2", **changes), 3, {1: [0]}, shared=[1])]
+    expected = run(Engine(make_model("deepseek_v2", attention=PROBE, **changes)), adapters, GREEDY)
+    with everywhere():
+        engine = Engine(make_model("deepseek_v2", attention=PROBE, **changes), device=PLACE)
+        shared = engine.assembly.checker._experts[0].shared
+        assert shared is not None and shared.are_in_stack
+        asked: list[object] = []
+        shared.layer.down_proj.register_forward_pre_hook(lambda *it: asked.append(it))  # type: ignore[attr-defined]
+        assert run(engine, adapters, GREEDY) == expected
+    assert expected[0] != expected[1] and not asked
 
 
 @pytest.mark.thorough

@@ -5,14 +5,24 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from kernels.adapter_rows import ShapeKey
-from server.model.cuda_graphs import CaptureError, CudaCapture, GraphedForward, GraphKey, batch_sizes, chain
+from server.model.cuda_graphs import (
+    CaptureError,
+    CudaCapture,
+    GraphedForward,
+    GraphKey,
+    batch_sizes,
+    chain,
+    mixed_sizes,
+)
 from server.model.device_inputs import Capacity, DeviceInputs
-from server.model.forward import KernelForward
-from server.model.inputs import HostStep, StepInputs
+from server.model.draws import Draws
+from server.model.forward import Computed, KernelForward
+from server.model.inputs import HostStep, StepInputs, integers
 
 
 class FakeGraph:
@@ -118,15 +128,22 @@ def test_a_capture_that_cannot_even_begin_restores_the_stream() -> None:
 
 
 def forward(max_rank: int, capture: Any, experts: int = 0, largest: int = 4) -> GraphedForward:
-    """Of a model whose logits are its token ids and the most rank that it was told of, 2 wide."""
+    """Of a model whose logits are as many noughts and one at each row's token, with the most rank that it was told of
+    behind them."""
 
     def model(inputs: StepInputs) -> torch.Tensor:
-        ranks = torch.full((len(inputs.token_ids),), inputs.rows.shape.rank)
-        return torch.stack([inputs.token_ids, ranks], 1).float()
+        tokens = inputs.token_ids[inputs.logit_rows].long()
+        ranks = torch.full((len(tokens), 1), inputs.rows.shape.rank / 1000)
+        return torch.cat([torch.nn.functional.one_hot(tokens, VOCAB), ranks], 1)
 
-    inputs = DeviceInputs(Capacity(tokens=16, sequences=4, blocks=4, slices=1), torch.device("cpu"))
+    capacity = Capacity(tokens=80, sequences=4, blocks=4, slices=1, block_size=4)
+    inputs = DeviceInputs(capacity, torch.device("cpu"))
     shapes = chain([ShapeKey(rank=max_rank), ShapeKey(experts=experts)])
-    return GraphedForward(KernelForward(model, inputs), torch.full((largest, 2), torch.nan), shapes, capture)  # type: ignore[arg-type]
+    output = torch.full((largest, VOCAB + 1), torch.nan)
+    return GraphedForward(KernelForward(model, inputs), output, shapes, capture)  # type: ignore[arg-type]
+
+
+VOCAB = 100
 
 
 def again(compute: Any) -> Any:
@@ -134,58 +151,92 @@ def again(compute: Any) -> Any:
     return compute
 
 
-def decode(*tokens: int, rank: int = 0, experts: int = 0) -> HostStep:
-    count = len(tokens)
+def step_of(*lanes: tuple[int, ...], rank: int = 0, experts: int = 0, sources: list[int] | None = None) -> HostStep:
+    """Of lanes with these tokens, that have nothing before them."""
+    lengths = [len(it) for it in lanes]
+    ends = integers(lengths).cumsum() - 1
     return HostStep(
-        token_ids=list(tokens),
-        positions=[3] * count,
-        slot_mapping=[3] * count,
-        token_slots=[1] * count,
-        query_lens=[1] * count,
-        kv_lens=[4] * count,
-        block_tables=[[0]] * count,
-        sample_rows=list(range(count)),
-        logit_rows=list(range(count)),
+        block_size=4,
+        token_ids=integers([token for lane in lanes for token in lane]),
+        query_lens=integers(lengths),
+        kv_lens=integers(lengths),
+        slots=integers([0] * len(lanes)),
+        block_tables=[[0, 1, 2, 3] for _ in lanes],
+        sample_rows=ends,
+        logit_rows=ends,
         shape=ShapeKey(rank, experts),
+        sources=None if sources is None else integers(sources),
     )
 
 
+def decode(*tokens: int, **settings: Any) -> HostStep:
+    return step_of(*((token,) for token in tokens), **settings)
+
+
+def draws(count: int) -> Draws:
+    nought = np.zeros(count, np.float32)
+    return Draws(nought, nought.astype(np.int32), nought, nought, nought)
+
+
+def computed(graphed: GraphedForward, step: HostStep) -> Computed:
+    return graphed.compute(step, draws(len(step.query_lens)))
+
+
 def test_every_graph_is_known_at_start() -> None:
-    sizes = [4, 2, 1]
-    assert batch_sizes(4) == sizes[::-1]
+    sizes = [(64, 4), (4, 4), (2, 2), (1, 1)]
+    assert batch_sizes(4) == [1, 2, 4] and mixed_sizes(80, 4) == sizes[:1]
+    assert mixed_sizes(2048, 256) == [(64, 32), (128, 64), (256, 128), (384, 192), (512, 256)]
     base, lora, everything = ShapeKey(), ShapeKey(64, 0), ShapeKey(64, 1)
     for max_rank, experts, shapes in (
         (64, 0, [base, lora]), (64, 1, [base, lora, everything]), (0, 0, [base]), (0, 1, [base, ShapeKey(0, 1)]),
     ):  # fmt: skip
         keys = forward(max_rank, again, experts).keys()
-        assert keys == [GraphKey(n, shape) for n in sizes for shape in shapes]
+        assert keys == [GraphKey(*size, shape) for size in sizes for shape in shapes]
 
 
-def test_all_graphs_leave_their_logits_in_one_place() -> None:
-    graphed = forward(64, again)
-    for key in graphed.keys():
-        graphed.capture(key)
-    three, one = graphed.logits(decode(5, 6, 7)), graphed.logits(decode(8))
-    assert one.tolist() == [[8, 0]]
-    assert three.data_ptr() == one.data_ptr() == graphed.logits(decode(9, rank=16)).data_ptr()
+def test_all_graphs_leave_their_logits_in_one_place_and_their_tokens_in_another() -> None:
+    graphed = captured(64)
+    three, one = computed(graphed, decode(5, 6, 7)), computed(graphed, decode(8))
+    assert one.logits.argmax(-1).tolist() == [8] and one.sampled is not None and one.sampled.tokens.tolist() == [8]
+    again = computed(graphed, decode(9, rank=16))
+    assert three.logits.data_ptr() == one.logits.data_ptr() == again.logits.data_ptr()
+    assert graphed.last.tokens[0] == 9 and bool(graphed.last.finite[0])
+
+
+def test_a_graph_goes_on_with_tokens_that_only_the_device_knows() -> None:
+    graphed = captured(64)
+    computed(graphed, decode(5, 6, 7))
+    assert (it := computed(graphed, decode(0, 0, sources=[2, 0])).sampled) and it.tokens.tolist() == [7, 5]
+    mixed = step_of((0,), (11, 12, 13), sources=[1, -1])
+    assert graphed.key(mixed) == GraphKey(64, 4, ShapeKey())
+    assert (it := computed(graphed, mixed).sampled) and it.tokens.tolist() == [5, 13]
+    assert (it := computed(graphed, step_of((0,), (3, 0), sources=[1, 0])).sampled) and it.tokens.tolist() == [13, 5]
 
 
 def test_a_step_finds_its_graph_or_none() -> None:
     graphed = forward(64, again, experts=1)
-    assert graphed.key(decode(5, 6, 7)) == GraphKey(4, ShapeKey())
-    assert graphed.key(decode(5, rank=64)) == GraphKey(1, ShapeKey(64, 0))
-    assert (
-        graphed.key(decode(5, experts=1)) == graphed.key(decode(5, rank=8, experts=1)) == GraphKey(1, ShapeKey(64, 1))
-    )
+    assert graphed.key(decode(5, 6, 7)) == GraphKey(4, 4, ShapeKey())
+    assert graphed.key(decode(5, rank=64)) == GraphKey(1, 1, ShapeKey(64, 0))
+    everything = GraphKey(1, 1, ShapeKey(64, 1))
+    assert graphed.key(decode(5, experts=1)) == graphed.key(decode(5, rank=8, experts=1)) == everything
     assert graphed.key(decode(5, rank=65)) is None
-    assert forward(0, again, experts=1).key(decode(5, experts=1)) == GraphKey(1, ShapeKey(0, 1))
+    assert forward(0, again, experts=1).key(decode(5, experts=1)) == GraphKey(1, 1, ShapeKey(0, 1))
     assert forward(0, again).key(decode(5, rank=1)) is None
     assert graphed.key(decode(*range(5))) is None
+    assert graphed.key(step_of((1, 2))) == GraphKey(64, 4, ShapeKey())
+    assert graphed.key(step_of(tuple(range(64)))) is not None and graphed.key(step_of(tuple(range(65)))) is None
+    graphed = captured(64, experts=1)
+    assert computed(graphed, decode(5, rank=16)).logits[0, -1] == pytest.approx(0.064)  # room for every captured rank
+    eager = computed(graphed, decode(5, rank=100))
+    assert eager.logits[0, -1] == pytest.approx(0.1) and eager.sampled is None
+    assert graphed.num_captured == len(graphed.keys())
+
+
+def captured(max_rank: int, experts: int = 0) -> GraphedForward:
+    graphed = forward(max_rank, again, experts)
     for key in graphed.keys():
         graphed.capture(key)
-    assert graphed.logits(decode(5, rank=16)).tolist() == [[5, 64]]  # room for every rank it was captured for
-    assert graphed.logits(decode(5, rank=100)).tolist() == [[5, 100]]
-    assert graphed.num_captured == len(graphed.keys())
+    return graphed
 
 
 def test_a_start_fails_with_the_reason() -> None:
@@ -195,6 +246,6 @@ def test_a_start_fails_with_the_reason() -> None:
         return capture(Work(fails_at=2))
 
     with pytest.raises(
-        CaptureError, match=r"a decode of 4 rows \(adapters: rank 64\) cannot .*: this kernel waits .*max_running"
+        CaptureError, match=r"a step of 4 rows \(adapters: rank 64\) cannot .*: this kernel waits .*max_running"
     ):
-        forward(64, fails).capture(GraphKey(4, ShapeKey(64, 0)))
+        forward(64, fails).capture(GraphKey(4, 4, ShapeKey(64, 0)))

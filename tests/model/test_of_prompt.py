@@ -12,7 +12,9 @@ from kernels.adapter_rows import ShapeKey
 from server.engine.fake_masks import FakeMasks
 from server.engine.plan import Output, Scheduled
 from server.engine.request import LaneSpec, OfPrompt, Request, Sampling
-from server.model.inputs import HostStep
+from server.model.draws import Draws
+from server.model.forward import Computed
+from server.model.inputs import HostStep, lay_out
 from server.model.runner import NOT_FINITE, ModelRunner
 
 VOCAB, HIDDEN = 20, 6
@@ -24,18 +26,18 @@ class MadeUp:
     def __init__(self, spoil: Callable[[HostStep, Tensor, Tensor], object]) -> None:
         self._spoil = spoil
 
-    def logits(self, step: HostStep) -> Tensor:
-        return self.logits_and_hidden(step)[0]
+    def compute(self, step: HostStep, draws: Draws | None = None) -> Computed:
+        return Computed(self.logits_and_hidden(step)[0])
 
     def all_logits(self, step: HostStep) -> Tensor:
         raise NotImplementedError
 
     def logits_and_hidden(self, step: HostStep) -> tuple[Tensor, Tensor]:
-        seeds = [token * 100 + position for token, position in zip(step.token_ids, step.positions, strict=True)]
+        seeds = (step.token_ids * 100 + step.positions).tolist()
         rows = torch.stack([torch.randn(VOCAB, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
         hidden = rows[:, :HIDDEN].clone()
         self._spoil(step, rows, hidden)
-        return rows[step.logit_rows], hidden
+        return rows[step.logit_rows.tolist()], hidden
 
     def shape_key(self, slot: int) -> ShapeKey:
         return ShapeKey()
@@ -113,6 +115,6 @@ def test_a_chunk_that_starts_anew_forgets_what_was_before() -> None:
     of_prompt = told[it.first].of_prompt
     assert of_prompt is not None and of_prompt.logprobs is not None and of_prompt.vector is not None
     assert len(of_prompt.logprobs) == 8 and it.first.carried is None
-    step = HostStep(token_ids=[1] * 9, positions=list(range(9)), logit_rows=list(range(9)))
+    step = lay_out([Scheduled(it.first, 0, 9, True)], forward, 4)
     mean = forward.logits_and_hidden(step)[1].mean(0)
     assert numpy.frombuffer(of_prompt.vector, "<f4").tolist() == pytest.approx(mean.tolist(), abs=1e-6)

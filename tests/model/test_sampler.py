@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-import server.model.sampler
+import kernels.sampling.reference
+from kernels.sampling import Edits
+from kernels.sampling.edits.reference import edited
 from server.engine.masks import Mask
 from server.engine.request import LaneSpec, Logprobs, Request, Sampling, Token
-from server.model.sampler import sample
+from tests.support.sampled import sample
 
 VOCAB = 50
 _NO_MASKS: Mapping[int, Mask] = {}
@@ -261,13 +263,12 @@ def test_a_token_that_the_model_gives_no_chance_has_a_number_all_the_same() -> N
 def test_plain_rows_pay_nothing_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without an edited row, nothing is copied; beside some, only those are."""
     copied: list[int] = []
-    edited = server.model.sampler.edited
 
-    def counting(logits: Tensor, requests: list[Request], masks: list[Mask | None]) -> Tensor:
+    def counting(logits: Tensor, edits: Edits, rows: Tensor) -> Tensor:
         copied.append(len(logits))
-        return edited(logits, requests, masks)
+        return edited(logits, edits, rows)
 
-    monkeypatch.setattr(server.model.sampler, "edited", counting)
+    monkeypatch.setattr(kernels.sampling.reference, "edited", counting)
     plain = [request(greedy()), request(Sampling(seed=3, min_p=0.1)), request(greedy(min_tokens=2), stops=())]
     tokens(descending(3), *plain)
     tokens(descending(1), request(greedy(min_tokens=2), output=(7, 8), stops=(0,)))

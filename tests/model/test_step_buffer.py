@@ -5,8 +5,8 @@ import torch
 
 from kernels.adapter_rows import FEW_ROWS, ShapeKey
 from server.model.cuda_graphs import batch_sizes
-from server.model.device_inputs import Capacity, DeviceInputs, padding_step
-from server.model.inputs import HostStep, TokenField, host_inputs
+from server.model.device_inputs import Capacity, DeviceInputs, Sizes, padding_step
+from server.model.inputs import HostStep, TokenField, host_inputs, integers
 from server.model.step_buffer import StepBuffer
 
 CPU = torch.device("cpu")
@@ -54,21 +54,21 @@ IS_FIRST = TokenField("is_first", lambda step: [int(position == 0) for position 
 
 def test_a_table_may_add_a_field_of_its_own_on_both_paths() -> None:
     step = HostStep(
-        token_ids=[5, 6, 7],
-        positions=[0, 1, 9],
-        slot_mapping=[0, 1, 40],
-        token_slots=[0, 0, 0],
-        query_lens=[2, 1],
-        kv_lens=[2, 10],
+        block_size=16,
+        token_ids=integers([5, 6, 7]),
+        query_lens=integers([2, 1]),
+        kv_lens=integers([2, 10]),
+        slots=integers([0, 0]),
         block_tables=[[0], [2, 3]],
-        sample_rows=[1, 2],
-        logit_rows=[1, 2],
+        sample_rows=integers([1, 2]),
+        logit_rows=integers([1, 2]),
     )
-    assert host_inputs(step, 16, torch.float32, [IS_FIRST]).fields["is_first"].tolist() == [1, 0, 0]
+    assert host_inputs(step, torch.float32, [IS_FIRST]).fields["is_first"].tolist() == [1, 0, 0]
     inputs = DeviceInputs(Capacity(tokens=8, sequences=4, blocks=4, slices=1), CPU, [IS_FIRST])
-    assert inputs.fill(step, 3, ShapeKey()).fields["is_first"].tolist() == [1, 0, 0]
-    padded = inputs.fill(padding_step(), 4, ShapeKey())
-    assert padded.fields["is_first"].tolist() == [1, -1, -1, -1]
+    assert inputs.fill(step, ShapeKey()).fields["is_first"].tolist() == [1, 0, 0]
+    sizes = Sizes(4, 4, 4, 1)
+    inputs.send(padding_step(16), sizes, ShapeKey())
+    assert inputs.laid_out(sizes, ShapeKey()).fields["is_first"].tolist() == [0, -1, -1, -1]
 
 
 @pytest.mark.parametrize("choices", [1, 4, 8])
@@ -78,7 +78,7 @@ def test_lora_in_experts_can_count_itself_at_every_decode(choices: int, sequence
     slices = 2  # gate and up
     inputs = DeviceInputs(Capacity(tokens=1024, sequences=sequences, blocks=1, slices=slices, choices=choices), CPU)
     for rows in batch_sizes(sequences):
-        tiles = inputs.fill(padding_step(), rows, ShapeKey(expert_rank=8)).rows.tiles
+        tiles = inputs.views(Sizes(rows, rows, rows, 1), ShapeKey(expert_rank=8), True).rows.tiles
         assert tiles.counters is not None
         assert tiles.counters.numel() > rows * choices * slices and not tiles.counters.any()
 
@@ -87,5 +87,5 @@ def test_lora_in_experts_can_count_itself_at_every_decode(choices: int, sequence
 def test_counters_are_as_many_as_few_rows_need(tokens: int) -> None:
     """Prefills of more rows take two launches in any case; so room for them would be wasted."""
     capacity = Capacity(tokens=tokens, sequences=1, blocks=1, slices=2, choices=6)
-    counters = DeviceInputs(capacity, CPU).fill(padding_step(), 1, ShapeKey(expert_rank=8)).rows.tiles.counters
+    counters = DeviceInputs(capacity, CPU).fill(padding_step(16), ShapeKey(expert_rank=8)).rows.tiles.counters
     assert counters is not None and counters.numel() > min(FEW_ROWS, tokens) * 6 * 2

@@ -104,12 +104,13 @@ def step_of(*lanes: tuple[int, int, OfPrompt | None, int, int]) -> HostStep:
 
 def test_rows_whose_logits_are_wanted() -> None:
     usual = step_of((0, 5, None, 2, 3), (0, 9, None, 0, 4), (2, 6, None, 5, 1))
-    assert usual.sample_rows == usual.logit_rows == [2, 7] and usual.logit_spans == [(1, 2, 2)]
+    assert usual.sample_rows.tolist() == usual.logit_rows.tolist() == [2, 7] and usual.logit_spans == [(1, 2, 2)]
     told = step_of((0, 5, OfPrompt(1), 2, 3), (1, 9, OfPrompt(1), 0, 4), (2, 6, None, 5, 1), (2, 4, OfPrompt(0), 0, 4))
-    assert told.logit_rows == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11] and told.sample_rows == [2, 7, 11]
+    assert told.logit_rows.tolist() == list(range(12)) and told.sample_rows.tolist() == [2, 7, 11]
     assert told.logit_spans == [(3, 7, 1), (7, 12, 2)]
     pooled = step_of((0, 5, OfPrompt(1, "last"), 2, 3), (1, 3, OfPrompt(pooling="mean"), 0, 3), (2, 6, None, 5, 1))
-    assert pooled.logit_rows == [0, 1, 6] and pooled.sample_rows == [6] and pooled.logit_spans == [(2, 3, 2)]
+    assert pooled.logit_rows.tolist() == [0, 1, 6] and pooled.sample_rows.tolist() == [6]
+    assert pooled.logit_spans == [(2, 3, 2)]
 
 
 def test_what_is_pooled_or_told_of_is_no_decode() -> None:
@@ -124,11 +125,11 @@ def test_what_is_pooled_or_told_of_is_no_decode() -> None:
 
 
 def test_the_buffer_has_room_for_the_logits_of_every_token() -> None:
-    inputs = DeviceInputs(Capacity(tokens=40, sequences=4, blocks=10, slices=1), torch.device("cpu"))
+    inputs = DeviceInputs(Capacity(tokens=40, sequences=4, blocks=10, slices=1, block_size=4), torch.device("cpu"))
     for lanes in ([(1, 30, OfPrompt(0), 0, 20), (2, 30, OfPrompt(0), 0, 20)], [(1, 40, OfPrompt(0), 0, 40)],
                   [(slot, 10, OfPrompt(0), 0, 10) for slot in (1, 2, 3, 4)]):  # fmt: skip
         step = step_of(*lanes)
-        filled = inputs.fill(step, 40, step.shape)
+        filled = inputs.fill(step, step.shape)
         assert filled.logit_rows.tolist() == list(range(40))
         tiles, count = filled.rows.sampled.tiles, filled.rows.sampled.num_tiles
         assert tiles is not None and count is not None

@@ -1,6 +1,6 @@
 """Steps by kernels where there are no graphs: the same computations on the same memory, in their place."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -19,13 +19,17 @@ stands_in = pytest.mark.skipif(DEVICE == "cuda", reason="stands in for graphs, w
 class StandIns:
     """Where there are no graphs: the same computations on the same memory, in the place of an engine's forward."""
 
-    def __init__(self, engine: Engine, sizes: list[int], shapes: list[ShapeKey], captures: bool = True) -> None:
-        """sizes: numbers of rows. captures: all graphs, before anything else."""
+    def __init__(
+        self, engine: Engine, sizes: list[int], shapes: list[ShapeKey], captures: bool = True,
+        mixed: Sequence[tuple[int, int]] = (),
+    ) -> None:  # fmt: skip
+        """sizes: numbers of rows. captures: all graphs, before anything else. mixed: (rows, sequences) of steps with
+        prompts."""
         eager = engine.assembly.runner.forward
         assert isinstance(eager, KernelForward)
         self.num_replays = 0
         self.forward = GraphedForward(eager, torch.empty(sizes[-1], SMALL["vocab_size"]), shapes, self._capture)
-        self.forward.sizes = sizes
+        self.forward.decode_sizes, self.forward.mixed_sizes = sizes, list(mixed)
         engine.assembly.runner.forward = self.forward
         with torch.inference_mode():
             for key in self.forward.keys() if captures else ():
