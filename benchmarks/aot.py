@@ -2,6 +2,12 @@
 
     python -m benchmarks.aot            compare with the committed table; exit 1 on a difference, a spill, a limit
     python -m benchmarks.aot --write    rewrite the table (benchmarks/results/kernels_aot.md)
+    python -m benchmarks.aot --write --also ANOTHER/bin/python    and that of the Triton which that Python has
+
+The pinned Triton (constraints.txt) is the one whose code must not spill. Another one, such as a PyTorch image brings,
+has a table of its own (kernels_aot_3.6.md): what spills there is told and fails nothing. A Python that has it:
+
+    python -m venv ANOTHER && ANOTHER/bin/pip install torch numpy && ANOTHER/bin/pip install triton==3.6.0
 
 Registers, stack and local memory are read from the compiled object by the cuobjdump that Triton brings; a spill shows
 as stack or local memory. TRITON_INTERPRET must be unset: the decorator decides at import.
@@ -36,7 +42,8 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
-TABLE = Path(__file__).parent / "results" / "kernels_aot.md"
+RESULTS = Path(__file__).parent / "results"
+CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -51,6 +58,11 @@ class Compiled:
     shared: int
     spilled: int
     num_warps: int
+
+    @property
+    def cell(self) -> str:
+        spilled = f" / {self.spilled} spilled" if self.spilled else ""
+        return f"{self.registers} / {self.shared / 1024:.1f}{spilled}"
 
     @property
     def problem(self) -> str | None:
@@ -73,6 +85,8 @@ def _compile(op: str, index: int, target: str) -> Compiled:
 def compile_for(op: str, it: Configuration, target: str) -> Compiled:
     num_stages = min(it.num_stages, AMD_STAGES) if target == "gfx942" else it.num_stages
     options = {"num_warps": it.num_warps, "num_stages": num_stages}
+    if it.most_registers is not None and target != "gfx942":
+        options["maxnreg"] = it.most_registers
     compiled = triton.compile(_source(it), target=TARGETS[target], options=options)
     registers, spilled = _amd_usage(compiled.asm["amdgcn"]) if target == "gfx942" else _usage(compiled.asm["cubin"])
     return Compiled(op, it.name, target, registers, compiled.metadata.shared, spilled, it.num_warps)
@@ -123,18 +137,38 @@ def _amd_usage(assembly: str) -> tuple[int, int]:
     return int(registers[1]), int(scratch[1])
 
 
+def problems(rows: list[Compiled]) -> list[str]:
+    return [f"{row.op} {row.name} on {row.target} {row.problem}" for row in rows if row.problem]
+
+
+def pinned_version() -> str:
+    """The Triton that CI installs."""
+    found = re.search(r"^triton==(\S+)", CONSTRAINTS.read_text(), re.MULTILINE)
+    if found is None:
+        raise RuntimeError(f"{CONSTRAINTS.name} pins no triton")
+    return found[1]
+
+
+def table_path(version: str) -> Path:
+    """Of a Triton; that of the pinned one needs no version in its name."""
+    minor = ".".join(version.split(".")[:2])
+    return RESULTS / ("kernels_aot.md" if version == pinned_version() else f"kernels_aot_{minor}.md")
+
+
 def as_table(rows: list[Compiled]) -> str:
     """One line a configuration: registers a thread and kilobytes of shared memory on each target."""
     by_name: dict[tuple[str, str], dict[str, Compiled]] = {}
     for row in rows:
         by_name.setdefault((row.op, row.name), {})[row.target] = row
     targets = [target for target in TARGETS if any(target in found for found in by_name.values())]
-    spilling = [f"{row.op} {row.name} on {row.target}: {row.spilled} bytes" for row in rows if row.spilled]
-    spills = f"Spilled by a thread of {'; '.join(spilling)}." if spilling else "None spills."
-    lines = [f"Triton {triton.__version__}: registers a thread / KB of shared memory a program. {spills}", "",
+    wrong = problems(rows)
+    limits = ", ".join(f"{SHARED_LIMIT[name] // 1024} on {name}" for name in targets)
+    told = f"{len(wrong)} of {len(rows)} spill or pass one:" if wrong else f"None of {len(rows)} spills or passes one."
+    lines = [f"Triton {triton.__version__}: registers a thread / KB of shared memory a program. Limits of the "
+             f"latter: {limits}. {told}", "", *(f"- {it}" for it in wrong), *([""] if wrong else []),
              f"| op | configuration | {' | '.join(targets)} |", f"|---|---|{'---:|' * len(targets)}"]  # fmt: skip
     for (op, name), found in by_name.items():
-        cells = [f"{found[it].registers} / {found[it].shared / 1024:.1f}" if it in found else "" for it in targets]
+        cells = [found[it].cell if it in found else "" for it in targets]
         lines.append(f"| {op} | {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -142,9 +176,22 @@ def as_table(rows: list[Compiled]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="rewrite the committed table")
+    parser.add_argument(
+        "--also", nargs="+", default=(), metavar="PYTHON", help="do the same with other Pythons' Triton"
+    )
     parser.add_argument("--ops", nargs="+", default=OPS, choices=OPS)
     parser.add_argument("--targets", nargs="+", default=tuple(TARGETS), choices=tuple(TARGETS))
     options = parser.parse_args()
+    status = _run(options)
+    same = ["--ops", *options.ops, "--targets", *options.targets, *(["--write"] if options.write else [])]
+    for python in options.also:
+        command = [python, "-m", "benchmarks.aot", *same]
+        status |= subprocess.run(command, cwd=CONSTRAINTS.parent, env=os.environ | {"PYTHONPATH": "."}).returncode
+    return status
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Exit status."""
     work = [
         (op, index, target)
         for op in options.ops
@@ -154,16 +201,17 @@ def main() -> int:
     ]
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         rows = list(pool.map(_compile, *zip(*work, strict=True), chunksize=8))
-    table = as_table(rows)
+    table, path = as_table(rows), table_path(triton.__version__)
     print(table)
-    problems = [f"{row.op} {row.name} on {row.target} {row.problem}" for row in rows if row.problem]
-    print("\n".join(problems) or f"{len(rows)} compiled by Triton {triton.__version__}, none spills or passes a limit")
-    if problems:
+    is_pinned, wrong = triton.__version__ == pinned_version(), problems(rows)
+    print("\n".join(wrong) or f"{len(rows)} compiled by Triton {triton.__version__}, none spills or passes a limit")
+    if wrong and is_pinned:
         return 1
-    if options.write:
-        TABLE.write_text(table)
-    elif set(options.ops) == set(OPS) and set(options.targets) == set(TARGETS) and TABLE.read_text() != table:
-        print(f"{TABLE.name} is out of date: run with --write")
+    is_whole = set(options.ops) == set(OPS) and set(options.targets) == set(TARGETS)
+    if options.write and is_whole:
+        path.write_text(table)
+    elif is_whole and not (path.exists() and path.read_text() == table):
+        print(f"{path.name} is out of date: run with --write")
         return 1
     return 0
 

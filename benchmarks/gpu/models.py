@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from benchmarks.gpu import shapes
+from benchmarks.gpu.engine_steps import by_overlap
 from benchmarks.gpu.measure import Bench
 from benchmarks.gpu.replay_table import by_kernel
 from benchmarks.gpu.report import Row
@@ -69,6 +70,7 @@ def esft(bench: Bench) -> Iterator[Row]:
             yield _memory(bench, serving, adapters)
     yield decodes.row(f"base, {resident} resident", size(32, 2), 0)
     yield from _prompts(bench, serving, context, resident)
+    yield from by_overlap(bench, serving, context, (32, 256) if not bench.scale.is_toy else (2,))
     serving.favour(tuned, _FAVOUR)
     decodes.forget_base()
     for batch in batches:
@@ -127,17 +129,21 @@ def _memory(bench: Bench, serving: Serving, adapters: int) -> Row:
 
 
 def _prompts(bench: Bench, serving: Serving, context: int, adapters: int) -> Iterator[Row]:
-    """Steps with prompt tokens, which are launched kernel by kernel: alone, and beside decodes."""
-    tokens, decodes, beside = bench.scale.size(2048, 6), bench.scale.size(31, 1), bench.scale.size(512, 3)
-    for label, slots in (("base", 0), ("adapters", adapters)):
+    """Steps with prompt tokens: alone, and beside decodes. Those of up to 512 tokens are captured."""
+    tokens, decodes = bench.scale.size(2048, 6), bench.scale.size(31, 1)
+    kinds = (("base", 0), ("adapters", adapters))
+    for label, slots in kinds:
         taken = serving.time(serving.prefill(tokens, min(1, slots)))
         share = serving.prefill_ops(tokens) / taken.device / bench.matrix_rate
         yield {"prompt": label, "tokens": tokens, "device ms": taken.device * 1e3, "wall ms": taken.wall * 1e3,
                "share of peak": share}  # fmt: skip
-    for label, slots in (("base", 0), ("adapters", adapters)):
-        taken = serving.time(serving.mixed(decodes, context, beside, slots))
-        yield {"mixed step": label, "decodes": decodes, "prompt tokens": beside, "device ms": taken.device * 1e3,
-               "wall ms": taken.wall * 1e3}  # fmt: skip
+    for beside in (bench.scale.size(it, 3) for it in ((225, 481, 993) if not bench.scale.is_toy else (3,))):
+        for label, slots in kinds:
+            plan = serving.mixed(decodes, context, beside, slots)
+            taken = serving.time(plan)
+            yield {"mixed step": label, "decodes": decodes, "prompt tokens": beside,
+                   "captured": serving.is_captured(plan), "device ms": taken.device * 1e3,
+                   "wall ms": taken.wall * 1e3}  # fmt: skip
 
 
 def lora(bench: Bench) -> Iterator[Row]:
@@ -162,6 +168,7 @@ def lora(bench: Bench) -> Iterator[Row]:
             yield decodes.row(f"{adapters} LoRA", batch, adapters)
     yield decodes.row(f"base, {resident} resident", size(32, 2), 0)
     yield from _prompts(bench, serving, context, resident)
+    yield from by_overlap(bench, serving, context, (32, 128) if not bench.scale.is_toy else (2,))
     serving.add_lora(1, (size(128, 16),))
     yield decodes.row("base", resident + 1, 0)
     yield decodes.row("one of a rank that no graph has", resident + 1, resident + 1)

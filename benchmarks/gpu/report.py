@@ -12,6 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu import goals
 from benchmarks.gpu.sections import SECTIONS
 
 Row = dict[str, Any]
@@ -77,6 +78,7 @@ def write_summary(directory: Path) -> Path:
         lines.append(
             f"| {name} | {f'FAILED ({len(bad)})' if bad else 'ok'} | {seconds} | {len(figures(rows))} | {skipped} |"
         )
+    lines += ["", "## Goals", "", *as_table(goals.table({name: figures(rows) for name, rows in read.items()}))]
     for name, rows in read.items():
         lines += ["", f"## {name}", "", *(f"- FAILED {line}" for line in failures(rows)), ""]
         for _, alike in groupby(figures(rows), key=tuple):  # by what they tell

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from adapters_store.parts import AdapterPackage, ExpertReplacement, LowRank, TensorRef
@@ -16,14 +15,15 @@ from adapters_store.ref import AdapterRef
 from benchmarks.gpu import shapes
 from benchmarks.gpu.measure import Bench, Scale
 from benchmarks.gpu.report import Row
-from server.assembly import assemble
+from server.assembly import Assembly, assemble
 from server.config import EngineConfig
 from server.engine.fake_masks import FakeMasks
 from server.engine.plan import Scheduled
 from server.engine.request import Lane, LaneSpec, Request, Sampling
 from server.engine.residency import Wait
-from server.model.cuda_graphs import GraphedForward, decode_shapes
+from server.model.cuda_graphs import Capture, GraphedForward, decode_shapes
 from server.model.experts import RoutedExperts
+from server.model.families import Foreign
 from server.model.forward import KernelForward
 from server.model.inputs import HostStep, lay_out
 from server.model.probe import PROBE
@@ -65,7 +65,8 @@ class Serving:
         self.model = _random_model(name, bench.scale, layers)
         made = time.perf_counter()
         self.weight_bytes = sum(parameter.nbytes for parameter in self.model.parameters())
-        config = EngineConfig(model_dir=".", block_size=self._block_size, **settings)
+        self._dense = dense_numbers(self.model)
+        config = EngineConfig(model_dir=".", block_size=self.block_size, **settings)
         self.assembly = assemble(self.model, config, frozenset(), FakeMasks(), device=bench.scale.device)
         self.residency, self.info = self.assembly.residency, self.assembly.info
         self.residency._loading = _Unfilled(self.residency._loading)  # type: ignore[assignment]
@@ -75,7 +76,7 @@ class Serving:
         self._adapters: list[AdapterRef] = []
         self.experts = [module for module in self.model.modules() if isinstance(module, RoutedExperts)]
         if not bench.scale.is_cuda:
-            self._stand_in_for_graphs(config)
+            replayed(self.assembly, config, self._clock.captured)
         self._fill_caches()
         wanted = shapes.MODELS[name][2 if bench.scale.is_toy else 1]["num_hidden_layers"]
         self.started: Row = {
@@ -84,16 +85,6 @@ class Serving:
             "adapter bytes": self.info.adapter_bytes, "model s": made - start, "engine s": time.perf_counter() - made,
             "graphs": self.graphs.num_captured, "memory": _kind_of_memory(bench.scale.device),
         }  # fmt: skip
-
-    def _stand_in_for_graphs(self, config: EngineConfig) -> None:
-        """So that all that is not CUDA's is run: a graph's replay is the same computation again."""
-        eager = self.assembly.runner.forward
-        assert isinstance(eager, KernelForward)
-        logits = torch.empty(config.max_running, self.info.vocab_size)
-        shapes = decode_shapes(config.max_rank, bool(self.experts))
-        forward = GraphedForward(eager, logits, shapes, self._clock.captured)
-        warm_up(forward, config.block_size, lambda *_: None)
-        self.assembly.runner.forward = forward
 
     def _fill_caches(self) -> None:
         """What requests before would have left: zeros take less power to read."""
@@ -120,7 +111,7 @@ class Serving:
             ]
             slot = self._make_resident("esft", tuple(parts))
             for module in self.experts:
-                base = module.spec[0]
+                base = module.spec.num_experts + module.spec.num_shared
                 for place in [place for place in module.stacks.expert_map[slot].tolist() if place >= base]:
                     module.stacks.gate_up[place].normal_(0, 0.02)
                     module.stacks.down[place].normal_(0, 0.02)
@@ -174,7 +165,7 @@ class Serving:
     def decodes(self, batch: int, context: int, adapters: int) -> list[Scheduled]:
         """A decode of `batch` sequences with `context` tokens each, spread over the base's or the adapters' slots."""
         plan = []
-        blocks = -(-context // self._block_size)
+        blocks = -(-context // self.block_size)
         for index in range(batch):
             lane = self._lane(index, context, index * blocks)
             lane.slot = 1 + index % adapters if adapters else 0
@@ -187,7 +178,7 @@ class Serving:
     def mixed(self, batch: int, context: int, tokens: int, adapters: int) -> list[Scheduled]:
         """Decodes, and a prompt of `tokens` beside them."""
         decodes = self.decodes(batch, context, adapters)
-        return decodes + self._prefill(tokens, batch * -(-context // self._block_size), 1 if adapters else 0)
+        return decodes + self._prefill(tokens, batch * -(-context // self.block_size), 1 if adapters else 0)
 
     def _prefill(self, tokens: int, first_block: int, slot: int) -> list[Scheduled]:
         lane = self._lane(1 << 20, tokens, first_block)
@@ -195,14 +186,14 @@ class Serving:
         return [Scheduled(lane, 0, tokens, samples=True)]
 
     @property
-    def _block_size(self) -> int:
+    def block_size(self) -> int:
         return self._scale.size(16, 4)
 
     def _lane(self, number: int, length: int, first_block: int) -> Lane:
         prompt = [self._rng.randrange(self.info.vocab_size) for _ in range(length)]
         lane = Request(number, [LaneSpec(prompt)], 1, GREEDY).first
-        lane.block_table = [first_block + index for index in range(-(-length // self._block_size))]
-        if (lane.block_table[-1] + 1) * self._block_size > self.info.kv_cache_tokens:
+        lane.block_table = [first_block + index for index in range(-(-length // self.block_size))]
+        if (lane.block_table[-1] + 1) * self.block_size > self.info.kv_cache_tokens:
             raise RuntimeError(f"block {lane.block_table[-1]} passes the cache's {self.info.kv_cache_tokens:,} tokens")
         return lane
 
@@ -224,10 +215,13 @@ class Serving:
         """The step's work on the device: a graph's replay if it has one, over the indices of the step that ran last."""
         step = self._lay_out(plan)
         key = self.graphs.key(step)
-        return self.graphs.replay(key) if key is not None else lambda: self.graphs.logits(step)
+        return self.graphs.replay(key) if key is not None else lambda: self.graphs.compute(step)
+
+    def is_captured(self, plan: list[Scheduled]) -> bool:
+        return self.graphs.key(self._lay_out(plan)) is not None
 
     def _lay_out(self, plan: list[Scheduled]) -> HostStep:
-        return lay_out(sorted(plan, key=lambda it: it.lane.slot), self.residency, self._block_size)
+        return lay_out(sorted(plan, key=lambda it: it.lane.slot), self.residency, self.block_size)
 
     def picks(self, plan: list[Scheduled]) -> Picks:
         if not self.experts:
@@ -247,7 +241,7 @@ class Serving:
     def eager(self, plan: list[Scheduled]) -> torch.Tensor:
         """The step's logits, each kernel launched in turn."""
         with torch.inference_mode():
-            return self.graphs.eager.logits(self._lay_out(plan))
+            return self.graphs.eager.compute(self._lay_out(plan)).logits
 
     def floor_bytes(self, plan: list[Scheduled], picks: Picks) -> int:
         """Weights, adapters and KV cache that this step reads at least once."""
@@ -271,8 +265,8 @@ class Serving:
 
     @property
     def dense_bytes(self) -> int:
-        """Weights that every step reads: all but routed experts and the embedding, of which it reads a few rows."""
-        return sum(it.nbytes for it in self._dense())
+        """Weights that every step reads."""
+        return self._dense * self._scale.dtype.itemsize
 
     def prefill_ops(self, tokens: int) -> int:
         """Multiplications and additions of a prompt: every weight once a token, the logits once, half of all pairs."""
@@ -280,7 +274,7 @@ class Serving:
         experts = sum(
             module.stacks.gate_up[0].numel() + module.stacks.down[0].numel() for module in self.experts
         ) * (self.model.config.num_experts_per_tok if self.experts else 0)  # fmt: skip
-        weights = sum(it.numel() for it in self._dense()) - head + experts
+        weights = self._dense - head + experts
         config = self.model.config
         width = self.model.config.num_attention_heads * (
             config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
@@ -288,9 +282,24 @@ class Serving:
         )  # fmt: skip
         return 2 * tokens * weights + 2 * head + tokens**2 * width * config.num_hidden_layers
 
-    def _dense(self) -> list[torch.Tensor]:
-        embedding = self.model.get_input_embeddings().weight
-        return [it for it in self.model.parameters() if it is not embedding]
+
+def dense_numbers(model: Foreign) -> int:
+    """Of a model as Transformers made it: all but routed experts, and the embedding, of which a step reads a few rows.
+    Afterwards it is too late: products that modules share are in none of them."""
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    parts = [it for name, it in model.named_parameters() if ".experts." not in name and it is not embedding]
+    return sum(it.numel() for it in parts) + (head.numel() if head is embedding else 0)
+
+
+def replayed(assembly: Assembly, config: EngineConfig, capture: Capture) -> None:
+    """So that all that is not CUDA's is run without a GPU: capture gives what stands in for a graph's replay."""
+    eager = assembly.runner.forward
+    assert isinstance(eager, KernelForward)
+    logits = torch.empty(config.max_running, assembly.info.vocab_size)
+    shapes = decode_shapes(config.max_rank, bool(assembly.info.base.experts))
+    forward = GraphedForward(eager, logits, shapes, capture)
+    warm_up(forward, config.block_size, lambda *_: None)
+    assembly.runner.forward = forward
 
 
 class _Unfilled:
@@ -315,7 +324,7 @@ def _without_places(prepare: Callable[[], Prepared]) -> Prepared:
     return prepared._replace(places=places, checked=())
 
 
-def _random_model(name: str, scale: Scale, layers: int) -> nn.Module:
+def _random_model(name: str, scale: Scale, layers: int) -> Foreign:
     model_type, real, toy = shapes.MODELS[name]
     sizes = dict(toy if scale.is_toy else real)
     sizes["num_hidden_layers"] = layers or sizes["num_hidden_layers"]

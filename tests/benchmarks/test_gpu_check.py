@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from benchmarks.gpu import models, sections
+from benchmarks.gpu import models, sections, shapes
 from benchmarks.gpu.measure import Bench, Scale
 from benchmarks.gpu.processes import run_limited
 from benchmarks.gpu.report import ENDED, RowFile, failures, write_summary
+from benchmarks.gpu.serving import dense_numbers
 from kernels.compiled import OPS
 from tests.support.breadth import always
 
@@ -52,7 +54,7 @@ def test_sections_run_at_toy_size_without_what_an_image_lacks(tmp_path: Path, na
             skipped.add(name)
         assert all("GPU" in row.get("skipped", "GPU") for row in rows), name
     # the last two: only the table of one replay
-    assert skipped == {"self-test", "memcheck", "esft", "lora"}.intersection(names)
+    assert skipped == {"self-test", "memcheck", "attention", "esft", "lora"}.intersection(names)
 
 
 def test_the_blocked_are_blocked(tmp_path: Path) -> None:
@@ -138,6 +140,17 @@ def test_figures_that_are_not_finite_are_written_as_text(tmp_path: Path) -> None
 # -- sizes ---
 
 
+def test_the_floor_counts_every_weight_that_a_step_reads() -> None:
+    """Of toy sizes, by hand: hidden 32, vocabulary 97, the head apart from the embedding."""
+    dense = {}
+    for name, (model_type, _, toy) in shapes.MODELS.items():
+        dense[name] = dense_numbers(AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**toy)))
+    head, norms = 97 * 32 + 32, 2 * 32
+    assert dense["Llama-3.1-8B"] == 32 * (2 * 32 + 2 * 16 + 3 * 40) + norms + head
+    attention = 32 * (2 * 16 + 24 + 8 + 16) + 24 + 2 * 16 * 24  # queries, latent with its rope, out; norm, absorbed
+    assert dense["DeepSeek-V2-Lite"] == 2 * (attention + norms) + 32 * (3 * 40 + 3 * 24 + 8) + head
+
+
 @pytest.mark.parametrize(("total", "layers"), [(140, 27), (79, 20)], ids=["H200", "H100"])
 def test_models_are_cut_to_the_free_memory(total: int, layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (total * GIB - GIB // 2, total * GIB))
@@ -155,3 +168,28 @@ def test_a_device_that_is_too_small_is_refused_with_the_numbers(monkeypatch: pyt
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (16 * GIB, 24 * GIB))
     with pytest.raises(RuntimeError, match=rf"{16 * GIB:,} of {24 * GIB:,} bytes are free"):
         models.esft_sizes(Bench(Scale(torch.device("cpu"), is_toy=False)), 266_240, 6)
+
+
+# -- goals ---
+
+
+def test_goals_stand_beside_what_was_measured(tmp_path: Path) -> None:
+    def decode(name: str, batch: int, device: float, cost: float = 0.0) -> dict[str, object]:
+        return {"decode": name, "batch": batch, "device ms": device, "floor ms": 4.0, "cost beyond floor": cost,
+                "tokens/s": batch / device}  # fmt: skip
+
+    rows = {
+        "lora": [decode("0 LoRA", 32, 5.0), decode("8 LoRA", 32, 5.5), decode("base, 32 resident", 32, 5.02)],
+        "esft": [decode("0 ESFT", 32, 5.6), decode("20 ESFT", 8, 6.0, 0.01), decode("20 ESFT", 32, 9.0, 0.05)],
+    }
+    for section, figures in rows.items():
+        file = RowFile(tmp_path, section)
+        file.begin({})
+        for row in [*figures, {ENDED: "well", "seconds": 1.0}]:
+            file.append(row)
+    summary = write_summary(tmp_path).read_text()
+    assert "| 8 LoRA of rank 16: tokens a second of the base's | >= 95% | 90.9% | batch 32 | MISSED |" in summary
+    assert "few picks on tuned experts | <= 4% | 5.0% | batch 32 | MISSED |" in summary
+    assert "32 LoRA on the device: slower by | <= 1% | 0.4% | base, 32 resident | met |" in summary
+    assert "| Llama-3.1-8B decode, device over floor | <= 1.35 | 1.25 | batch 32 | met |" in summary
+    assert "| attention at decode, of copy bandwidth | >= 80% |  |  | not measured |" in summary

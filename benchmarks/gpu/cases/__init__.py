@@ -8,8 +8,9 @@ from benchmarks.gpu.cases.case import Case, Draw, errors_of
 __all__ = ["Case", "Draw", "cases_of", "errors_of"]
 
 _MODULES = {"expert_route": "experts", "expert_tiles": "experts", "grouped_gemm": "experts", "lora": "lora",
-            "paged_attention": "attention", "store_kv": "attention", "rms_norm": "rows", "rope": "rows",
-            "sampling": "rows", "logprobs": "rows"}  # fmt: skip
+            "gated": "layer", "paged_attention": "attention", "store_kv": "attention", "latent_prep": "layer",
+            "rope_store": "layer", "rms_norm": "rows", "rope": "rows", "sampling": "rows", "logprobs": "rows",
+            "step_rows": "steps"}  # fmt: skip
 
 
 def cases_of(op: str, draw: Draw) -> Iterator[Case]:

@@ -1,6 +1,7 @@
 """Attention over paged caches as Llama-3.1-8B and DeepSeek-V2-Lite have them, and what writes those."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from benchmarks.gpu.cases.case import Case, Draw
 from tests.support.device_batch import device_batch
 
 
-class _Shape(NamedTuple):
+class Shape(NamedTuple):
     name: str
     heads: int
     kv_heads: int
@@ -18,8 +19,16 @@ class _Shape(NamedTuple):
     value_dim: int  # below dim: values are the first columns of keys (latent attention)
     sequences: list[tuple[int, int]]  # new tokens, keys
 
+    @property
+    def new(self) -> list[int]:
+        return [new for new, _ in self.sequences]
 
-def _shapes(draw: Draw) -> list[_Shape]:
+    @property
+    def keys(self) -> list[int]:
+        return [keys for _, keys in self.sequences]
+
+
+def shapes(draw: Draw) -> list[Shape]:
     size, toy = draw.scale.size, draw.scale.is_toy
     llama = (4, 2, 24, 24) if toy else (32, 8, 128, 128)
     latent = (4, 1, 24, 16) if toy else (16, 1, 576, 512)
@@ -28,57 +37,86 @@ def _shapes(draw: Draw) -> list[_Shape]:
     mixed = [(size(512, 4), size(1024, 6))] + [(1, size(700, 5))] * size(16, 1)
     uneven = [(1, size(8192, 20))] + [(1, size(512, 5))] * size(31, 2)
     return [
-        _Shape("llama decode", *llama, decodes),
-        _Shape("llama decode long", *llama, long),
-        _Shape("llama decode, one of them long", *llama, uneven),
-        _Shape("llama mixed", *llama, mixed),
-        _Shape("llama prefill", *llama, [(size(2048, 6), size(2048, 6))]),
-        _Shape("latent decode", *latent, decodes),
-        _Shape("latent decode long", *latent, long),
-        _Shape("latent prefill", *latent, [(size(1024, 6), size(1024, 6))]),
+        Shape("llama decode", *llama, decodes),
+        Shape("llama decode long", *llama, long),
+        Shape("llama decode, one of them long", *llama, uneven),
+        Shape("llama mixed", *llama, mixed),
+        Shape("llama prefill", *llama, [(size(2048, 6), size(2048, 6))]),
+        Shape("latent decode", *latent, decodes),
+        Shape("latent decode long", *latent, long),
+        Shape("latent prefill", *latent, [(size(1024, 6), size(1024, 6))]),
     ]
 
 
 def paged_attention(draw: Draw) -> Iterator[Case]:
-    for shape in _shapes(draw):
+    for shape in shapes(draw):
         yield _attention_case(draw, shape)
 
 
-def _attention_case(draw: Draw, shape: _Shape) -> Case:
+@dataclass(frozen=True)
+class Paged:
+    """A batch over caches that hold the same, so many that they outgrow the device's."""
+
+    shape: Shape
+    query: Tensor  # [T, heads, dim]
+    caches: list[tuple[Tensor, Tensor]]  # [blocks, block size, key heads, dim]
+    tables: list[list[int]]
+
+    @classmethod
+    def drawn(cls, draw: Draw, shape: Shape) -> "Paged":
+        block_size = draw.scale.size(16, 4)
+        counts = [-(-keys // block_size) for _, keys in shape.sequences]
+        blocks = list(range(sum(counts) + 4))
+        draw.rng.shuffle(blocks)
+        tables = [[blocks.pop() for _ in range(count)] for count in counts]
+        query = draw.randn(sum(shape.new), shape.heads, shape.dim)
+        copies = draw.scale.copies(sum(shape.keys) * _key_bytes(shape, query))
+        return cls(shape, query, [_caches(draw, shape, sum(counts) + 4, block_size) for _ in range(copies)], tables)
+
+    @property
+    def block_size(self) -> int:
+        return self.caches[0][0].shape[1]
+
+    @property
+    def lists(self) -> tuple[list[int], list[int], list[list[int]]]:
+        return self.shape.new, self.shape.keys, self.tables
+
+    @property
+    def num_bytes(self) -> int:
+        results = self.query.nbytes * (self.shape.dim + self.shape.value_dim) // self.shape.dim
+        return sum(self.shape.keys) * _key_bytes(self.shape, self.query) + results
+
+    @property
+    def num_ops(self) -> int:
+        pairs = sum(new * keys - new * (new - 1) // 2 for new, keys in self.shape.sequences)
+        return 2 * pairs * self.shape.heads * (self.shape.dim + self.shape.value_dim)
+
+
+def _attention_case(draw: Draw, shape: Shape) -> Case:
     from kernels.paged_attention import AttentionBatch
     from kernels.paged_attention.kernel import paged_attention
     from kernels.paged_attention.reference import paged_attention as wanted
 
-    block_size, sequences = draw.scale.size(16, 4), shape.sequences
-    counts = [-(-keys // block_size) for _, keys in sequences]
-    blocks = list(range(sum(counts) + 4))
-    draw.rng.shuffle(blocks)
-    tables = [[blocks.pop() for _ in range(count)] for count in counts]
-    query = draw.randn(sum(new for new, _ in sequences), shape.heads, shape.dim)
-    total_keys, per_key = sum(keys for _, keys in sequences), _key_bytes(shape, query)
-    caches = [_caches(draw, shape, sum(counts) + 4, block_size) for _ in range(draw.scale.copies(total_keys * per_key))]
-    lists = [new for new, _ in sequences], [keys for _, keys in sequences], tables
-    batch, on_device = AttentionBatch(*lists, block_size, draw.dtype), device_batch(*lists, draw.device)
-    scale = shape.dim**-0.5
-    pairs = sum(new * keys - new * (new - 1) // 2 for new, keys in sequences)
-    results = query.nbytes * (shape.dim + shape.value_dim) // shape.dim
+    it = Paged.drawn(draw, shape)
+    batch, on_device = AttentionBatch(*it.lists, it.block_size, draw.dtype), device_batch(*it.lists, draw.device)
+    query, scale = it.query, shape.dim**-0.5
     return Case(
-        "paged_attention", f"{shape.name}, {len(sequences)} sequences of {max(keys for _, keys in sequences)}",
-        draw.dtype, lambda: paged_attention(query, *caches[0], on_device, scale, None, None, None, None),
-        lambda: wanted(query, *caches[0], batch, scale),
-        [lambda it=it: paged_attention(query, *it, on_device, scale, None, None, None, None) for it in caches],
-        total_keys * per_key + results, 2 * pairs * shape.heads * (shape.dim + shape.value_dim),
-        counters=(on_device.counters,),
+        "paged_attention", f"{shape.name}, {len(shape.sequences)} sequences of {max(shape.keys)}",
+        draw.dtype, lambda: paged_attention(query, *it.caches[0], on_device, scale, None, None, None, None),
+        lambda: wanted(query, *it.caches[0], batch, scale),
+        [lambda pair=pair: paged_attention(query, *pair, on_device, scale, None, None, None, None)
+         for pair in it.caches],
+        it.num_bytes, it.num_ops, counters=(on_device.counters,),
     )  # fmt: skip
 
 
-def _key_bytes(shape: _Shape, like: Tensor) -> int:
+def _key_bytes(shape: Shape, like: Tensor) -> int:
     """Of one token's key and value."""
     is_latent = shape.value_dim < shape.dim
     return shape.kv_heads * (shape.dim if is_latent else shape.dim + shape.value_dim) * like.itemsize
 
 
-def _caches(draw: Draw, shape: _Shape, blocks: int, block_size: int) -> tuple[Tensor, Tensor]:
+def _caches(draw: Draw, shape: Shape, blocks: int, block_size: int) -> tuple[Tensor, Tensor]:
     keys = draw.randn(blocks, block_size, shape.kv_heads, shape.dim)
     if shape.value_dim < shape.dim:
         return keys, keys[..., : shape.value_dim]

@@ -38,8 +38,8 @@ def linear_case(
     ranks = [max(1, rank // (1 + index % 3)) for index in range(adapters)]  # mixed
     weight_bytes = sum(r * (depth * len(widths) + sum(widths)) for r in ranks) * draw.dtype.itemsize
     site, max_rank = LoraSite(tuple(widths)), max(16, -(-rank // 16) * 16)
-    copies = [_adapters(draw, site, depth, ranks) for _ in range(draw.scale.copies(weight_bytes))]
-    tiles = _tiles(draw, tokens, adapters, len(widths))
+    copies = [adapters_of(draw, site, depth, ranks) for _ in range(draw.scale.copies(weight_bytes))]
+    tiles = tiles_of(draw, tokens, adapters, len(widths))
     x, y = draw.randn(tokens, depth), draw.randn(tokens, sum(widths))
     assert tiles.counters is not None
 
@@ -56,7 +56,7 @@ def linear_case(
     )  # fmt: skip
 
 
-def _adapters(draw: Draw, site: LoraSite, depth: int, ranks: Sequence[int]) -> SiteAdapters:
+def adapters_of(draw: Draw, site: LoraSite, depth: int, ranks: Sequence[int]) -> SiteAdapters:
     """ranks: of the adapters in slots 1, 2, ..."""
     stacks = (site.experts,) if site.experts else ()
     held = SiteAdapters({
@@ -70,7 +70,7 @@ def _adapters(draw: Draw, site: LoraSite, depth: int, ranks: Sequence[int]) -> S
     return held
 
 
-def _tiles(draw: Draw, tokens: int, adapters: int, slices: int) -> AdapterTiles:
+def tiles_of(draw: Draw, tokens: int, adapters: int, slices: int) -> AdapterTiles:
     slots = sorted(1 + index % adapters for index in range(tokens))
     spans = [Segment(slots.index(it), len(slots) - slots[::-1].index(it), it) for it in sorted(set(slots))]
     tiles = cut(spans, tile_rows(tokens))
@@ -85,8 +85,8 @@ def _expert_lora(draw: Draw) -> Iterator[Case]:
     ranks = [max(1, rank // (1 + index % 3)) for index in range(size(8, 2))]  # mixed
     sites = {True: LoraSite((layer.inner, layer.inner), experts=layer.experts),
              False: LoraSite((layer.hidden,), experts=layer.experts)}  # fmt: skip
-    held = {True: _adapters(draw, sites[True], layer.hidden, ranks),
-            False: _adapters(draw, sites[False], layer.inner, ranks)}  # fmt: skip
+    held = {True: adapters_of(draw, sites[True], layer.hidden, ranks),
+            False: adapters_of(draw, sites[False], layer.inner, ranks)}  # fmt: skip
     for tokens in (3,) if draw.scale.is_toy else (1, 32, 512, 2048):
         slots = draw.ints(sorted(draw.rng.randrange(len(ranks) + 1) for _ in range(tokens - 1)) + [len(ranks)])
         routed = _route(draw, layer, slots)

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.cases.case import Case, Draw
+from benchmarks.gpu.cases.layer import norm_after_lora
 from kernels.logprobs import Logprobs
-from kernels.sampling import Sampled
+from kernels.sampling import Edits, Parameters, Sampled
 
 
 def rms_norm(draw: Draw) -> Iterator[Case]:
@@ -22,6 +23,7 @@ def rms_norm(draw: Draw) -> Iterator[Case]:
         yield Case("rms_norm", f"{rows} rows and a residual", draw.dtype, lambda it=both: kernel.add_rms_norm(*it),
                    lambda it=both: reference.add_rms_norm(*it), [lambda it=both: kernel.add_rms_norm(*it)],
                    4 * x.nbytes)  # fmt: skip
+    yield from norm_after_lora(draw)
 
 
 def rope(draw: Draw) -> Iterator[Case]:
@@ -43,12 +45,19 @@ def sampling(draw: Draw) -> Iterator[Case]:
              ("top-k and top-p", 1.0, 50, 0.9))  # fmt: skip
     for rows in (2,) if draw.scale.is_toy else (1, 32, 256):
         vocabulary = draw.scale.size(128256, 199)
-        logits = [draw.randn(rows, vocabulary) for _ in range(draw.scale.copies(rows * vocabulary * 2))]
+        logits = [draw.randn(rows, vocabulary, scale=2.5) for _ in range(draw.scale.copies(rows * vocabulary * 2))]
         for name, temperature, top_k, top_p in kinds:
             yield _sampling_case(draw, name, logits, temperature, top_k, top_p)
+        yield _sampling_case(draw, "top-k and top-p behind masks", logits, 1.0, 50, 0.9, _masks(draw, logits[0]))
+        if rows <= 32:
+            edits = _penalties(draw, logits[0], draw.scale.size(2048, 20))
+            yield _sampling_case(draw, "penalties", logits, 0.0, 0, 1.0, edits)
 
 
-def _sampling_case(draw: Draw, name: str, logits: list[Tensor], temperature: float, top_k: int, top_p: float) -> Case:
+def _sampling_case(
+    draw: Draw, name: str, logits: list[Tensor], temperature: float, top_k: int, top_p: float,
+    edits: Edits | None = None,
+) -> Case:  # fmt: skip
     from kernels.sampling import kernel, reference
 
     rows = len(logits[0])
@@ -56,18 +65,47 @@ def _sampling_case(draw: Draw, name: str, logits: list[Tensor], temperature: flo
     def full(value: float) -> Tensor:
         return torch.full((rows,), value, device=draw.device)
 
-    draws = torch.rand(rows, device=draw.device)
-    rest = (full(temperature), full(top_k).int(), full(top_p), full(0.0), draws)
+    asked = Parameters(full(temperature), full(top_k).int(), full(top_p), full(0.0), torch.rand(rows).to(draw.device))
     # among 128 thousand tokens a sum in another order moves a boundary past a draw now and then
     is_drawn = temperature > 0 and top_k == 0
 
     def run(sample: Callable[..., Sampled]) -> Tensor:
-        tokens = sample(logits[0], *rest).tokens
-        return _misses(logits[0], tokens, draws, top_p) if is_drawn else tokens
+        tokens = sample(logits[0], asked, edits).tokens
+        return _misses(logits[0], tokens, asked.draws, top_p) if is_drawn else tokens
 
-    return Case("sampling", f"{name}, {rows} rows", draw.dtype, lambda: run(kernel.sample),
-                lambda: run(reference.sample), [lambda it=it: kernel.sample(it, *rest) for it in logits],
-                logits[0].nbytes, exact=True)  # fmt: skip
+    def on_host(logits: Tensor, asked: Parameters, edits: Edits | None) -> Sampled:
+        """The reference's edits are the CPU's."""
+        if edits is None:
+            return reference.sample(logits, asked)
+        there = reference.sample(
+            logits.cpu(), Parameters(*(it.cpu() for it in asked)), Edits(*(it.cpu() for it in edits))
+        )
+        return Sampled(*(it.to(draw.device) for it in there))
+
+    return Case("sampling", f"{name}, {rows} rows", draw.dtype, lambda: run(kernel.sample), lambda: run(on_host),
+                [lambda it=it: kernel.sample(it, asked, edits) for it in logits], logits[0].nbytes,
+                exact=True)  # fmt: skip
+
+
+def _masks(draw: Draw, logits: Tensor) -> Edits:
+    """A mask for each row, of half of the vocabulary."""
+    rows, vocabulary = logits.shape
+    masks = torch.randint(-(2**31), 2**31, (rows, -(-vocabulary // 32)), dtype=torch.int32, device=draw.device)
+    starts, ints, floats = draw.zeros(1), draw.zeros(0), torch.empty(0, device=draw.device)
+    numbers = draw.ints([*range(rows)])
+    return Edits(masks, numbers, torch.full_like(numbers, -1), starts, ints, floats, starts, ints, starts, ints, ints,
+                 floats, floats, floats)  # fmt: skip
+
+
+def _penalties(draw: Draw, logits: Tensor, length: int) -> Edits:
+    """Of a history of so many tokens for each row, half of them its prompt."""
+    rows, vocabulary = logits.shape
+    numbers, none, ints = draw.ints([*range(rows)]), draw.zeros(rows + 1), draw.zeros(0)
+    history = torch.randint(vocabulary, (rows * length,), dtype=torch.int32, device=draw.device)
+    half = torch.full((rows,), 0.5, device=draw.device)
+    return Edits(draw.zeros(0).view(0, 0), torch.full_like(numbers, -1), numbers, none, ints, half[:0], none, ints,
+                 draw.ints([*range(0, rows * length + 1, length)]), history, torch.full_like(numbers, length // 2),
+                 half, half, half + 1)  # fmt: skip
 
 
 def _misses(logits: Tensor, tokens: Tensor, draws: Tensor, top_p: float) -> Tensor:
