@@ -26,8 +26,9 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-simulate: $(INSTALLED)  ## a million steps of the engine without a model, and another of it over memory where loads fail
+simulate: $(INSTALLED)  ## a million steps of the engine without a model, a million with one in flight, and another of it over memory where loads fail
 	$(BIN)/python -m tests.engine.test_simulation --steps 1000000
+	$(BIN)/python -m tests.engine.test_simulation --steps 1000000 --overlaps
 	$(BIN)/python -m tests.weights.test_residency_simulation --steps 1000000
 
 schemathesis: $(INSTALLED)  ## thousands of requests made from /openapi.json: does the server do what it says?
